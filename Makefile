@@ -1,0 +1,74 @@
+# Every target sets up what it needs in .venv, once. With PYTHON=some/python nothing is installed:
+# that interpreter must have the dependencies of pyproject.toml.
+VENV        ?= .venv
+PYTHON      ?= $(VENV)/bin/python
+BASE_PYTHON ?= python3
+TORCH       ?= torch==2.13.0
+PIP         := $(PYTHON) -m pip --disable-pip-version-check
+DLLM        := $(PYTHON) -m dllm_kernels.cli
+TORCH_FITS  := from importlib.metadata import version; \
+               assert tuple(map(int, version('torch').split('.')[:2])) >= (2, 11)
+BUILD_NEEDS := $(shell sed -n '/^\[build-system\]/,/^$$/s/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
+DEV_NEEDS   := $(shell sed -n 's/^dev = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
+
+ifeq ($(PYTHON),$(VENV)/bin/python)
+INSTALLED := $(VENV)/.installed
+DEV_TOOLS := $(VENV)/.dev-tools
+endif
+
+.PHONY: help demo test lint format bench cuda gpu-check asan build clean
+.DEFAULT_GOAL := help
+
+help:       ## this list
+	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: build        ## complete and infill code with the embedded model
+	$(DLLM) demo
+
+test: build        ## the test suite (tests/gpu skips itself without a GPU)
+	$(PYTHON) -m pytest -q $(ARGS)
+
+lint: $(DEV_TOOLS) ## ruff and clang-format, in the versions that pyproject.toml pins
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	git ls-files 'csrc/*' | xargs $(dir $(PYTHON))clang-format --dry-run -Werror
+
+format: $(DEV_TOOLS) ## what lint checks, applied
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	git ls-files 'csrc/*' | xargs $(dir $(PYTHON))clang-format -i
+
+bench: build       ## benchmarks against what a user would otherwise run; ARGS="-k attention", ARGS=--smoke
+	$(PYTHON) -m pytest -q benchmarks $(ARGS)
+
+cuda: $(DEV_TOOLS) $(INSTALLED) ## the CUDA library for 80 and 90a on any machine with nvcc, with its compile gates
+	DLLM_CUDA=ON DLLM_CUDA_ARCHS="80;90a" $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) tools/cuda_gates.py build
+
+gpu-check:         ## on a GPU machine: tests/gpu and GPU benchmarks; results in $OUT, else benchmarks/results
+	bash tools/gpu_check.sh
+
+asan: $(INSTALLED) ## CPU operators under address and undefined-behaviour sanitizers
+	bash tools/asan.sh $(PYTHON) $(ARGS)
+
+build: $(INSTALLED) ## compile what changed into dllm_kernels/lib
+	$(PYTHON) setup.py -q build_ext --inplace
+
+clean:             ## everything that was built, but not .venv
+	rm -rf build dist dllm_kernels/lib *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+$(VENV)/bin/pip:
+	$(BASE_PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(VENV)/bin/pip
+	$(PYTHON) -c "$(TORCH_FITS)" 2>/dev/null || $(PIP) install -q "$(TORCH)"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py MANIFEST.in
+	$(PIP) install -q $(BUILD_NEEDS)
+	$(PIP) install -q --no-build-isolation -e '.[test]'
+	touch $@
+
+$(VENV)/.dev-tools: pyproject.toml | $(VENV)/bin/pip
+	$(PIP) install -q $(DEV_NEEDS)
+	touch $@

@@ -1,0 +1,62 @@
+"""What a user would otherwise run: the alternatives that benchmarks compare with."""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+FLEX_BLOCK_SIZES = (32, 64, 128)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, dense_mask: Tensor | None = None) -> Tensor:
+    """torch's attention; dense_mask bool [Sq, Sk] or [B, 1, Sq, Sk]."""
+    return F.scaled_dot_product_attention(q, k, v, dense_mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def best_flex(mask, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable:
+    """Compiled flex_attention under `mask` (a SpanMask), with the block size that is fastest on `inputs`."""
+    compiled = torch.compile(flex_attention, dynamic=False)
+    candidates = [functools.partial(_flex, compiled, mask.to_block_mask(size)) for size in FLEX_BLOCK_SIZES]
+    return min(candidates, key=lambda flex: _seconds(flex, inputs))
+
+
+def _flex(compiled: Callable, block_mask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return compiled(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _seconds(function: Callable, inputs: tuple[Tensor, ...]) -> float:
+    """The best of three calls, after one that compiles."""
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        function(*inputs)
+        if inputs[0].is_cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Token and its probability as the reference samplers take them: float32 softmax, argmax, gather."""
+    probabilities = F.softmax(logits.float(), dim=-1)
+    token = probabilities.argmax(dim=-1)
+    return token, probabilities.gather(-1, token[:, None])[:, 0]
+
+
+def gumbel_statistics(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The same with the float64 Gumbel-max noise of LLaDA's generate()."""
+    noisy = logits.to(torch.float64)
+    noise = (-torch.log(torch.rand_like(noisy))) ** temperature
+    token = (noisy.exp() / noise).argmax(dim=-1)
+    probabilities = F.softmax(logits.to(torch.float64), dim=-1)
+    return token, probabilities.gather(-1, token[:, None])[:, 0]
+
+
+def projected_statistics(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax_statistics of a vocabulary projection."""
+    return softmax_statistics(F.linear(hidden, weight))

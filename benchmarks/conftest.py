@@ -1,0 +1,144 @@
+"""Fixtures of the benchmarks: `compare` measures ours beside what a user would otherwise run.
+
+pytest benchmarks -k attention            # a table, and benchmarks/results/<suite>.<device>.json
+pytest benchmarks --smoke                 # tiny sizes, one round, nothing written
+pytest benchmarks -m gpu --results DIR    # the GPU suites, results elsewhere
+"""
+
+import itertools
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import report
+from dllm_kernels import _library
+
+L2_MULTIPLE = 3  # rotating inputs cover the last-level cache of the GPU this many times
+BUSY_CYCLES = 400_000  # of the GPU before each launch: hides the time that Python takes to launch
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("dllm benchmarks")
+    group.addoption("--smoke", action="store_true", help="tiny sizes, one round each; writes no results")
+    group.addoption("--results", type=Path, help="folder for the results (default: benchmarks/results)")
+    group.addoption("--seconds", type=float, default=2.0, help="time to spend on one comparison")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a GPU; timed with CUDA events")
+    config.option.benchmark_quiet = True  # our table stands in for the one of pytest-benchmark
+    config.stash[report.ROWS] = []
+    report.commit()  # read now: the checkout may change while benchmarks run
+
+
+def pytest_collection_modifyitems(items):
+    reason = _library.cuda_unavailable()
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.benchmark(timer=CudaTime))
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    report.finish(terminalreporter, config)
+
+
+@pytest.fixture
+def smoke(request) -> bool:
+    return request.config.getoption("--smoke")
+
+
+@pytest.fixture
+def pick(smoke):
+    """pick(full, tiny): the size to run."""
+    return lambda full, tiny: tiny if smoke else full
+
+
+@pytest.fixture
+def compare(benchmark, request, smoke):
+    """compare(ours, baselines, inputs=..., flops=..., bytes=..., tolerance=...) measures and records.
+
+    ours, baselines[name]: called as f(*inputs()); they take turns within every round. On a GPU `inputs` is
+    called until its tensors cover the last-level cache several times, and the sets rotate.
+    flops: useful ones, of visible pairs only; dense_flops: of the whole rectangle; bytes: read and written.
+    tolerance: atol and rtol with which every baseline's result must equal ours.
+    """
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    clock = CudaTime if on_gpu else time.perf_counter
+
+    def compare(ours, baselines, *, inputs=tuple, flops=None, dense_flops=None, bytes=None, tolerance=None):
+        rotation = itertools.cycle(_input_sets(inputs, on_gpu and not smoke))
+        seconds = {name: [] for name in baselines}
+
+        def turn(function) -> float:
+            arguments = next(rotation)
+            start = _start(clock)
+            function(*arguments)
+            return clock() - start
+
+        def baselines_then_ours():
+            for name, function in baselines.items():
+                seconds[name].append(turn(function))
+            arguments = next(rotation)
+            if on_gpu:
+                torch.cuda._sleep(BUSY_CYCLES)
+            return arguments, {}
+
+        _check_equal(ours, baselines, next(rotation), tolerance)
+        once = turn(ours) + sum(turn(function) for function in baselines.values())
+        rounds = 1 if smoke else min(200, max(5, int(request.config.getoption("--seconds") / once)))
+        benchmark.pedantic(ours, setup=baselines_then_ours, rounds=rounds)
+        if not benchmark.enabled:
+            return
+        measured = report.Row(
+            suite=Path(request.node.path).stem.removeprefix("test_"),
+            case=request.node.name.removeprefix("test_"),
+            device=torch.cuda.get_device_name() if on_gpu else "cpu",
+            ours=list(benchmark.stats.stats.data),
+            baselines={name: values[-rounds:] for name, values in seconds.items()},
+            work={"flops": flops, "dense_flops": dense_flops, "bytes": bytes},
+        )
+        benchmark.extra_info.update(measured.summary())
+        request.config.stash[report.ROWS].append(measured)
+
+    return compare
+
+
+class CudaTime:
+    """A point on the GPU's time line; the difference of two is in seconds."""
+
+    def __init__(self):
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, start: "CudaTime") -> float:
+        self.event.synchronize()
+        return start.event.elapsed_time(self.event) / 1e3
+
+
+def _start(clock):
+    if clock is CudaTime:
+        torch.cuda._sleep(BUSY_CYCLES)
+    return clock()
+
+
+def _input_sets(inputs, rotate: bool) -> list[tuple]:
+    first = inputs()
+    if not rotate:
+        return [first]
+    size = sum(value.nbytes for value in first if isinstance(value, torch.Tensor))
+    wanted = L2_MULTIPLE * torch.cuda.get_device_properties().L2_cache_size
+    return [first, *(inputs() for _ in range(min(31, wanted // max(size, 1))))]
+
+
+def _check_equal(ours, baselines, arguments, tolerance) -> None:
+    result = ours(*arguments)
+    for name, function in baselines.items():
+        other = function(*arguments)
+        if tolerance is not None:
+            torch.testing.assert_close(
+                other, result, **tolerance, check_dtype=False, msg=lambda m, name=name: f"{name}: {m}"
+            )

@@ -1,0 +1,58 @@
+"""token_stats against what the reference samplers run on the same logits."""
+
+import pytest
+import torch
+
+import dllm_kernels as dk
+from benchmarks import baselines
+
+VOCABULARY = 126_464
+
+
+def logits(rows, vocabulary, device="cpu", dtype=torch.float32):
+    return lambda: (4 * torch.randn(rows, vocabulary, device=device, dtype=dtype),)
+
+
+def greedy(x):
+    stats = dk.token_stats(x)
+    return stats.token, stats.prob
+
+
+def sampled(x):
+    ids = torch.zeros(x.shape[0], 3, dtype=torch.int32, device=x.device)
+    ids[:, 1] = torch.arange(x.shape[0], device=x.device)
+    stats = dk.token_stats(x, temperature=1.0, seed=0, noise_ids=ids)
+    return stats.token, stats.prob
+
+
+def test_token_stats_greedy(compare, pick):
+    rows, vocabulary = pick(32, 4), pick(VOCABULARY, 1000)
+    compare(
+        greedy,
+        {"softmax, argmax, gather": baselines.softmax_statistics},
+        inputs=logits(rows, vocabulary),
+        bytes=4 * rows * vocabulary,
+        tolerance={"atol": 1e-5, "rtol": 1e-4},
+    )
+
+
+def test_token_stats_sampled(compare, pick):
+    rows, vocabulary = pick(32, 4), pick(VOCABULARY, 1000)
+    compare(
+        sampled,
+        {"float64 Gumbel": lambda x: baselines.gumbel_statistics(x, 1.0)},
+        inputs=logits(rows, vocabulary),
+        bytes=4 * rows * vocabulary,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [32, 1024])
+def test_token_stats_greedy_gpu(compare, pick, rows):
+    vocabulary = pick(VOCABULARY, 1000)
+    compare(
+        greedy,
+        {"softmax, argmax, gather": baselines.softmax_statistics},
+        inputs=logits(rows, vocabulary, "cuda", torch.bfloat16),
+        bytes=2 * rows * vocabulary,
+    )

@@ -1,0 +1,67 @@
+// Parameter blocks of the kernels: plain data, filled by csrc/torch, read by CPU and CUDA kernels alike.
+// Strides count elements; the last dimension of every float tensor is contiguous.
+#pragma once
+
+#include <stdint.h>
+
+namespace dllm {
+
+enum class DType : int32_t { float32, bfloat16, float16 };
+
+// [batch, heads, positions, head_dim]
+struct HeadsLayout {
+  int64_t batch_stride, head_stride, position_stride;
+};
+
+// int32 [batch, rows, count, 2], contiguous from `rows` on. data == nullptr: every row sees all keys.
+struct SpanTable {
+  const int32_t* data;
+  int64_t batch_stride;  // 0: shared by all sequences
+  int64_t row_stride;    // 0: shared by all queries of a sequence
+  int32_t count;
+};
+
+struct BlockAttentionParams {
+  DType dtype;
+  int32_t batch, q_heads, kv_heads, q_len, kv_len, head_dim;
+  float scale;
+  SpanTable spans;
+  const void *q, *k, *v;
+  void* out;
+  float* lse;  // [batch, q_heads, q_len], natural logarithm
+  HeadsLayout q_layout, k_layout, v_layout, out_layout;
+};
+
+// Paged cache: [pages, page_size, kv_heads, head_dim].
+struct PagesLayout {
+  int64_t page_stride, slot_stride, head_stride;
+};
+
+// Every query attends to spans of its sequence's cache, then to spans of the fresh keys.
+struct CachedAttentionParams {
+  DType dtype;
+  int32_t batch, q_heads, kv_heads, q_len, head_dim, page_size;
+  float scale;
+  SpanTable cache_spans, fresh_spans;
+  const int32_t* page_table;  // [batch, pages_per_sequence]
+  int64_t page_table_stride;
+  const int32_t* q_lengths;  // [batch], or nullptr: all q_len
+  const void *q, *k, *v, *cache_k, *cache_v;
+  void* out;
+  float* lse;
+  HeadsLayout q_layout, k_layout, v_layout, out_layout;
+  PagesLayout cache_k_layout, cache_v_layout;
+};
+
+struct KvWriteParams {
+  int32_t batch, kv_heads, length, page_size;
+  int64_t row_bytes;  // of one head's key or value
+  const int32_t *page_table, *positions;
+  int64_t page_table_stride, positions_stride;
+  const void *k, *v;
+  void *cache_k, *cache_v;
+  HeadsLayout k_layout, v_layout;  // strides in bytes
+  PagesLayout cache_k_layout, cache_v_layout;
+};
+
+}  // namespace dllm

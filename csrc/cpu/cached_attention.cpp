@@ -1,0 +1,56 @@
+#include "cpu/cached_attention.h"
+
+#include "cpu/query_tile.h"
+
+namespace dllm::cpu::DLLM_ISA {
+namespace {
+
+template <typename T>
+void attend_item(const CachedAttentionParams& p, int64_t item) {
+  const TileItem at = tile_item(item, p.q_heads, p.kv_heads, p.q_len);
+  const int length = p.q_lengths ? p.q_lengths[at.batch] : p.q_len;
+  const int live = clamp(length * at.rows.group - at.rows.first, 0, at.rows.count);
+  QueryTile tile({at.rows.first, live, at.rows.group}, p.head_dim, p.scale);
+  for (int i = 0; i < live; i++) tile.set_query(i, at.row<const T>(p.q, p.q_layout, i));
+
+  if (live > 0) {
+    const int32_t* pages = p.page_table + at.batch * p.page_table_stride;
+    const auto slot = [&](const void* cache, const PagesLayout& layout, int key) {
+      return static_cast<const T*>(cache) + pages[key / p.page_size] * layout.page_stride +
+             key % p.page_size * layout.slot_stride + at.kv_head * layout.head_stride;
+    };
+    tile.attend({p.cache_spans, at.batch, INT_MAX}, [&](int key, float* k, float* v) {
+      widen_row(slot(p.cache_k, p.cache_k_layout, key), k, p.head_dim);
+      widen_row(slot(p.cache_v, p.cache_v_layout, key), v, p.head_dim);
+    });
+    tile.attend({p.fresh_spans, at.batch, length}, [&](int key, float* k, float* v) {
+      widen_row(at.key<T>(p.k, p.k_layout, key), k, p.head_dim);
+      widen_row(at.key<T>(p.v, p.v_layout, key), v, p.head_dim);
+    });
+  }
+
+  for (int i = 0; i < at.rows.count; i++) {
+    T* out = at.row<T>(p.out, p.out_layout, i);
+    float* lse = p.lse + at.lse_index(i, p.q_heads, p.q_len);
+    if (i < live) {
+      tile.get_output(i, out, lse);
+    } else {
+      memset(out, 0, sizeof(T) * p.head_dim);
+      *lse = -kInfinity;
+    }
+  }
+}
+
+}  // namespace
+
+void cached_block_attention(const CachedAttentionParams& p, long begin, long end) {
+  for (long item = begin; item < end; item++) {
+    switch (p.dtype) {
+      case DType::float32: attend_item<float>(p, item); break;
+      case DType::bfloat16: attend_item<BFloat16>(p, item); break;
+      case DType::float16: attend_item<Float16>(p, item); break;
+    }
+  }
+}
+
+}  // namespace dllm::cpu::DLLM_ISA

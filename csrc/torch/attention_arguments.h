@@ -1,0 +1,148 @@
+// From the tensors of an attention operator to its parameter block; shared by CPU and CUDA.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "core/params.h"
+#include "torch/checks.h"
+
+namespace dllm {
+
+inline DType storage_type(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Half: return DType::float16;
+    default: return DType::float32;
+  }
+}
+
+inline HeadsLayout heads_layout(const Tensor& tensor) {
+  return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// Kernels read rows of head_dim neighbouring elements; on CUDA every row starts at a multiple of 16 bytes.
+inline Tensor with_contiguous_rows(const Tensor& tensor) {
+  if (tensor.stride(tensor.dim() - 1) != 1) return torch::stable::contiguous(tensor);
+  if (!tensor.is_cuda()) return tensor;
+  const auto bytes = static_cast<int64_t>(tensor.element_size());
+  bool aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+  for (int64_t dim = 0; dim + 1 < tensor.dim(); dim++) aligned &= tensor.stride(dim) * bytes % 16 == 0;
+  return aligned ? tensor : torch::stable::clone(tensor);
+}
+
+constexpr SpanTable kSeesAll = {nullptr, 0, 0, 1};
+
+inline SpanTable span_table(const Tensor& spans) {
+  return {spans.const_data_ptr<int32_t>(), spans.size(0) == 1 ? 0 : spans.stride(0),
+          spans.size(1) == 1 ? 0 : spans.stride(1), static_cast<int32_t>(spans.size(2))};
+}
+
+inline void check_span_tensor(const char* op, const char* name, const Tensor& spans, const Tensor& q,
+                              bool one_batch_allowed, bool one_row_allowed) {
+  check_dtype(op, name, spans, {ScalarType::Int});
+  check_same_device(op, name, spans, "q", q);
+  const int64_t batch = q.size(0), rows = q.size(2);
+  const bool batch_fits =
+      spans.dim() == 4 && (spans.size(0) == batch || (one_batch_allowed && spans.size(0) == 1));
+  const bool rows_fit =
+      spans.dim() == 4 && (spans.size(1) == rows || (one_row_allowed && spans.size(1) == 1));
+  check(batch_fits && rows_fit && spans.size(2) >= 1 && spans.size(3) == 2, op, ": ", name, " must be [",
+        one_batch_allowed ? "1 or " : "", batch, ", ", one_row_allowed ? "1 or " : "", rows,
+        ", at least 1, 2], got shape ", shape_text(spans));
+  check_int(op, name, spans.size(2));
+}
+
+inline void check_lengths(const char* op, const char* name, const Tensor& lengths, const Tensor& q) {
+  check_dims(op, name, lengths, 1, "[batch]");
+  check_dtype(op, name, lengths, {ScalarType::Int});
+  check_same_device(op, name, lengths, "q", q);
+  check_size(op, name, lengths, 0, q.size(0), "the batch size of q");
+}
+
+// Contents, on the CPU only: spans lie in [0, kv_len], sorted and disjoint. Rows of sequence b from
+// lengths[b] on are not looked at.
+inline void check_spans(const char* op, const char* name, const SpanTable& spans, int64_t batch, int64_t rows,
+                        int64_t kv_len, const int32_t* lengths = nullptr) {
+  for (int64_t b = 0; b < (spans.batch_stride ? batch : std::min<int64_t>(batch, 1)); b++) {
+    const int64_t live = lengths ? lengths[b] : rows;
+    for (int64_t row = 0; row < (spans.row_stride ? live : std::min<int64_t>(live, 1)); row++) {
+      const int32_t* span = spans.data + b * spans.batch_stride + row * spans.row_stride;
+      int32_t seen = 0;
+      for (int32_t r = 0; r < spans.count; r++, span += 2) {
+        const bool empty = span[0] == span[1];
+        check(0 <= span[0] && span[0] <= span[1] && span[1] <= kv_len, op, ": ", name, "[", b, ", ", row,
+              ", ", r, "] must have 0 <= start <= end <= ", kv_len, ", got [", span[0], ", ", span[1], "]");
+        check(empty || span[0] >= seen, op, ": ", name, "[", b, ", ", row, ", ", r,
+              "] must start at or after the end of the span before it (", seen, "), got [", span[0], ", ",
+              span[1], "]");
+        if (!empty) seen = span[1];
+      }
+    }
+  }
+}
+
+// q [B, Hq, Sq, D] against k and v [B, Hkv, Sk, D].
+inline void check_heads(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
+  check_dims(op, "q", q, 4, "[batch, heads, queries, head_dim]");
+  check_dims(op, "k", k, 4, "[batch, kv_heads, keys, head_dim]");
+  check_dims(op, "v", v, 4, "[batch, kv_heads, keys, head_dim]");
+  check_float(op, "q", q);
+  check_same_dtype(op, "k", k, "q", q);
+  check_same_dtype(op, "v", v, "q", q);
+  check_same_device(op, "k", k, "q", q);
+  check_same_device(op, "v", v, "q", q);
+  check_size(op, "k", k, 0, q.size(0), "the batch size of q");
+  check_size(op, "k", k, 3, q.size(3), "the head dim of q");
+  for (int64_t dim = 0; dim < 4; dim++) check_size(op, "v", v, dim, k.size(dim), "as in k");
+  check(k.size(1) > 0 && q.size(1) % k.size(1) == 0, op, ": q must have a multiple of k's heads (", k.size(1),
+        "), got ", q.size(1));
+  check(q.size(3) % 8 == 0 && 8 <= q.size(3) && q.size(3) <= 256, op,
+        ": head_dim must be a multiple of 8 from 8 to 256, got ", q.size(3));
+  for (int64_t dim = 0; dim < 4; dim++) check_int(op, "every size of q", q.size(dim));
+  check_int(op, "every size of k", k.size(2));
+  check_int(op, "queries times heads of q", q.size(1) * q.size(2));
+}
+
+// Inputs with contiguous rows, the outputs, and what both kinds of attention parameters say about them.
+struct AttentionTensors {
+  Tensor q, k, v, out, lse;
+  float scale;
+
+  AttentionTensors(const char* op, const Tensor& query, const Tensor& key, const Tensor& value, double factor)
+      : q(with_contiguous_rows(query)),
+        k(with_contiguous_rows(key)),
+        v(with_contiguous_rows(value)),
+        // Stored as [B, Sq, Hq, D]: merging the heads afterwards is a view.
+        out(torch::stable::transpose(
+            torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1), q.size(3)}), 1, 2)),
+        lse(torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float)),
+        scale(static_cast<float>(factor)) {
+    check(std::isfinite(scale), op, ": scale must be finite, got ", factor);
+  }
+
+  template <typename Params>
+  void fill(Params& p) const {
+    p.dtype = storage_type(q);
+    p.batch = static_cast<int32_t>(q.size(0));
+    p.q_heads = static_cast<int32_t>(q.size(1));
+    p.kv_heads = static_cast<int32_t>(k.size(1));
+    p.q_len = static_cast<int32_t>(q.size(2));
+    p.head_dim = static_cast<int32_t>(q.size(3));
+    p.scale = scale;
+    p.q = q.const_data_ptr();
+    p.k = k.const_data_ptr();
+    p.v = v.const_data_ptr();
+    p.out = out.mutable_data_ptr();
+    p.lse = lse.mutable_data_ptr<float>();
+    p.q_layout = heads_layout(q);
+    p.k_layout = heads_layout(k);
+    p.v_layout = heads_layout(v);
+    p.out_layout = heads_layout(out);
+  }
+};
+
+}  // namespace dllm

@@ -1,0 +1,181 @@
+// token_stats, commit_ and unmask_ on CUDA tensors: allocation and launches on the current stream.
+// Contents of index tensors stay on the device; the kernels treat what is out of range as absent.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/commit/launch.h"
+#include "cuda/token_stats/launch.h"
+#include "torch/unmask.h"
+
+namespace dllm {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_launch(const char* op, cudaError_t status) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(status));
+}
+
+cuda::LogitType logit_type(ScalarType type) {
+  return type == ScalarType::Float      ? cuda::LogitType::float32
+         : type == ScalarType::BFloat16 ? cuda::LogitType::bfloat16
+                                        : cuda::LogitType::float16;
+}
+
+cuda::TokenIds listed_ids(const char* op, const char* name, const std::vector<int32_t>& ids) {
+  check(ids.size() <= cuda::kMaxListedIds, op, ": ", name, " may list at most ", cuda::kMaxListedIds,
+        " ids on CUDA, got ", ids.size());
+  cuda::TokenIds list{};
+  list.count = static_cast<int>(ids.size());
+  std::copy(ids.begin(), ids.end(), list.ids);
+  return list;
+}
+
+TokenStatsTensors row_stats(const char* op, const LogitsRows& logits, const std::vector<int64_t>& shape,
+                            const cuda::BlockRows& block, double temperature, int64_t seed,
+                            const int32_t* noise_ids, const std::vector<int64_t>& suppress_tokens,
+                            const std::vector<int64_t>& proposal_exclude,
+                            const std::vector<int64_t>& confidence_exclude, double confidence_temperature,
+                            bool float64) {
+  check_temperatures(op, temperature, confidence_temperature);
+  check(logits.vocabulary <= 1 << 30, op, ": the vocabulary may hold at most 2^30 ids on CUDA, got ",
+        logits.vocabulary);
+  const auto suppress = token_ids(op, "suppress_tokens", suppress_tokens, logits.vocabulary);
+  const auto unproposed = token_ids(op, "proposal_exclude", proposal_exclude, logits.vocabulary);
+  const auto uncounted = token_ids(op, "confidence_exclude", confidence_exclude, logits.vocabulary);
+  const ScalarType real = float64 ? ScalarType::Double : ScalarType::Float;
+  Tensor token = new_tensor(logits.tensor, shape, ScalarType::Long);
+  Tensor prob = new_tensor(logits.tensor, shape, real), margin = new_tensor(logits.tensor, shape, real);
+  Tensor entropy = new_tensor(logits.tensor, shape, real), logsumexp = new_tensor(logits.tensor, shape, real);
+  const auto bytes =
+      static_cast<int64_t>(cuda::token_stats_workspace(logits.rows, logits.vocabulary, float64));
+  Tensor states = new_tensor(logits.tensor, {bytes}, ScalarType::Byte);
+
+  cuda::TokenStatsParams p{};
+  p.logits = logits.tensor.data_ptr();
+  p.type = logit_type(logits.tensor.scalar_type());
+  p.rows = logits.rows;
+  p.inner = logits.inner, p.outer_stride = logits.outer_stride, p.inner_stride = logits.inner_stride;
+  p.vocabulary = logits.vocabulary;
+  p.float64 = float64;
+  p.block = block;
+  p.temperature = static_cast<float>(temperature);
+  p.seed = static_cast<uint64_t>(seed);
+  p.noise_ids = noise_ids;
+  p.confidence_scale = static_cast<float>(1 / confidence_temperature);
+  p.suppress = listed_ids(op, "suppress_tokens", suppress);
+  p.proposal_exclude = listed_ids(op, "proposal_exclude", unproposed);
+  p.confidence_exclude = listed_ids(op, "confidence_exclude", uncounted);
+  p.fallback = lowest_allowed(op, suppress, unproposed, logits.vocabulary);
+  p.states = states.data_ptr();
+  p.token = static_cast<int64_t*>(token.data_ptr());
+  p.prob = prob.data_ptr(), p.margin = margin.data_ptr();
+  p.entropy = entropy.data_ptr(), p.logsumexp = logsumexp.data_ptr();
+  check_launch(op, cuda::token_stats(p, current_stream(logits.tensor)));
+  return {token, prob, margin, entropy, logsumexp};
+}
+
+TokenStatsTensors token_stats(Tensor logits, double temperature, int64_t seed,
+                              std::optional<Tensor> noise_ids, std::vector<int64_t> suppress_tokens,
+                              std::vector<int64_t> proposal_exclude, std::vector<int64_t> confidence_exclude,
+                              double confidence_temperature, bool float64) {
+  constexpr const char* op = "token_stats";
+  const DeviceGuard guard(logits.get_device_index());
+  const LogitsRows rows(op, logits);
+  const auto ids = checked_noise_ids(op, noise_ids, logits, rows.rows);
+  return row_stats(op, rows, leading_shape(logits), {}, temperature, seed, int32_data(ids), suppress_tokens,
+                   proposal_exclude, confidence_exclude, confidence_temperature, float64);
+}
+
+// `positions` or `block_start` is null.
+Tensor commit_rows(const char* op, const CommitArguments& arguments, const Tensor& canvas,
+                   const int32_t* positions, const int32_t* block_start, int64_t candidates,
+                   const TokenStatsTensors& stats) {
+  const auto& [token, prob, margin, entropy, logsumexp] = stats;
+  const int64_t batch = canvas.size(0);
+  check(candidates <= cuda::kMaxCandidates, op, ": a row may list at most ", cuda::kMaxCandidates,
+        " candidates on CUDA, got ", candidates);
+  Tensor accepted = new_tensor(canvas, {batch, candidates}, ScalarType::Bool);
+  cuda::CommitParams p{};
+  p.rule = arguments.rule;
+  p.mask_id = arguments.mask_id;
+  p.batch = check_int(op, "the batch of canvas", batch);
+  p.candidates = static_cast<int>(candidates);
+  p.canvas_stride = canvas.stride(0);
+  p.length = canvas.size(1);
+  p.canvas = canvas.data_ptr();
+  p.canvas_is_int64 = canvas.scalar_type() == ScalarType::Long;
+  p.positions = positions;
+  p.block_start = block_start;
+  p.token = static_cast<const int64_t*>(token.data_ptr());
+  p.prob = prob.data_ptr(), p.margin = margin.data_ptr(), p.entropy = entropy.data_ptr();
+  p.float64 = prob.scalar_type() == ScalarType::Double;
+  p.quota = int32_data(arguments.quota);
+  p.step = int32_data(arguments.step);
+  p.sequence_ids = int32_data(arguments.sequence_ids);
+  p.seed = arguments.seed;
+  p.accepted = static_cast<bool*>(accepted.data_ptr());
+  p.progress = arguments.progress ? static_cast<int32_t*>(arguments.progress->data_ptr()) : nullptr;
+  check_launch(op, cuda::commit(p, current_stream(canvas)));
+  return accepted;
+}
+
+Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tensor margin, Tensor entropy,
+               std::string rule, double parameter, bool strict, std::string confidence, double alg_temp,
+               int64_t mask_id, std::optional<Tensor> quota, std::optional<Tensor> step,
+               std::optional<Tensor> sequence_ids, int64_t seed, std::optional<Tensor> progress) {
+  constexpr const char* op = "commit_";
+  const DeviceGuard guard(canvas.get_device_index());
+  const CommitArguments arguments(op, canvas, make_rule(op, rule, parameter, strict, confidence, alg_temp),
+                                  mask_id, quota, step, sequence_ids, seed, progress);
+  const TokenStatsTensors stats = checked_stats(op, canvas, positions, token, prob, margin, entropy);
+  const Tensor listed = torch::stable::contiguous(positions);
+  return commit_rows(op, arguments, canvas, static_cast<const int32_t*>(listed.data_ptr()), nullptr,
+                     positions.size(1), stats);
+}
+
+Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rule, double parameter,
+               bool strict, std::string confidence, double alg_temp, int64_t mask_id,
+               std::optional<Tensor> quota, std::optional<Tensor> step, std::optional<Tensor> sequence_ids,
+               int64_t seed, std::optional<Tensor> progress, double temperature,
+               std::vector<int64_t> suppress_tokens, std::vector<int64_t> proposal_exclude,
+               std::vector<int64_t> confidence_exclude, double confidence_temperature, bool float64) {
+  constexpr const char* op = "unmask_";
+  const DeviceGuard guard(canvas.get_device_index());
+  const CommitArguments arguments(op, canvas, make_rule(op, rule, parameter, strict, confidence, alg_temp),
+                                  mask_id, quota, step, sequence_ids, seed, progress);
+  const Tensor starts = checked_starts(op, canvas, logits, block_start);
+  const LogitsRows rows(op, logits);
+  bar_mask(op, mask_id, rows.vocabulary, suppress_tokens, proposal_exclude);
+  const int64_t batch = canvas.size(0), block = logits.size(1);
+  const auto* start = static_cast<const int32_t*>(starts.data_ptr());
+  const cuda::BlockRows block_rows{canvas.data_ptr(),
+                                   canvas.scalar_type() == ScalarType::Long,
+                                   canvas.stride(0),
+                                   canvas.size(1),
+                                   mask_id,
+                                   start,
+                                   block,
+                                   int32_data(arguments.step),
+                                   int32_data(arguments.sequence_ids)};
+  const TokenStatsTensors stats =
+      row_stats(op, rows, {batch, block}, block_rows, temperature, seed, nullptr, suppress_tokens,
+                proposal_exclude, confidence_exclude, confidence_temperature, float64);
+  return commit_rows(op, arguments, canvas, nullptr, start, block, stats);
+}
+
+}  // namespace
+}  // namespace dllm
+
+STABLE_TORCH_LIBRARY_IMPL(dllm_kernels, CUDA, m) {
+  m.impl("token_stats", TORCH_BOX(&dllm::token_stats));
+  m.impl("commit_", TORCH_BOX(&dllm::commit_));
+  m.impl("unmask_", TORCH_BOX(&dllm::unmask_));
+}

@@ -1,0 +1,42 @@
+"""Fast kernels and samplers for diffusion language models.
+
+Public names are imported on first use, so that `import dllm_kernels` costs next to nothing.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "SpanMask": "span_mask",
+    "block_attention": "ops.attention",
+    "cached_block_attention": "ops.attention",
+    "kv_write_": "ops.kv_cache",
+    "token_stats": "ops.unmask",
+    "TokenStats": "ops.unmask",
+    "commit_": "ops.unmask",
+    "unmask_": "ops.unmask",
+    "BlockKVCache": "block_cache",
+    "load": "models.checkpoint",
+    "enable_attention": "models.attention",
+    "sample": "sampling.rounds",
+    "infill": "sampling.rounds",
+    "SampleConfig": "sampling.config",
+    "SampleOutput": "sampling.output",
+    "Rule": "sampling.rules",
+    "StepView": "sampling.views",
+}
+__all__ = ["__version__", *_MODULE_OF]
+
+
+def __getattr__(name: str):
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

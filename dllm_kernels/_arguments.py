@@ -1,0 +1,44 @@
+"""Argument checks shared by the modules; every message names the argument and what is allowed."""
+
+import operator
+
+import torch
+from torch import Tensor
+
+
+def integer(name: str, value: object, low: int | None = None, high: int = 2**31 - 1) -> int:
+    """`value` as an int in low..high (low=None: -high..high)."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {kind(value)}") from None
+    if number > high or (low is not None and number < low):
+        raise ValueError(f"{name} must lie in {-high if low is None else low}..{high}, got {number}")
+    return number
+
+
+def kind(value: object) -> str:
+    """What an error message says `value` was."""
+    return f"{value.dtype} Tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_tensors(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {kind(value)}")
+
+
+def check_batch_vector(name: str, value: Tensor, low: int | None = None, high: int | None = None) -> None:
+    """`value` is int32 or int64 [B] with entries in low..high (low=None: any)."""
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be an int or an int32 or int64 Tensor [B], got {kind(value)}")
+    if value.dim() != 1:
+        raise ValueError(f"{name} must be an int or a Tensor [B], got {kind(value)}")
+    if low is None or torch.compiler.is_compiling():
+        return
+    wrong = ((value < low) | (value > high)).nonzero()
+    if wrong.numel():
+        at = int(wrong[0])
+        raise ValueError(f"{name} must lie in {low}..{high}, got {int(value[at])} at index {at}")

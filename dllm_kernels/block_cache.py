@@ -1,0 +1,155 @@
+"""BlockKVCache: keys and values of many sequences in pages, shared where sequences have a common prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dllm_kernels._arguments import integer, kind
+from dllm_kernels._library import host
+from dllm_kernels.ops.kv_cache import kv_write_
+
+PagesExhausted = host().PagesExhausted
+
+
+class BlockKVCache:
+    """Paged K/V of every layer; which pages belong to whom is kept on the host by a BlockPool.
+
+    A sequence is admitted with all the room it will need, so that it never stops halfway for lack of pages.
+    Sequence ids are ints and never used twice. `with cache:` ends every sequence on leaving, by an error
+    too. A call that raises changes nothing.
+
+    layers, kv_heads, head_dim: of the model. pages: how many each layer has, of page_size tokens each.
+    dtype: float32, bfloat16 or float16. Pages start as zeros and are not cleared when they change hands.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        pages: int,
+        page_size: int = 32,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ):
+        self.layers = integer("layers", layers, 1)
+        self.kv_heads = integer("kv_heads", kv_heads, 1)
+        self.head_dim = integer("head_dim", head_dim, 1)
+        self.pages = integer("pages", pages, 1)
+        self.page_size = integer("page_size", page_size, 1)
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+        shape = (2, self.layers, self.pages, self.page_size, self.kv_heads, self.head_dim)
+        self._storage = torch.zeros(shape, dtype=dtype, device=device)
+        self._pool = host().BlockPool(self.pages)
+
+    # ---- sequences -----------------------------------------------------------------------------
+    def admit(self, tokens: int) -> int:
+        """Id of a new sequence with room for `tokens` tokens. Raises PagesExhausted (a RuntimeError)."""
+        return self._pool.allocate(self._pages_for(integer("tokens", tokens, 1)))
+
+    def fork(self, sequence: int, prefix_tokens: int, tokens: int) -> int:
+        """Id of a new sequence with room for `tokens`; its first `prefix_tokens` are those of `sequence`.
+
+        Whole pages of the prefix are shared, and written by neither while both live; the rest of it, less
+        than a page, is copied. Raises PagesExhausted (a RuntimeError).
+        """
+        sequence = integer("sequence", sequence)
+        prefix_tokens = integer("prefix_tokens", prefix_tokens, 0, self.room(sequence))
+        tokens = integer("tokens", tokens, max(prefix_tokens, 1))
+        shared, copied = divmod(prefix_tokens, self.page_size)
+        child = self._pool.fork(sequence, shared, self._pages_for(tokens) - shared)
+        if copied:
+            source, target = (self._pool.pages_of(id)[shared] for id in (sequence, child))
+            self._storage[:, :, target, :copied] = self._storage[:, :, source, :copied]
+        return child
+
+    def extend(self, sequence: int, tokens: int) -> None:
+        """Make room for `tokens` tokens in all. Raises PagesExhausted (a RuntimeError)."""
+        sequence = integer("sequence", sequence)
+        missing = self._pages_for(integer("tokens", tokens, 1)) - len(self._pool.pages_of(sequence))
+        self._pool.append(sequence, max(missing, 0))
+
+    def free(self, sequence: int) -> None:
+        """End `sequence`. Pages that no other sequence holds become free; the id is never valid again."""
+        self._pool.free(integer("sequence", sequence))
+
+    def reset(self) -> None:
+        """End every sequence."""
+        self._pool.reset()
+
+    def __enter__(self) -> BlockKVCache:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.reset()
+
+    # ---- what a sequence has -------------------------------------------------------------------
+    @property
+    def pages_free(self) -> int:
+        return self._pool.pages_free
+
+    @property
+    def pages_used(self) -> int:
+        return self.pages - self._pool.pages_free
+
+    def room(self, sequence: int) -> int:
+        """How many tokens the pages of `sequence` hold."""
+        return len(self._pool.pages_of(integer("sequence", sequence))) * self.page_size
+
+    def shared_tokens(self, sequence: int) -> int:
+        """Positions before this one lie on pages that another sequence holds too: not to be written."""
+        return self._pool.shared_pages(integer("sequence", sequence)) * self.page_size
+
+    def page_table(self, sequences: Sequence[int]) -> Tensor:
+        """int32 [B, P] on the cache's device: each sequence's pages, P the most of any, 0 behind them."""
+        table = self._pool.page_table([integer("each of sequences", sequence) for sequence in sequences])
+        return torch.from_numpy(table).to(self._storage.device)
+
+    # ---- contents ------------------------------------------------------------------------------
+    def keys(self, layer: int) -> Tensor:
+        """[pages, page_size, kv_heads, head_dim], a view."""
+        return self._storage[0, integer("layer", layer, 0, self.layers - 1)]
+
+    def values(self, layer: int) -> Tensor:
+        """[pages, page_size, kv_heads, head_dim], a view."""
+        return self._storage[1, integer("layer", layer, 0, self.layers - 1)]
+
+    def write_(self, layer: int, k: Tensor, v: Tensor, sequences: Sequence[int], positions: Tensor) -> None:
+        """Store k, v [B, kv_heads, T, head_dim] at `positions` int32 [B, T] of `sequences`, -1 = skip.
+
+        A position without room, or on a shared page, is a ValueError. This reads `positions` on the host; a
+        loop that knows its positions calls `kv_write_` with a page table made once.
+        """
+        if len(set(sequences)) != len(sequences):
+            raise ValueError(f"sequences must be distinct, got {list(sequences)}")
+        self._check_writable(sequences, positions)
+        kv_write_(self.keys(layer), self.values(layer), k, v, self.page_table(sequences), positions)
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockKVCache(layers={self.layers}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, "
+            f"pages={self.pages}, page_size={self.page_size}, dtype={self._storage.dtype}, "
+            f"device={self._storage.device}, pages_used={self.pages_used})"
+        )
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def _check_writable(self, sequences: Sequence[int], positions: Tensor) -> None:
+        if not isinstance(positions, Tensor) or positions.dtype != torch.int32:
+            raise TypeError(f"positions must be an int32 Tensor [B, T], got {kind(positions)}")
+        if positions.dim() != 2 or len(positions) != len(sequences):
+            raise ValueError(f"positions must be [{len(sequences)}, T], got {list(positions.shape)}")
+        for row, sequence in zip(positions.tolist(), sequences, strict=True):
+            first, end = self.shared_tokens(sequence), self.room(sequence)
+            for position in row:
+                if position != -1 and not first <= position < end:
+                    raise ValueError(
+                        f"positions of sequence {sequence} must be -1 or lie in {first}..{end - 1} "
+                        f"({first} are shared, there is room for {end}), got {position}"
+                    )

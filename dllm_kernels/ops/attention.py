@@ -1,0 +1,144 @@
+"""Attention of diffusion language models: every query sees a union of a few contiguous key ranges."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _library  # noqa: F401  (loads the operators)
+from .._arguments import check_tensors, kind
+from ..span_mask import SpanMask
+from . import reference
+from ._autocast import cast, register_autocast
+
+_ops = torch.ops.dllm_kernels
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: SpanMask | None = None,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * q kᵀ) v over the keys that `mask` shows; invisible tiles cost nothing.
+
+    q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D] with Hq a multiple of Hkv (grouped queries) and D a multiple
+    of 8 up to 256; float32, bfloat16 or float16, float32 arithmetic. mask=None: every query sees every key.
+    scale defaults to 1 / sqrt(D). Returns out [B, Hq, Sq, D], and with return_lse the natural logarithm of
+    the softmax's denominator, float32 [B, Hq, Sq]. A query that sees nothing gets output 0 and lse -inf.
+    Differentiable in q, k and v.
+    """
+    check_tensors(q=q, k=k, v=v)
+    spans = None
+    if mask is not None:
+        if not isinstance(mask, SpanMask):
+            raise TypeError(
+                f"mask must be a SpanMask or None, got {kind(mask)}; SpanMask.from_dense converts a bool mask"
+            )
+        if k.dim() == 4 and mask.kv_len != k.shape[2]:
+            raise ValueError(f"mask.kv_len must be the number of keys ({k.shape[2]}), got {mask.kv_len}")
+        spans = mask.spans
+    out, lse = _ops.block_attention(q, k, v, spans, _scale(q, scale))
+    return (out, lse) if return_lse else out
+
+
+def cached_block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    page_table: Tensor,
+    cache_spans: Tensor,
+    *,
+    fresh_spans: Tensor | None = None,
+    q_lengths: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of a step's queries over spans of a paged cache and over the step's own, fresh keys.
+
+    q [B, Hq, Tq, D] and fresh k, v [B, Hkv, Tq, D] belong to the same Tq tokens; cache_k and cache_v
+    [pages, page_size, Hkv, D]; page_table int32 [B, P]: token position p of sequence b lies in page
+    page_table[b, p // page_size], slot p % page_size. cache_spans int32 [B, 1 or Tq, R, 2]: ranges of token
+    positions that stay visible (1: the same for all queries). fresh_spans int32 [B, Tq, R, 2]: ranges of
+    fresh keys, None = all. q_lengths int32 [B]: tokens from there on are neither query nor key and get output
+    0 and lse -inf. Slots outside all spans are never read. Returns as `block_attention`; no gradient.
+    """
+    check_tensors(
+        q=q, k=k, v=v, cache_k=cache_k, cache_v=cache_v, page_table=page_table, cache_spans=cache_spans
+    )
+    out, lse = _ops.cached_block_attention(
+        q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths, _scale(q, scale)
+    )
+    return (out, lse) if return_lse else out
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    if scale is not None:
+        return float(scale)
+    return q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
+
+
+# ---- fake kernels: shapes, dtypes and strides of what the compiled operators return ------------------
+def _empty_output(q: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, length, dim = q.shape
+    out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
+    return out, q.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+@torch.library.register_fake("dllm_kernels::block_attention")
+def _(q, k, v, spans, scale):
+    return _empty_output(q)
+
+
+@torch.library.register_fake("dllm_kernels::cached_block_attention")
+def _(q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths, scale):
+    return _empty_output(q)
+
+
+# ---- autograd -----------------------------------------------------------------------------------------
+@torch.library.register_fake("dllm_kernels::block_attention_backward")
+def _(grad_out, grad_lse, q, k, v, out, lse, spans, scale):
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+@torch.library.impl("dllm_kernels::block_attention_backward", "CompositeExplicitAutograd")
+def _(grad_out, grad_lse, q, k, v, out, lse, spans, scale):
+    return reference.block_attention_backward(grad_out, grad_lse, q, k, v, out, lse, spans, scale)
+
+
+def _save_for_backward(ctx, inputs, output):
+    q, k, v, spans, scale = inputs
+    ctx.save_for_backward(q, k, v, spans, *output)
+    ctx.scale = scale
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    q, k, v, spans, out, lse = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = _ops.block_attention_backward(grad_out, grad_lse, q, k, v, out, lse, spans, ctx.scale)
+    needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
+    return (*needed, None, None)
+
+
+torch.library.register_autograd("dllm_kernels::block_attention", _backward, setup_context=_save_for_backward)
+
+
+# ---- autocast: float32 and half-precision q, k, v are mixed there ------------------------------------
+def _cast_qkv(q, k, v, *rest):
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return *(cast(t, dtype) for t in (q, k, v)), *rest
+
+
+def _cast_to_cache(q, k, v, cache_k, *rest):
+    return *(cast(t, cache_k.dtype) for t in (q, k, v)), cache_k, *rest
+
+
+register_autocast(_ops.block_attention.default, _cast_qkv)
+register_autocast(_ops.cached_block_attention.default, _cast_to_cache)

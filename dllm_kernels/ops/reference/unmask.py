@@ -1,0 +1,175 @@
+"""Unmasking in plain PyTorch, NumPy and Python: softmax in float64, sorted lists, its own Philox."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def philox4x32_10(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+    """Philox4x32-10 [Salmon et al. 2011] of counters [..., 4]; returns uint32 words [..., 4]."""
+    c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
+    low = np.uint64(0xFFFFFFFF)
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (
+            (product1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0),
+            product1 & low,
+            (product0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1),
+            product0 & low,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3], -1).astype(np.uint32)
+
+
+def _words(seed: int, first_word, position: int, step: int, sequence: int) -> np.ndarray:
+    first_word = np.asarray(first_word, dtype=np.int64)
+    rest = np.array([position, step, sequence], dtype=np.int64)
+    counter = np.concatenate([first_word[:, None], np.broadcast_to(rest, (len(first_word), 3))], -1)
+    return philox4x32_10(counter.astype(np.uint32), (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
+
+
+def uniform(words: np.ndarray) -> np.ndarray:
+    return (words.astype(np.float64) + 0.5) / 2**32
+
+
+def gumbel(words: np.ndarray) -> np.ndarray:
+    """−ln(−ln(1 − w)) in float64."""
+    return -np.log(-np.log1p(-uniform(words)))
+
+
+def token_noise(vocabulary: int, seed: int, sequence: int, position: int, step: int) -> np.ndarray:
+    """Gumbel noise of one row, float64: word v mod 4 of counter (v div 4, position, step, sequence)."""
+    words = _words(seed, np.arange((vocabulary + 3) // 4), position, step, sequence)
+    return gumbel(words.reshape(-1)[:vocabulary])
+
+
+def scores(
+    logits: Tensor, temperature: float = 0.0, seed: int = 0, noise_ids: Tensor | None = None
+) -> Tensor:
+    """What the proposal is the argmax of, float64 [N, V], before anything is barred."""
+    x = _tame(logits.reshape(-1, logits.shape[-1]).double())
+    if temperature > 0:
+        for row in range(len(x)):
+            sequence, position, step = (
+                (0, row, 0) if noise_ids is None else noise_ids.reshape(-1, 3)[row].tolist()
+            )
+            x[row] += temperature * torch.from_numpy(token_noise(x.shape[1], seed, sequence, position, step))
+    return x
+
+
+def token_stats(
+    logits: Tensor,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    noise_ids: Tensor | None = None,
+    suppress_tokens=(),
+    proposal_exclude=(),
+    confidence_exclude=(),
+    confidence_temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """token, prob, margin, entropy, logsumexp of each row; see `dllm_kernels.token_stats`."""
+    leading, vocabulary = logits.shape[:-1], logits.shape[-1]
+    proposal = scores(logits, temperature, seed, noise_ids)
+    proposal[:, [*suppress_tokens, *proposal_exclude]] = -math.inf
+    allowed = [v for v in range(vocabulary) if v not in {*suppress_tokens, *proposal_exclude}]
+    x = _tame(logits.reshape(-1, vocabulary).double()) / confidence_temperature
+    x[:, [*suppress_tokens, *confidence_exclude]] = -math.inf
+    rows = []
+    for score, row in zip(proposal, x, strict=True):
+        found = bool((score > -math.inf).any())
+        token = int(score.argmax()) if found else allowed[0]
+        if not (row > -math.inf).any():
+            rows.append((token, 0.0, 0.0, math.log(vocabulary), -math.inf))
+            continue
+        p = row.softmax(-1)
+        counted = found and row[token] > -math.inf
+        top = p.topk(min(2, vocabulary)).values
+        rows.append(
+            (
+                token,
+                float(p[token]) if counted else 0.0,
+                float(top[0] - (top[1] if vocabulary > 1 else 0.0)) if counted else 0.0,
+                float(torch.special.entr(p).sum()),
+                float(row.logsumexp(-1)),
+            )
+        )
+    columns = list(zip(*rows, strict=True)) or [()] * 5
+    dtypes = [torch.int64, *[torch.float64] * 4]
+    return tuple(torch.tensor(c, dtype=d).reshape(leading) for c, d in zip(columns, dtypes, strict=True))
+
+
+def commit(
+    canvas: list[list[int]],
+    positions: list[list[int]],
+    stats: tuple[Tensor, ...],
+    rule,
+    *,
+    mask_id: int,
+    quota: list[int] | None = None,
+    step: list[int] | None = None,
+    sequence_ids: list[int] | None = None,
+    seed: int = 0,
+) -> tuple[list[list[int]], list[list[bool]], list[list[int]]]:
+    """New canvas, accepted and progress of `dllm_kernels.commit_`, by sorting each row."""
+    canvas = [list(row) for row in canvas]
+    accepted, progress = [], []
+    shape = (len(positions), len(positions[0]) if positions else 0)
+    token, prob, margin, entropy = (field.reshape(shape).tolist() for field in stats[:4])
+    for b, row in enumerate(positions):
+        candidates = []
+        masks = 0
+        for c, position in enumerate(row):
+            if position < 0 or canvas[b][position] != mask_id:
+                continue
+            masks += 1
+            if token[b][c] == mask_id:
+                continue
+            draw = (position, step[b] if step else 0, sequence_ids[b] if sequence_ids else b)
+            kinds = {"prob": prob[b][c], "margin": margin[b][c], "entropy": -entropy[b][c]}
+            if rule.confidence == "random":
+                kinds["random"] = float(np.float32(uniform(_words(seed, [0xFFFFFFFF], *draw)[0, 0])))
+            confidence = kinds[rule.confidence]
+            key = confidence
+            if rule.alg_temp > 0:
+                key = confidence / rule.alg_temp + gumbel(_words(seed, [0xFFFFFFFE], *draw)[0, 0])
+            candidates.append((-key, position, c, confidence))
+        candidates.sort()
+        n = _accepted(
+            rule, [c[-1] for c in candidates], [entropy[b][c[2]] for c in candidates], quota and quota[b]
+        )
+        accepted.append([False] * len(row))
+        for _, position, c, _ in candidates[:n]:
+            canvas[b][position] = token[b][c]
+            accepted[b][c] = True
+        progress.append([masks - n, n])
+    return canvas, accepted, progress
+
+
+def _accepted(rule, confidences: list[float], entropies: list[float], quota: int | None) -> int:
+    """How many of the sorted candidates a rule of SEMANTICS accepts."""
+    count = len(confidences)
+    above = [c > rule.parameter if rule.strict else c >= rule.parameter for c in confidences]
+    if rule.name == "quota":
+        return min(quota, count)
+    if rule.name == "threshold":
+        return min(count, max(1, sum(above)))
+    if rule.name == "quota_or_threshold":
+        return min(count, max(quota, sum(above)))
+    if rule.name == "factor":
+        for r in range(2, count + 1):
+            bound = 1 - rule.parameter / (r + 1)
+            if confidences[r - 1] < bound or (rule.strict and confidences[r - 1] == bound):
+                return r - 1
+        return count
+    if rule.name == "entropy_bound":
+        before = [sum(entropies[:r]) for r in range(count)]
+        return sum(1 for r in range(count) if r == 0 or before[r] <= rule.parameter)
+    raise ValueError(rule.name)
+
+
+def _tame(x: Tensor) -> Tensor:
+    return x.nan_to_num(nan=-math.inf, posinf=torch.finfo(torch.float32).max, neginf=-math.inf)

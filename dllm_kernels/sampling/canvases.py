@@ -1,0 +1,128 @@
+"""From what a user gives (text, ids, tensors) to canvases: token ids with masks where text is to come."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_kernels._arguments import integer
+
+_GAP = re.compile(r"<mask:(\d+)>")
+
+
+@dataclass
+class Canvases:
+    """B canvases of unequal length in one tensor.
+
+    ids: int64 [B, T], filled up with `fill`; all others int64 [B], on the CPU.
+    given: length of the prompt (infill: 0), where the completion starts. origin: where blocks count from.
+    stop: end of what is returned. end: end of the canvas, which may be later.
+    """
+
+    ids: Tensor
+    given: Tensor
+    origin: Tensor
+    stop: Tensor
+    end: Tensor
+    fill: int
+
+
+def completions(
+    prompts: list[list[int]], new_tokens: int, mask_id: int, fill: int, block_size: int, block_causal: bool
+) -> Canvases:
+    """Prompts followed by `new_tokens` masks; block-causal canvases end at a block border."""
+    given = torch.tensor([len(prompt) for prompt in prompts])
+    stop = given + new_tokens
+    end = -(-stop // block_size) * block_size if block_causal else stop.clone()
+    ids = torch.full((len(prompts), int(end.max())), fill)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+        ids[row, len(prompt) : end[row]] = mask_id
+    origin = torch.zeros_like(given) if block_causal else given.clone()
+    return Canvases(ids, given, origin, stop, end, fill)
+
+
+def gaps(canvases: list[list[int]], fill: int) -> Canvases:
+    """Canvases that hold their masks already."""
+    stop = torch.tensor([len(canvas) for canvas in canvases])
+    ids = torch.full((len(canvases), int(stop.max())), fill)
+    for row, canvas in enumerate(canvases):
+        ids[row, : len(canvas)] = torch.tensor(canvas)
+    zero = torch.zeros_like(stop)
+    return Canvases(ids, zero, zero, stop, stop, fill)
+
+
+def token_lists(
+    what: str, given, attention_mask: Tensor | None, tokenizer, mask_id: int | None
+) -> list[list[int]]:
+    """`given` as one list of ids per row; `what` ("prompts" or "canvases") names it in errors.
+
+    In text, `<mask:24>` stands for 24 mask tokens where `what` is "canvases".
+    """
+    if attention_mask is not None and not isinstance(given, Tensor):
+        raise TypeError(f"attention_mask goes with a Tensor of {what}, not with a {type(given).__name__}")
+    if isinstance(given, Tensor):
+        return _rows_of_tensor(what, given, attention_mask)
+    if isinstance(given, str):
+        given = [given]
+    if not isinstance(given, Sequence) or not given:
+        raise ValueError(
+            f"{what} is {given!r}; give a str, a list of str, a list of id lists, or a Tensor [B, S]"
+        )
+    if all(isinstance(row, str) for row in given):
+        if tokenizer is None:
+            raise ValueError(f"{what} is text, which needs tokenizer=; or give token ids")
+        return [_ids_of_text(what, text, tokenizer, mask_id) for text in given]
+    if all(isinstance(row, Sequence | Tensor) and not isinstance(row, str) for row in given):
+        return [
+            [
+                integer(f"an id in {what}[{index}]", token)
+                for token in (row.tolist() if isinstance(row, Tensor) else row)
+            ]
+            for index, row in enumerate(given)
+        ]
+    raise TypeError(
+        f"{what} mixes {sorted({type(row).__name__ for row in given})}; give all text or all id lists"
+    )
+
+
+def check_ids(what: str, rows: list[list[int]], vocab_size: int | None) -> None:
+    """Every row has tokens, and every token is in the vocabulary."""
+    for index, row in enumerate(rows):
+        if not row:
+            raise ValueError(
+                f"{what}[{index}] is empty; it needs a token to start from. For text from nothing use "
+                "dk.infill with a canvas of mask tokens"
+            )
+        low, high = min(row), max(row)
+        if low < 0 or (vocab_size is not None and high >= vocab_size):
+            limit = f"0..{vocab_size - 1}" if vocab_size is not None else ">= 0"
+            raise ValueError(
+                f"{what}[{index}] holds id {low if low < 0 else high}; the vocabulary is {limit}"
+            )
+
+
+def _rows_of_tensor(what: str, given: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    if given.dtype not in (torch.int32, torch.int64) or given.dim() != 2:
+        raise TypeError(f"{what} must be an int64 Tensor [B, S], got {given.dtype} {list(given.shape)}")
+    if not given.shape[0]:
+        raise ValueError(f"{what} holds no rows")
+    if attention_mask is None:
+        return given.tolist()
+    if attention_mask.shape != given.shape:
+        raise ValueError(f"attention_mask is {list(attention_mask.shape)}, {what} is {list(given.shape)}")
+    return [row[real].tolist() for row, real in zip(given, attention_mask.bool(), strict=True)]
+
+
+def _ids_of_text(what: str, text: str, tokenizer, mask_id: int | None) -> list[int]:
+    if what != "canvases":
+        return tokenizer(text)["input_ids"]
+    pieces = _GAP.split(text)
+    ids = list(tokenizer(pieces[0])["input_ids"])
+    for length, piece in zip(pieces[1::2], pieces[2::2], strict=True):
+        ids += [mask_id] * int(length) + list(tokenizer(piece, add_special_tokens=False)["input_ids"])
+    return ids

@@ -1,0 +1,91 @@
+"""From a model and a view to the statistics of every candidate position: one forward, one projection.
+
+The base model gives hidden states for the tokens of the view; only those of the candidates (positions that
+are still masked) go through the vocabulary projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_kernels.models.attention import VIEW_ONLY, enable_attention, view_not_handed_on
+from dllm_kernels.sampling.views import StepView
+
+
+@dataclass
+class ModelDenoiser:
+    """A transformers model on our attention."""
+
+    model: torch.nn.Module
+    head: tuple[str, ...]
+
+    def logits(self, ids: Tensor, view: StepView, candidates: Tensor) -> tuple[Tensor, int]:
+        """ids [N] of the view's tokens, candidates [M] places among them -> logits [M, V], forwards made."""
+        view.layers.clear()
+        hidden = self.model.base_model(
+            input_ids=ids[None],
+            position_ids=view.position_ids,
+            attention_mask=VIEW_ONLY,
+            use_cache=False,
+            dllm_view=view,
+        )[0]
+        if len(view.layers) != self.model.config.num_hidden_layers:
+            raise ValueError(view_not_handed_on(type(self.model).__name__))
+        output = hidden[0, candidates]
+        for name in self.head:
+            output = getattr(self.model, name)(output)
+        return output, 1
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """No gradients, no dropout, our attention; afterwards everything as it was."""
+        training = [module for module in self.model.modules() if module.training]
+        with enable_attention(self.model), torch.no_grad():
+            try:
+                self.model.eval()
+                yield
+            finally:
+                for module in training:
+                    module.training = True
+
+
+@dataclass
+class CallableDenoiser:
+    """Any function from ids [B, T] to logits [B, T, V], or to an object with `.logits`.
+
+    Rows of equal length go through it together: it never sees padding.
+    """
+
+    function: Callable[[Tensor], Tensor]
+
+    def logits(self, ids: Tensor, view: StepView, candidates: Tensor) -> tuple[Tensor, int]:
+        """As ModelDenoiser.logits, with one forward for each length among the rows."""
+        packing, rows, forwards = view.packing, None, 0
+        row, position = packing.row[candidates], packing.position[candidates]
+        for length in packing.length.unique().tolist():
+            group = (packing.length == length).nonzero()[:, 0]
+            canvas = ids[packing.offset[group, None] + torch.arange(length, device=ids.device)]
+            logits = self.function(canvas)
+            logits = getattr(logits, "logits", logits)
+            if not isinstance(logits, Tensor) or logits.shape[:2] != canvas.shape or logits.dim() != 3:
+                found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise ValueError(
+                    f"model gave {found} for ids {list(canvas.shape)}; it must give logits [B, T, V]"
+                )
+            here = torch.isin(row, group)
+            place = torch.searchsorted(group, row[here])
+            rows = logits.new_empty(len(candidates), logits.shape[2]) if rows is None else rows
+            rows[here] = logits[place, position[here]]
+            forwards += 1
+        return rows, forwards
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """No gradients."""
+        with torch.no_grad():
+            yield

@@ -1,0 +1,160 @@
+"""What one call of `sample` or `infill` settles before its first round: model, options, special tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from dllm_kernels.block_cache import BlockKVCache
+from dllm_kernels.models.families import Diffusion, diffusion_of
+from dllm_kernels.sampling.canvases import Canvases
+from dllm_kernels.sampling.config import SampleConfig
+from dllm_kernels.sampling.denoiser import CallableDenoiser, ModelDenoiser
+
+PAGE_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model with the options it is sampled with, all of them checked."""
+
+    model: object
+    denoiser: ModelDenoiser | CallableDenoiser
+    diffusion: Diffusion
+    config: SampleConfig
+    mask_id: int
+    eos_ids: tuple[int, ...]
+
+    @property
+    def block_causal(self) -> bool:
+        return self.diffusion.attention == "block_causal"
+
+    @property
+    def cached(self) -> bool:
+        """Whether keys and values of finished blocks are kept."""
+        return self.block_causal and self.config.cache in ("auto", "block")
+
+    @property
+    def fill(self) -> int:
+        """What stands after a row's end: the end token; else the padding token, else 0 or 1."""
+        candidates = (*self.eos_ids, self.diffusion.pad_id, 0, 1)
+        return next(token for token in candidates if token not in (None, self.mask_id))
+
+    @property
+    def device(self) -> torch.device:
+        weight = next(self.model.parameters(), None) if isinstance(self.model, torch.nn.Module) else None
+        return torch.device("cpu") if weight is None else weight.device
+
+    def check_length(self, canvases: Canvases) -> None:
+        """Refuse canvases beyond the model's positions."""
+        longest, row = canvases.end.max(0)
+        limit = self.diffusion.max_positions
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"row {int(row)} needs {int(longest)} positions ({int(canvases.given[row])} of prompt, "
+                f"blocks of {self.config.block_size}); the model has {limit}"
+            )
+
+    def cache_for(self, canvases: Canvases) -> BlockKVCache:
+        """Pages for the longest rows that can be live at once."""
+        pages = (canvases.end + PAGE_SIZE - 1) // PAGE_SIZE
+        live = min(self.config.max_batch or len(pages), len(pages))
+        config = self.model.config
+        heads = config.num_attention_heads
+        return BlockKVCache(
+            config.num_hidden_layers,
+            getattr(config, "num_key_value_heads", None) or heads,
+            getattr(config, "head_dim", None) or config.hidden_size // heads,
+            pages=int(pages.topk(live).values.sum()),
+            page_size=PAGE_SIZE,
+            dtype=self.model.dtype,
+            device=self.device,
+        )
+
+
+def prepare(model, tokenizer, config: SampleConfig | None, overrides: dict) -> Job:
+    """Check a model against its options; what can be refused is refused here."""
+    if config is not None and not isinstance(config, SampleConfig):
+        raise TypeError(f"config is a {type(config).__name__}; it must be a dk.SampleConfig")
+    if unknown := overrides.keys() - {field.name for field in fields(SampleConfig)}:
+        raise TypeError(f"{min(unknown)!r} is not an option; dk.SampleConfig lists them")
+    hooked = _is_transformers_model(model)
+    if not hooked and callable(model):
+        _refuse_wrapper(model)
+    elif not hooked:
+        raise TypeError(f"model is a {type(model).__name__}; give a transformers model or a callable")
+    diffusion = diffusion_of(model) if hooked else _ANY_CALLABLE
+    if config is not None:
+        config = replace(config, **overrides)
+    else:
+        own = {"block_size": diffusion.block_size} if diffusion.block_size else {}
+        config = SampleConfig(**{**own, **overrides})
+    _check_cache(config, diffusion, hooked)
+    if diffusion.shift if config.shift is None else config.shift:
+        raise ValueError("models whose predictions are shifted by one (shift) are not available yet")
+    mask_id = _first(config.mask_id, diffusion.mask_id, getattr(tokenizer, "mask_token_id", None))
+    if mask_id is None:
+        raise ValueError(
+            "mask_id is not known: give it; neither the model's config nor a tokenizer names one"
+        )
+    eos_ids = config.eos_ids
+    if eos_ids is None:
+        eos = getattr(tokenizer, "eos_token_id", None)
+        eos_ids = diffusion.eos_ids or (() if eos is None else (eos,))
+    _check_vocabulary(
+        diffusion.vocab_size, mask_id=(mask_id,), eos_ids=eos_ids, suppress_tokens=config.suppress_tokens
+    )
+    if mask_id in eos_ids:
+        raise ValueError(f"mask_id {mask_id} is an end token too")
+    denoiser = ModelDenoiser(model, diffusion.head) if hooked else CallableDenoiser(model)
+    return Job(model, denoiser, diffusion, config, mask_id, eos_ids)
+
+
+# A callable says nothing of itself: it sees whole canvases, and options name its special tokens.
+_ANY_CALLABLE = Diffusion(
+    attention="bidirectional", block_size=None, shift=False, mask_id=None, eos_ids=(), pad_id=None,
+    vocab_size=None, max_positions=None, head=(),
+)  # fmt: skip
+
+
+def _is_transformers_model(model) -> bool:
+    if not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
+        return False
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+def _refuse_wrapper(model) -> None:
+    """A module around a transformers model would run it with its own, usually causal, mask."""
+    if isinstance(model, torch.nn.Module):
+        inner = next((module for module in model.modules() if _is_transformers_model(module)), None)
+        if inner is not None:
+            raise ValueError(
+                f"model is a {type(model).__name__} around a {type(inner).__name__}: give the inner model "
+                "(model.get_base_model() or model.module), or a function of ids to use it as it stands"
+            )
+
+
+def _check_cache(config: SampleConfig, diffusion: Diffusion, hooked: bool) -> None:
+    if config.cache != "block":
+        return
+    if not hooked:
+        raise ValueError('cache="block" needs a transformers model; a callable is sampled with cache="none"')
+    if diffusion.attention != "block_causal":
+        raise ValueError(
+            'cache="block" keeps keys and values of finished blocks, which holds only where no block sees a '
+            'later one, and this model is bidirectional; use cache="none"'
+        )
+
+
+def _check_vocabulary(vocab_size: int | None, **options: tuple[int, ...]) -> None:
+    for name, tokens in options.items():
+        for token in tokens:
+            if vocab_size is not None and token >= vocab_size:
+                raise ValueError(f"{name} holds {token}; the vocabulary is 0..{vocab_size - 1}")
+
+
+def _first(*values):
+    return next((value for value in values if value is not None), None)

@@ -1,0 +1,110 @@
+"""SampleOutput: what sampling returns, and how it is made from finished canvases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_kernels.sampling.canvases import Canvases
+
+
+@dataclass
+class SampleOutput:
+    """The result of `dk.sample` or `dk.infill`.
+
+    sequences: int64 [B, T], prompt and completion, left-aligned, filled up with the end token.
+    texts: one str per row, the completion up to its first end token (infill: the completed text); None
+    without a tokenizer. lengths: int64 [B], completion tokens before the first end token (infill: filled).
+    forwards: forward passes of the model, for the whole batch. row_forwards: int64 [B], each row's share.
+    tokens_per_forward: mean over rows of completion tokens, the first end token included, over the forwards
+    it took until they all stood. The prompt is computed in the first of them, which counts.
+    exact: whether every step saw what a forward over the whole canvas would have seen.
+    unmask_step: int64 [B, T], the row's forward, from 0, that wrote a token; -1 for given and filled-up ones.
+    history: int64 [B, T] at the start and after every round, if asked for.
+    filled: infill only: for each row the spans [start, end) that were masked.
+    """
+
+    sequences: Tensor
+    texts: list[str] | None
+    lengths: Tensor
+    forwards: int
+    row_forwards: Tensor
+    tokens_per_forward: float
+    exact: bool
+    unmask_step: Tensor
+    history: list[Tensor] | None = None
+    filled: list[list[tuple[int, int]]] | None = None
+
+
+def completion_output(
+    canvases: Canvases,
+    unmask_step: Tensor,
+    eos_ids: tuple[int, ...],
+    tokenizer,
+    history: list[Tensor] | None,
+    **more,
+) -> SampleOutput:
+    """Cut the canvases after `stop`; measure and decode the completions."""
+    width = int(canvases.stop.max())
+    ids, unmask_step = canvases.ids[:, :width].cpu(), unmask_step[:, :width].cpu()
+    position = torch.arange(width)
+    surplus = position >= canvases.stop[:, None]
+    ids = ids.masked_fill(surplus, canvases.fill)
+    if history is not None:
+        history = [canvas[:, :width].cpu().masked_fill(surplus, canvases.fill) for canvas in history]
+    unmask_step = unmask_step.masked_fill(surplus, -1)
+    completion = (position >= canvases.given[:, None]) & ~surplus
+    ended = completion & torch.isin(ids, torch.tensor(eos_ids, dtype=ids.dtype))
+    first_end = torch.where(ended.any(1), ended.int().argmax(1), canvases.stop)
+    lengths = first_end - canvases.given
+    texts = None
+    if tokenizer is not None:
+        texts = [
+            tokenizer.decode(row[start:end], skip_special_tokens=True)
+            for row, start, end in zip(ids, canvases.given.tolist(), first_end.tolist(), strict=True)
+        ]
+    return SampleOutput(
+        sequences=ids,
+        texts=texts,
+        lengths=lengths,
+        unmask_step=unmask_step,
+        tokens_per_forward=_tokens_per_forward(completion & (position <= first_end[:, None]), unmask_step),
+        history=history,
+        **more,
+    )
+
+
+def infill_output(canvases: Canvases, masked: Tensor, unmask_step: Tensor, tokenizer, **more) -> SampleOutput:
+    """masked: bool [B, T], what there was to fill."""
+    ids, unmask_step, masked = canvases.ids.cpu(), unmask_step.cpu(), masked.cpu()
+    texts = None
+    if tokenizer is not None:
+        texts = [
+            tokenizer.decode(row[:stop], skip_special_tokens=True)
+            for row, stop in zip(ids, canvases.stop.tolist(), strict=True)
+        ]
+    return SampleOutput(
+        sequences=ids,
+        texts=texts,
+        lengths=masked.sum(1),
+        unmask_step=unmask_step,
+        tokens_per_forward=_tokens_per_forward(masked, unmask_step),
+        filled=[_spans(row) for row in masked],
+        **more,
+    )
+
+
+def _tokens_per_forward(counted: Tensor, unmask_step: Tensor) -> float:
+    """Mean over rows with counted tokens of their number over the forwards until the last of them stood."""
+    tokens = counted.sum(1).double()
+    forwards = unmask_step.masked_fill(~counted, -1).amax(1) + 1
+    rows = tokens > 0
+    return float((tokens[rows] / forwards[rows].clamp(min=1)).mean()) if rows.any() else 0.0
+
+
+def _spans(masked: Tensor) -> list[tuple[int, int]]:
+    edge = torch.nn.functional.pad(masked.int(), (1, 1)).diff()
+    starts, ends = (edge == 1).nonzero()[:, 0].tolist(), (edge == -1).nonzero()[:, 0].tolist()
+    return list(zip(starts, ends, strict=True))

@@ -1,0 +1,1 @@
+"""Training recipes: each module runs as one command."""

@@ -1,0 +1,142 @@
+"""block_attention on CUDA against the float32 reference and the CPU operator."""
+
+import pytest
+import torch
+
+from dllm_kernels import SpanMask, block_attention
+from dllm_kernels.ops import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLOOR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+MASKS = {
+    "none": lambda length: None,
+    "causal": lambda length: SpanMask.causal(length),
+    "window": lambda length: SpanMask.sliding_window(length, 9),
+    "block_diffusion": lambda length: SpanMask.block_diffusion(length // 2, 4) if length % 2 == 0 else None,
+    "many spans": lambda length: SpanMask.from_dense(torch.arange(length).expand(length, length) % 4 < 2),
+}
+
+
+def random_qkv(batch, heads, kv_heads, q_len, kv_len, dim, dtype):
+    shapes = (batch, heads, q_len, dim), *[(batch, kv_heads, kv_len, dim)] * 2
+    return [torch.randn(shape).to("cuda", dtype) for shape in shapes]
+
+
+def assert_right(q, k, v, mask):
+    """Within twice the error that the same dtype costs in PyTorch, plus a rounding floor."""
+    scale = q.shape[-1] ** -0.5
+    on_gpu = None if mask is None else mask.to("cuda")
+    spans = None if mask is None else on_gpu.spans
+    out, lse = block_attention(q, k, v, on_gpu, return_lse=True)
+    exact, exact_lse = reference.block_attention(q.float(), k.float(), v.float(), spans, scale)
+    rounded, _ = reference.block_attention(q, k, v, spans, scale)
+    error = (out.float() - exact).abs().max() if out.numel() else torch.tensor(0.0)
+    allowed = 2 * (rounded.float() - exact).abs().max() if out.numel() else torch.tensor(0.0)
+    assert error <= allowed + FLOOR[q.dtype]
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-4, atol=1e-4)
+    on_cpu = block_attention(q.cpu(), k.cpu(), v.cpu(), mask)
+    torch.testing.assert_close(out.cpu(), on_cpu, rtol=FLOOR[q.dtype], atol=FLOOR[q.dtype])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 100, 257])
+def test_lengths_around_tile_borders(length, mask):
+    assert_right(*random_qkv(2, 2, 2, length, length, 64, torch.float32), MASKS[mask](length))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [8, 24, 64, 72, 128, 200, 256])
+def test_every_dtype_and_head_dim_with_grouped_queries(dim, dtype):
+    mask = SpanMask.block_diffusion(40, 8, lengths=torch.tensor([40, 17]))
+    assert_right(*random_qkv(2, 6, 2, 80, 80, dim, dtype), mask)
+    assert_right(*random_qkv(1, 4, 1, 19, 70, dim, dtype), None)
+
+
+def test_empty_and_blind():
+    assert_right(*random_qkv(0, 2, 2, 8, 8, 16, torch.float32), None)
+    assert_right(*random_qkv(1, 2, 2, 8, 0, 16, torch.float32), None)
+    out, lse = block_attention(
+        *random_qkv(1, 2, 2, 40, 40, 16, torch.float32),
+        SpanMask(torch.zeros(1, 40, 2, 2, dtype=torch.int32, device="cuda"), 40),
+        return_lse=True,
+    )
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_strides_and_alignment(dtype):
+    q, k, v = random_qkv(2, 2, 2, 50, 50, 32, dtype)
+    expected = block_attention(q, k, v)
+    transposed = q.transpose(1, 2).contiguous().transpose(1, 2)
+    columns = k.transpose(2, 3).contiguous().transpose(2, 3)
+    shifted = torch.empty(v.numel() + 1, device="cuda", dtype=dtype)[1:].view(v.shape).copy_(v)
+    assert torch.equal(block_attention(transposed, columns, shifted), expected)
+
+
+def test_what_no_query_sees_has_no_influence():
+    q, k, v = random_qkv(2, 2, 2, 40, 40, 16, torch.float32)
+    mask = SpanMask.block_diffusion(20, 4, lengths=torch.tensor([20, 13])).to("cuda")
+    expected = block_attention(q, k, v, mask)
+    hidden = ~mask.to_dense().any(1)
+    k.transpose(1, 2)[hidden], v.transpose(1, 2)[hidden] = torch.nan, torch.nan
+    assert torch.equal(block_attention(q, k, v, mask), expected)
+
+
+def test_spans_beyond_the_keys_are_cut():
+    q, k, v = random_qkv(1, 2, 2, 40, 40, 16, torch.float32)
+    spans = torch.tensor([-5, 1000], dtype=torch.int32, device="cuda").expand(1, 40, 1, 2)
+    out, _ = torch.ops.dllm_kernels.block_attention(q, k, v, spans, 0.25)
+    assert torch.equal(out, block_attention(q, k, v))
+
+
+def test_twenty_runs_have_the_same_bits():
+    q, k, v = random_qkv(2, 8, 2, 300, 300, 128, torch.bfloat16)
+    mask = SpanMask.block_causal(300, 32, lengths=torch.tensor([300, 111])).to("cuda")
+    first = block_attention(q, k, v, mask)
+    assert all(torch.equal(block_attention(q, k, v, mask), first) for _ in range(20))
+
+
+def test_runs_on_the_current_stream():
+    q, k, v = random_qkv(1, 8, 8, 512, 512, 64, torch.float32)
+    expected = block_attention(q * 2, k, v)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # work on another stream would read q before it is doubled
+        out = block_attention(q.mul_(2), k, v)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+def test_graph_replay_follows_its_inputs():
+    q, k, v = random_qkv(1, 4, 2, 64, 64, 64, torch.bfloat16)
+    spans = SpanMask.causal(64).spans.to("cuda")
+    mask = SpanMask.causal(64).to("cuda")
+    object.__setattr__(mask, "spans", spans)
+    block_attention(q, k, v, mask)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = block_attention(q, k, v, mask)
+    q.copy_(torch.randn_like(q))
+    spans.copy_(SpanMask.block_causal(64, 16).spans)
+    graph.replay()
+    assert torch.equal(out, block_attention(q, k, v, SpanMask.block_causal(64, 16).to("cuda")))
+
+
+def test_gradients_equal_those_on_the_cpu():
+    mask = SpanMask.block_diffusion(30, 4)
+    inputs = random_qkv(2, 4, 2, 60, 60, 16, torch.float32)
+    grads = []
+    for device in ("cuda", "cpu"):
+        q, k, v = (t.to(device).requires_grad_() for t in (t.detach().clone() for t in inputs))
+        block_attention(q, k, v, mask.to(device)).square().sum().backward()
+        grads.append([t.grad.cpu() for t in (q, k, v)])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_tensors_on_two_devices_are_refused():
+    q, k, v = random_qkv(1, 2, 2, 8, 8, 16, torch.float32)
+    with pytest.raises(ValueError, match=r"k must be on the device of q \(cuda:0\), got cpu"):
+        block_attention(q, k.cpu(), v)
+    with pytest.raises(ValueError, match="spans must be on the device of q"):
+        block_attention(q, k, v, SpanMask.causal(8))

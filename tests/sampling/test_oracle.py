@@ -1,0 +1,123 @@
+"""Tokens of dk.sample and dk.infill equal the plain loop of sampling/reference.py, in float32."""
+
+import pytest
+import torch
+
+import dllm_kernels as dk
+from dllm_kernels.sampling import reference
+from tests.sampling.tiny_models import EOS, MASK, prompts_of, tiny_model
+
+RULES = {
+    "one token a step": dict(),
+    "steps in all": dict(steps=17),
+    "more steps than masks": dict(steps_per_block=20),
+    "threshold": dict(threshold=0.3),
+    "strict threshold on the margin": dict(threshold=0.2, strict=True, confidence="margin"),
+    "factor": dict(factor=1.2),
+    "entropy": dict(steps_per_block=4, confidence="entropy"),
+    "random": dict(steps_per_block=4, confidence="random", seed=3),
+    "noise": dict(threshold=0.3, temperature=0.8, seed=5),
+    "noise and a quota": dict(steps_per_block=3, temperature=1.3, seed=2**40 + 1),
+    "suppressed tokens": dict(threshold=0.3, suppress_tokens=tuple(range(0, 110, 2))),
+    "quota or threshold": dict(rule="quota_or_threshold", threshold=0.5, steps_per_block=3),
+    "entropy bound": dict(entropy_bound=1.0),
+    "dllm schedule": dict(steps_per_block=5, schedule="dllm"),
+    "dream schedule": dict(steps_per_block=3, schedule="dream"),
+}
+CASES = [("bidirectional", "none"), ("block_causal", "none"), ("block_causal", "block")]
+
+
+def assert_rows_equal(output, rows: list[reference.ReferenceRow], record_property) -> None:
+    """Tokens and the steps that wrote them are equal; only a row with a near-tie may differ."""
+    differing = []
+    for index, row in enumerate(rows):
+        length = len(row.ids)
+        same = (
+            output.sequences[index, :length].tolist() == row.ids
+            and output.unmask_step[index, :length].tolist() == row.unmask_step
+        )
+        if not same:
+            differing.append(index)
+    ties = [index for index, row in enumerate(rows) if row.near_ties]
+    record_property("rows decided by rounding", differing)
+    assert set(differing) <= set(ties), f"rows {differing} differ, near-ties only in {ties}"
+
+
+@pytest.mark.parametrize("options", RULES.values(), ids=RULES)
+@pytest.mark.parametrize(("attention", "cache"), CASES[::2])
+def test_every_rule(attention, cache, options, record_property):
+    model, prompts = tiny_model(attention=attention), prompts_of(3, 9)
+    config = dk.SampleConfig(max_new_tokens=11, block_size=8, cache=cache, **options)
+    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    assert_rows_equal(dk.sample(model, prompts, config=config), rows, record_property)
+
+
+@pytest.mark.parametrize("block_size", [4, 5, 32])
+@pytest.mark.parametrize(("attention", "cache"), CASES)
+def test_unequal_prompts_and_every_block_size(attention, cache, block_size, record_property):
+    """Llama with one kv head; prompts around block borders."""
+    model = tiny_model("llama", attention, num_key_value_heads=1, head_dim=8)
+    prompts = prompts_of(1, 40, 33, 4, seed=1)
+    config = dk.SampleConfig(max_new_tokens=13, block_size=block_size, cache=cache, threshold=0.4)
+    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    assert_rows_equal(dk.sample(model, prompts, config=config), rows, record_property)
+
+
+@pytest.mark.parametrize(("attention", "cache"), CASES)
+def test_rows_that_end_early(attention, cache, record_property):
+    """With 15 end tokens most rows end early, at different steps."""
+    model, prompts = tiny_model(attention=attention), prompts_of(5, 9, 2, 30, 14, seed=2)
+    eos_ids = (EOS, *range(20, 34))
+    config = dk.SampleConfig(max_new_tokens=24, block_size=8, cache=cache, threshold=0.5, eos_ids=eos_ids)
+    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    output = dk.sample(model, prompts, config=config)
+    assert_rows_equal(output, rows, record_property)
+    assert all(ours <= row.forwards for ours, row in zip(output.row_forwards.tolist(), rows, strict=True))
+    assert len(output.lengths.unique()) > 2 and output.lengths.min() < 24
+
+
+@pytest.mark.parametrize("options", [dict(steps=9), dict(threshold=0.4)])
+@pytest.mark.parametrize(("attention", "cache"), CASES)
+def test_infilling(attention, cache, options, record_property):
+    model, canvases = tiny_model(attention=attention), prompts_of(40, 21, 64, seed=3)
+    for canvas, gaps in zip(canvases, [[(2, 5), (18, 21), (39, 40)], [(0, 21)], [(33, 50)]], strict=True):
+        for start, end in gaps:
+            canvas[start:end] = [MASK] * (end - start)
+    config = dk.SampleConfig(block_size=8, cache=cache, **options)
+    rows = [reference.infill_row(model, c, config, sequence=i) for i, c in enumerate(canvases)]
+    assert_rows_equal(dk.infill(model, canvases, config=config), rows, record_property)
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "block_causal"])
+def test_sliding_window_layers(attention):
+    """Layers with a window see only the near part of every span: as a function of ids, and cached."""
+    model = tiny_model(
+        attention=attention,
+        num_hidden_layers=3,
+        use_sliding_window=True,
+        sliding_window=6,
+        max_window_layers=1,
+    )
+    assert model.config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
+    prompts, options = prompts_of(21, 6, seed=4), dict(max_new_tokens=17, block_size=8, threshold=0.4)
+    ours = dk.sample(model, prompts, **options)
+    if attention == "block_causal":
+        uncached = dk.sample(model, prompts, cache="none", **options)
+        assert torch.equal(ours.sequences, uncached.sequences)
+        return
+    plain = dk.sample(_with_dense_windows(model), prompts, mask_id=MASK, eos_ids=EOS, **options)
+    assert torch.equal(ours.sequences, plain.sequences)
+
+
+def _with_dense_windows(model):
+    """The model as a function of ids, with a dense mask for each kind of layer."""
+
+    def logits(ids):
+        position = torch.arange(ids.shape[1])
+        near = (position[:, None] - position).abs() < model.config.sliding_window
+        full = torch.ones_like(near)
+        return model(
+            ids, attention_mask={"full_attention": full[None, None], "sliding_attention": near[None, None]}
+        )
+
+    return logits

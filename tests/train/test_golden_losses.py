@@ -1,0 +1,80 @@
+"""Losses recorded from dLLM's trainers (tests/data/golden) with the same noise: value and gradients."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from dllm_kernels import SpanMask
+from dllm_train import Noise, bd3lm_loss, mdlm_loss
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+CASES = sorted(p.stem for p in (GOLDEN / "training").glob("*_qwen3_*.json"))
+SHIFTED_ACROSS_BLOCKS = "bd3lm_a2d_qwen3_tiny_b4_L12_right_shift_bos"
+
+
+@pytest.fixture(scope="module")
+def model():
+    folder = GOLDEN / "models" / "a2d_qwen3_tiny"
+    config = json.loads((folder / "config.json").read_text())
+    model = Qwen3ForCausalLM(
+        Qwen3Config(**{k: v for k, v in config.items() if k not in ("model_type", "architectures")})
+    )
+    missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])  # tied
+    return model
+
+
+def recorded(case, model):
+    """(record, our LossOutput) with the recorded times and masked positions."""
+    record = json.loads((GOLDEN / "training" / f"{case}.json").read_text())
+    settings, ids = record["settings"], torch.tensor(record["input_ids"])
+    shape = (ids.shape[0], ids.shape[1] + record["bos_prepended"])
+    masked = torch.zeros(shape, dtype=torch.bool)
+    for row, positions in enumerate(record["masked_positions"]):
+        masked[row, positions] = True
+    options = dict(
+        mask_id=settings["mask_id"],
+        noise=Noise(torch.tensor(record["t"])[:, None].expand(shape), masked),
+        loss_weight_type=settings["loss_weight_type"],
+        loss_norm_type=settings["loss_norm_type"],
+        shift=settings["right_shift_logits"],
+        bos_id=settings["bos_id"],
+        weight_eps=1e-6,
+    )
+    if any(0 in row for row in record["attention_mask"]):
+        options["lengths"] = torch.tensor(record["attention_mask"]).sum(1)
+    labels = torch.tensor(record["labels"])
+    model.zero_grad()
+    if "block_size" in settings:
+        return record, bd3lm_loss(model, ids, labels, block_size=settings["block_size"], **options)
+    return record, mdlm_loss(model, ids, labels, **options)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c != SHIFTED_ACROSS_BLOCKS])
+def test_loss_and_gradients_equal_the_recorded_ones(model, case):
+    record, output = recorded(case, model)
+    assert float(output.loss.detach()) == pytest.approx(record["loss"], rel=2e-6)
+    output.loss.backward()
+    gradients = dict(model.named_parameters())
+    for name, norms in record["grad_norms"].items():
+        assert float(gradients[name].grad.norm()) == pytest.approx(norms["l2"], rel=1e-4)
+
+
+def test_shifted_block_starts_read_the_clean_half(model):
+    """dLLM predicts a block's first token from the noisy end of the block before; sampling from the clean."""
+    record, output = recorded(SHIFTED_ACROSS_BLOCKS, model)
+    starts = sum(i % 4 == 0 for row in record["masked_positions"] for i in row)
+    assert starts > 0
+    assert float(output.loss.detach()) != pytest.approx(record["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["L12_b4", "L10_b4", "L13_b4", "L8_b8", "L6_b1"])
+def test_the_block_diffusion_mask_equals_the_recorded_one(name):
+    rows = json.loads((GOLDEN / "training" / "bd3lm_attention_masks.json").read_text())["masks"][name]
+    length, block_size = (int(part[1:]) for part in name.split("_"))
+    dense = torch.tensor([[c == "1" for c in row] for row in rows])
+    assert torch.equal(SpanMask.block_diffusion(length, block_size).to_dense()[0], dense)

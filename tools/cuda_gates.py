@@ -1,0 +1,141 @@
+"""Compile gates: what the CUDA compiler said about every kernel, judged without a GPU.
+
+    python tools/cuda_gates.py BUILD_FOLDER
+
+A kernel fails when it spills registers or has a stack frame, when it needs more shared memory than a
+block can have, or when ptxas gave up on asynchronous wgmma. Every kernel in a folder named sm90 must
+contain HGMMA: kernels without matrix products belong to the sources compiled for all architectures.
+The library may link neither the driver nor the CUDA libraries of torch.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_SHARED_BYTES = 227 * 1024  # per block on sm_90; dynamic shared memory is asserted in each config.h
+FORBIDDEN_LIBRARIES = (
+    "libcuda.so",
+    "libcudart.so",
+    "libtorch_cuda.so",
+    "libc10_cuda.so",
+    "libtorch_python.so",
+)
+WARNINGS = re.compile(
+    r"^.*(?:C75\d\d|wgmma\S* .*serializ|setmaxnreg.*ignored).*$", re.MULTILINE | re.IGNORECASE
+)
+
+
+@dataclass
+class Function:
+    """One kernel (or function that was not inlined) on one architecture, as ptxas reported it."""
+
+    name: str
+    arch: str
+    stack_bytes: int
+    spill_bytes: int
+    registers: int = 0
+    shared_bytes: int = 0
+
+    def failures(self) -> list[str]:
+        limits = {
+            "bytes of stack": (self.stack_bytes, 0),
+            "bytes spilled": (self.spill_bytes, 0),
+            "bytes of shared memory": (self.shared_bytes, MAX_SHARED_BYTES),
+        }
+        return [
+            f"{self.name} on {self.arch}: {used} {what}, allowed {allowed}"
+            for what, (used, allowed) in limits.items()
+            if used > allowed
+        ]
+
+
+def parse_report(text: str) -> list[Function]:
+    """The functions in what `ptxas -v` printed for one source file."""
+    functions: list[Function] = []
+    arch = ""
+    for line in text.splitlines():
+        if match := re.search(r"Compiling entry function '\S+' for '(\w+)'", line):
+            arch = match[1]
+        elif match := re.search(r"Function properties for (\S+)", line):
+            functions.append(Function(match[1], arch, 0, 0))
+        elif match := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
+            functions[-1].stack_bytes = int(match[1])
+            functions[-1].spill_bytes = int(match[2]) + int(match[3])
+        elif match := re.search(r"Used (\d+) registers", line):
+            shared = re.search(r"(\d+) bytes smem", line)
+            functions[-1].registers = int(match[1])
+            functions[-1].shared_bytes = int(shared[1]) if shared else 0
+    return functions
+
+
+def report_failures(text: str, archs: list[str]) -> list[str]:
+    """What is wrong in the report of one source file that should have been compiled for `archs`."""
+    functions = parse_report(text)
+    failures = [failure for function in functions for failure in function.failures()]
+    failures += [f"ptxas: {warning.strip()}" for warning in WARNINGS.findall(text)]
+    missing = {f"sm_{arch}" for arch in archs} - {function.arch for function in functions}
+    return failures + [f"no kernel was compiled for {arch}" for arch in sorted(missing)]
+
+
+def sass_failures(sass: str) -> list[str]:
+    """Kernels without HGMMA in what `cuobjdump --dump-sass` printed for a source file of an sm90 folder."""
+    kernels = re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]
+    if not kernels:
+        return ["no SASS found"]
+    return [f"{kernel.split()[0]}: no HGMMA in its SASS" for kernel in kernels if "HGMMA" not in kernel]
+
+
+def link_failures(dynamic: str) -> list[str]:
+    """Forbidden libraries in what `readelf -d` printed for the CUDA library."""
+    needed = re.findall(r"\(NEEDED\).*\[(.+?)\]", dynamic)
+    return [f"links {name}" for name in needed if name.startswith(FORBIDDEN_LIBRARIES)]
+
+
+def output_of(*command: str) -> str:
+    """What `command` prints; tools of the CUDA toolkit are also looked for among the Python packages."""
+    packaged = [str(folder) for folder in Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")]
+    path = os.pathsep.join([os.environ["PATH"], *packaged])
+    if shutil.which(command[0], path=path) is None:
+        raise SystemExit(f"{command[0]} is missing: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path})
+    if result.returncode:
+        raise SystemExit(f"{' '.join(command)}: {result.stderr.strip()}")
+    return result.stdout
+
+
+def main(build: Path) -> int:
+    library = build / "lib" / "_C_cuda.so"
+    failures = [
+        f"{library.name}: {failure}" for failure in link_failures(output_of("readelf", "-d", str(library)))
+    ]
+    rows: list[tuple] = []
+    for group, archs in (("cuda_sm80", ["80", "90a"]), ("cuda_sm90", ["90a"])):
+        for path in map(Path, (build / f"{group}.objects").read_text().split()):
+            source = str(path).split(f"{group}.dir/")[1].removeprefix("./").removesuffix(".o")
+            report = Path(f"{path}.ptxas")
+            if not report.exists():
+                failures.append(f"{source}: no compiler report, build it anew")
+                continue
+            found = report_failures(report.read_text(), archs)
+            if group == "cuda_sm90":
+                found += sass_failures(output_of("cuobjdump", "--dump-sass", str(path)))
+            failures += [f"{source}: {failure}" for failure in found]
+            rows += [(source, f) for f in parse_report(report.read_text())]
+    for source, function in rows:
+        numbers = f"{function.registers:4} registers  {function.shared_bytes:6} B shared"
+        print(f"{function.arch:7} {numbers}  {source}  {function.name[:80]}")
+    print(f"{len(rows)} kernels checked, {len(failures)} failures")
+    for failure in failures:
+        print(f"FAILED {failure}")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,98 @@
+"""Writes measured figures into the pages: between `<!-- figures: NAME -->` and `<!-- end -->`.
+
+    python tools/figures.py           rewrite README.md and docs/*.md
+    python tools/figures.py --check   say which pages are out of date, exit 1 if any is
+
+NAME `cpu` is the benchmark results of that device (benchmarks/results/*.cpu.json), `tiny-python` the
+evaluation of the embedded model (its evaluation.json). Nobody types a figure into a page.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from dllm_train.recipes.tiny_python_export import ATTENTION, percent, threshold_table  # noqa: E402
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SECTION = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render(page: str) -> str:
+    """The page with every section filled from the results."""
+    return SECTION.sub(lambda match: match[1] + SECTIONS[match[2]]() + match[3], page)
+
+
+def cpu_table() -> str:
+    """One line for each comparison: our median time and how many times as long each alternative takes."""
+    lines = ["| work | ours | how many times as fast |", "|---|---|---|"]
+    machines = {}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.cpu.json")):
+        result = json.loads(path.read_text())
+        machines[_machine(result["machine"]) + f", {result['date']}"] = None
+        for case, figures in result["cases"].items():
+            ours = _milliseconds(figures["ours_seconds"]["median"])
+            speedups = (
+                f"{other['speedup']['median']:.2f}× {name}" for name, other in figures["baselines"].items()
+            )
+            lines.append(f"| {case} | {ours} | {', '.join(speedups)} |")
+    return "\n".join([*lines, "", *(f"Measured on {machine}." for machine in machines), ""])
+
+
+def tiny_python() -> str:
+    """The embedded model's held-out figures, each with its kind of attention."""
+    evaluation = json.loads((ROOT / "dllm_kernels/assets/tiny-python/evaluation.json").read_text())
+    bound, where = evaluation["bound"], evaluation["environment"]
+    additions, infill = evaluation["additions"], evaluation["infill"]
+    exact = {kind: percent(infill[kind]["one_per_step"]["exact"]) for kind in ATTENTION}
+    return f"""\
+`tiny-python` has {evaluation["model"]["parameters"] / 1e6:.1f}M parameters. On held-out data:
+
+- {bound["bd3lm_bits_per_byte"]:.2f} bits per byte at most (block_causal); `gzip -9` needs \
+{bound["gzip_bits_per_byte"]:.2f}
+- {percent(additions["one_per_step"]["exact"])} of {additions["pairs"]} additions of two-digit numbers exact \
+at one token per step (block_causal)
+- {exact["bidirectional"]} of {infill["lines"]} infilled lines exact (bidirectional), \
+{exact["block_causal"]} without sight of what follows the block (block_causal)
+
+Tokens per forward by the threshold of the rule:
+
+{threshold_table(evaluation)}
+
+Measured on {where["machine"]}, {where["cores"]} cores, torch {where["versions"]["torch"]}, commit \
+{where["commit"]}. More in the [model card](dllm_kernels/assets/tiny-python/README.md).
+"""
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
+
+
+def _machine(machine: dict) -> str:
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, "
+        f"torch {machine['torch']}, commit {machine['commit']}"
+    )
+
+
+SECTIONS = {"cpu": cpu_table, "tiny-python": tiny_python}
+
+
+def main(check: bool) -> int:
+    stale = []
+    for page in PAGES:
+        before = page.read_text()
+        after = render(before)
+        if after != before:
+            stale.append(page.relative_to(ROOT))
+            if not check:
+                page.write_text(after)
+    for page in stale:
+        print(f"{page} {'is out of date: run python tools/figures.py' if check else 'rewritten'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
