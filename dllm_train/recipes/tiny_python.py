@@ -2,7 +2,8 @@
 
 One command: corpus (the standard library of the running Python and generated additions), tokenizer, an
 autoregressive phase, a diffusion phase (every step half BD3LM, half MDLM), evaluation and export. `--resume`
-continues from the last checkpoint in --out. Runs on 2 CPU cores or one GPU.
+continues from the last checkpoint in --out; `--init FOLDER` starts a diffusion phase from an exported
+checkpoint. Runs on 2 CPU cores or one GPU.
 """
 
 import argparse
@@ -34,7 +35,8 @@ BLOCK_SIZE = 32
 @dataclass
 class Settings:
     """What a run is made of. `minutes` None: the schedule runs over `steps` instead of time. `sources`: a
-    folder of Python files in place of the standard library."""
+    folder of Python files in place of the standard library. `init`: an exported checkpoint whose tokenizer
+    and weights the run begins with; it then has no autoregressive phase and no focus on additions."""
 
     minutes: float | None = 75.0
     steps: int | None = None
@@ -52,7 +54,7 @@ class Settings:
     decay_from: float = 0.5
     arithmetic_share: float = 0.15
     prompt_share: float = 0.35
-    line_share: float = 0.4
+    line_share: float = 0.6
     addition_length: int = 16
     long_additions_from: float = 0.5
     focus_until: float = 0.35
@@ -62,6 +64,7 @@ class Settings:
     weight_decay: float = 0.03
     seed: int = 0
     sources: str | None = None
+    init: str | None = None
     compile: bool = True
     monitor_minutes: float = 3.0
     checkpoint_minutes: float = 3.0
@@ -86,6 +89,9 @@ class Run:
         self.held_out_bytes = sum(len(d.text.encode()) for d in held_out)
         self.ends_line = data.ends_line(self.tokenizer)
         self.model = build_model(settings, self.tokenizer).to(device)
+        if settings.init:
+            start = Qwen3ForCausalLM.from_pretrained(settings.init, dtype=torch.float32)
+            self.model.load_state_dict(start.state_dict())
         if settings.compile:
             self.model.base_model.compile(dynamic=False)
         matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -327,11 +333,15 @@ def finish(settings: Settings, out: Path, folder: Path) -> None:
     model = build_model(settings, tokenizer)
     model.load_state_dict(state["model"])
     export(model, tokenizer, folder, BLOCK_SIZE)
-    write_evaluation(folder, evaluate(folder, training_summary(out / "log.jsonl"), sources=settings.sources))
+    summary = training_summary(out / "log.jsonl")
+    if settings.init:
+        summary["init"] = json.loads((Path(settings.init) / "evaluation.json").read_text())["training"]
+    write_evaluation(folder, evaluate(folder, summary, sources=settings.sources))
 
 
 def training_summary(log: Path) -> dict:
-    """Steps and minutes of the run, the settings it began with, and what later starts changed in them."""
+    """Steps and minutes of the run, the settings it began with (paths left out), and what later starts
+    changed in them."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     starts = [entry for entry in entries if entry.get("event") == "start"]
     steps = [entry for entry in entries if "phase" in entry]
@@ -342,7 +352,7 @@ def training_summary(log: Path) -> dict:
     return {
         "steps": steps[-1]["step"] + 1,
         "minutes": steps[-1]["minutes"],
-        "settings": starts[0]["settings"],
+        "settings": {k: v for k, v in starts[0]["settings"].items() if k not in ("init", "sources")},
         "resumed": changes,
     }
 
@@ -350,7 +360,9 @@ def training_summary(log: Path) -> dict:
 def prepare_tokenizer(settings: Settings, out: Path) -> PreTrainedTokenizerFast:
     """The run's tokenizer, trained on the training documents if out/tokenizer does not hold one yet."""
     path = out / "tokenizer"
-    if not path.exists():
+    if settings.init:
+        PreTrainedTokenizerFast.from_pretrained(settings.init).save_pretrained(path)
+    elif not path.exists():
         documents, _ = data.split(data.collect_sources(settings.sources))
         train_tokenizer((d.text for d in documents), settings.vocab_size).save_pretrained(path)
     return PreTrainedTokenizerFast.from_pretrained(path)
@@ -405,7 +417,7 @@ def mdlm_labels(ids, ends_line, line_share, prompt_share, rng) -> torch.Tensor:
         kind = rng.random()
         if kind < line_share:
             line = np.cumsum(np.concatenate([[0], ends_line[row[:-1].cpu().numpy()]]))
-            given = (rng.random(line[-1] + 1) >= rng.uniform(0.1, 0.5))[line]
+            given = (rng.random(line[-1] + 1) >= rng.uniform(0.03, 0.3))[line]
             row[torch.from_numpy(given).to(row.device)] = IGNORED_LABEL
         elif kind < line_share + prompt_share:
             row[: rng.integers(0, len(row))] = IGNORED_LABEL
@@ -452,6 +464,8 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--arithmetic-share", type=float, default=Settings.arithmetic_share)
     parser.add_argument("--decay-from", type=float, default=Settings.decay_from)
     parser.add_argument("--export", type=Path, help="folder of the finished checkpoint; default: OUT/export")
+    parser.add_argument("--init", help="exported checkpoint to begin the diffusion phase with")
+    parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--processes", type=int, default=default_processes(), help="CPU processes")
@@ -463,8 +477,12 @@ def main(arguments: list[str] | None = None):
         steps=options.steps,
         arithmetic_share=options.arithmetic_share,
         decay_from=options.decay_from,
+        seed=options.seed,
+        init=options.init,
         compile=not options.no_compile,
     )
+    if settings.init:
+        settings = replace(settings, ar_share=0.0, focus_until=0.0)
     train(settings, options.out, resume=options.resume, device=options.device, processes=options.processes)
     finish(settings, options.out, options.export or options.out / "export")
 

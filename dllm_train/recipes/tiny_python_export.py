@@ -54,8 +54,7 @@ def model_card(evaluation: dict) -> str:
         "hash of their path. Besides, generated additions `assert 37 + 85 == 122`; "
         f"{corpus['held_out_pairs']} ordered pairs of two-digit operands are held out.\n"
         "- Objectives: an autoregressive phase, then MDLM and BD3LM in turn, besides batches of additions.\n"
-        f"- {training['steps']} steps in {training['minutes']:.0f} minutes on {environment['cores']} CPU "
-        f"cores that it shared with other work{_resumptions(training)}.",
+        f"- {_runs(training)}, on {environment['cores']} CPU cores shared with other work.",
         "## Measured",
         "On held-out data, through `dk.load`, `dk.sample` and `dk.infill`, float32, temperature 0.",
         table(
@@ -97,9 +96,15 @@ def model_card(evaluation: dict) -> str:
     return "\n\n".join(paragraphs) + "\n"
 
 
-def _resumptions(training: dict) -> str:
+def _runs(training: dict) -> str:
+    """A phrase for each run, the one that the others began with first."""
+    text = f"{training['steps']} steps in {training['minutes']:.0f} minutes"
     changed = [str(start["step"]) for start in training["resumed"] if start["settings"]]
-    return f"; settings were changed at steps {', '.join(changed)} (see evaluation.json)" if changed else ""
+    if changed:
+        text += f" (settings were changed at steps {', '.join(changed)}, see evaluation.json)"
+    if "init" in training:
+        text = f"{_runs(training['init'])}; from that checkpoint, without its optimisers' state, {text}"
+    return text
 
 
 def threshold_table(evaluation: dict) -> str:
