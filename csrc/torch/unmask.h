@@ -1,83 +1,12 @@
-// Arguments of token_stats, commit_ and unmask_, checked once for CPU and CUDA.
+// Arguments of commit_ and unmask_, checked once for CPU and CUDA.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <optional>
 #include <string>
-#include <tuple>
-#include <vector>
-
-#include <torch/csrc/stable/ops.h>
 
 #include "core/acceptance.h"
-#include "torch/checks.h"
+#include "torch/token_stats.h"
 
 namespace dllm {
-
-using TokenStatsTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
-}
-
-inline std::vector<int64_t> leading_shape(const Tensor& logits) {
-  const auto sizes = logits.sizes();
-  return {sizes.begin(), sizes.end() - 1};
-}
-
-// Rows of logits without a copy where their strides allow it: row r starts at
-// (r / inner) · outer_stride + (r % inner) · inner_stride.
-struct LogitsRows {
-  Tensor tensor;
-  int64_t rows, inner, outer_stride, inner_stride;
-  int32_t vocabulary;
-
-  LogitsRows(const char* op, const Tensor& logits) : tensor(logits) {
-    check(logits.dim() >= 1, op, ": logits must be [..., vocabulary], got shape ", shape_text(logits));
-    check_float(op, "logits", logits);
-    vocabulary = check_int(op, "the vocabulary of logits", logits.size(-1));
-    check(vocabulary > 0, op, ": logits must have a vocabulary, got shape ", shape_text(logits));
-    rows = logits.numel() / vocabulary;
-    if (logits.dim() > 3 || logits.stride(-1) != 1) tensor = torch::stable::contiguous(logits);
-    const int64_t dim = tensor.dim();
-    const bool flat = dim > 3 || dim == 1;
-    inner = dim == 3 ? std::max<int64_t>(tensor.size(1), 1) : std::max<int64_t>(rows, 1);
-    inner_stride = flat ? vocabulary : tensor.stride(dim - 2);
-    outer_stride = dim == 3 ? tensor.stride(0) : 0;
-  }
-};
-
-// Ascending and distinct, inside the vocabulary.
-inline std::vector<int32_t> token_ids(const char* op, const char* name, const std::vector<int64_t>& ids,
-                                      int32_t vocabulary) {
-  for (const int64_t id : ids)
-    check(id >= 0 && id < vocabulary, op, ": ", name, " must lie between 0 and ", vocabulary - 1, ", got ",
-          id);
-  std::vector<int32_t> sorted(ids.begin(), ids.end());
-  std::sort(sorted.begin(), sorted.end());
-  sorted.erase(std::unique(sorted.begin(), sorted.end()), sorted.end());
-  return sorted;
-}
-
-// The lowest id that may be proposed.
-inline int32_t lowest_allowed(const char* op, const std::vector<int32_t>& suppress,
-                              const std::vector<int32_t>& exclude, int32_t vocabulary) {
-  int32_t id = 0;
-  while (std::binary_search(suppress.begin(), suppress.end(), id) ||
-         std::binary_search(exclude.begin(), exclude.end(), id))
-    id++;
-  check(id < vocabulary, op, ": suppress_tokens and proposal_exclude leave no token to propose (vocabulary ",
-        vocabulary, ")");
-  return id;
-}
-
-inline void check_temperatures(const char* op, double temperature, double confidence_temperature) {
-  check(std::isfinite(temperature) && temperature >= 0, op,
-        ": temperature must be a finite number >= 0, got ", temperature);
-  check(std::isfinite(confidence_temperature) && confidence_temperature > 0, op,
-        ": confidence_temperature must be a finite number > 0, got ", confidence_temperature);
-}
 
 template <size_t n>
 int name_index(const char* op, const char* argument, const std::string& name, const char* const (&names)[n]) {
@@ -112,22 +41,6 @@ inline std::optional<Tensor> per_row(const char* op, const char* name, const std
   check(tensor->dim() == 1 && tensor->size(0) == canvas.size(0), op, ": ", name, " must be [", canvas.size(0),
         "] (rows of canvas), got shape ", shape_text(*tensor));
   return torch::stable::contiguous(*tensor);
-}
-
-inline const int32_t* int32_data(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const int32_t*>(tensor->data_ptr()) : nullptr;
-}
-
-// int32 [..., 3] for every row of logits: sequence, position, step.
-inline std::optional<Tensor> checked_noise_ids(const char* op, const std::optional<Tensor>& noise_ids,
-                                               const Tensor& logits, int64_t rows) {
-  if (!noise_ids) return std::nullopt;
-  check_dtype(op, "noise_ids", *noise_ids, {ScalarType::Int});
-  check_same_device(op, "noise_ids", *noise_ids, "logits", logits);
-  check(noise_ids->dim() >= 1 && noise_ids->size(-1) == 3 && noise_ids->numel() == 3 * rows, op,
-        ": noise_ids must be [", rows, ", 3] (sequence, position, step of each row of logits), got shape ",
-        shape_text(*noise_ids));
-  return torch::stable::contiguous(*noise_ids);
 }
 
 // The statistics as commit kernels read them: contiguous, one entry for each listed position.
