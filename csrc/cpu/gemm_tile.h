@@ -12,11 +12,15 @@ constexpr int kPanel = kPanelVectors * kLanes;
 // Rows of a register tile: accumulators, a panel row and a broadcast fill the register file.
 constexpr int kTileRows = kLanes == 16 ? 8 : 4;
 
+struct FetchNothing {
+  DLLM_SIMD void operator()(int) const {}
+};
+
 // C[kRows, kVectors * kLanes] = decay * C + A · B.  A(m, s) = a[m * a_row + s * a_step]; B and C are dense.
-// decay: one factor per column, or nullptr for C = A · B.
-template <int kRows = kTileRows, int kVectors = kPanelVectors>
+// decay: one factor per column, or nullptr for C = A · B. fetch(s) is called once a step: it may prefetch.
+template <int kRows = kTileRows, int kVectors = kPanelVectors, class Fetch = FetchNothing>
 DLLM_SIMD void gemm_tile(const float* a, long a_row, long a_step, const float* b, float* c, int steps,
-                         const Floats* decay) {
+                         const Floats* decay, const Fetch& fetch = {}) {
   constexpr int kWidth = kVectors * kLanes;
   Floats sum[kRows][kVectors];
 #pragma GCC unroll 16
@@ -26,6 +30,7 @@ DLLM_SIMD void gemm_tile(const float* a, long a_row, long a_step, const float* b
       sum[m][n] = decay ? load(c + m * kWidth + n * kLanes) * decay[n] : Floats{};
   }
   for (int s = 0; s < steps; s++) {
+    fetch(s);
     Floats row[kVectors];
 #pragma GCC unroll 2
     for (int n = 0; n < kVectors; n++) row[n] = load(b + s * kWidth + n * kLanes);

@@ -1,5 +1,5 @@
 // A skinny product whose rows of hidden are the columns of panels: the weight is read once, as it is
-// stored, a few rows at a time; logits live as long as one chunk of ids.
+// stored, a few rows at a time, and a row's logits live for one chunk of ids.
 #include "cpu/linear_token_stats.h"
 
 #include "cpu/gemm_tile.h"
@@ -11,9 +11,12 @@ namespace {
 using Params = LinearStatsParams;
 
 constexpr int kIds = 512;                   // logits of a row that exist at once
-constexpr int kGroup = 2 * kTileRows;       // rows of the weight that are widened together
-constexpr int kDepth = 256;                 // … for so much of the hidden size
+constexpr int kGroup = 2 * kTileRows;       // rows of the weight that are widened together,
+constexpr int kDepth = 128;                 // for so much of the hidden size: both operands stay in L1
 constexpr int kWeightStride = kDepth + 16;  // keeps them out of each other's cache sets
+constexpr int kMaxPanels = Params::kRows / kPanel;
+
+DLLM_SIMD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 void widen_any(const void* data, DType type, int64_t offset, int count, float* to) {
   switch (type) {
@@ -23,97 +26,133 @@ void widen_any(const void* data, DType type, int64_t offset, int count, float* t
   }
 }
 
-// Rows are packed in panels of kPanel columns, [hidden_size][columns]; the last is one vector wide where
-// that is enough. A column's sums don't depend on the width.
+// Consecutive rows of hidden, packed as [hidden_size][width]. The last panel is one vector wide where that
+// is enough; a column's sums don't depend on the width.
 struct Panel {
   int64_t first;
-  int width, rows;
-  Panel(const Params& p, int64_t first) : first(first) {
-    const int64_t left = p.row_count - first;
-    width = left > kLanes ? kPanel : kLanes;
-    rows = static_cast<int>(left < width ? left : width);
-  }
-  float* data(const Params& p) const { return p.packed + first * p.hidden_size; }
+  int rows, width;
+  float* data;
+
+  Panel(const Params& p, int64_t first)
+      : first(first),
+        rows(static_cast<int>(least(p.row_count - first, kPanel))),
+        width(rows > kLanes ? kPanel : kLanes),
+        data(p.packed + first * p.hidden_size) {}
 };
 
-// sums[kGroup][width] += weight rows · columns.
-template <int kRows, int kVectors>
-void multiply(const float* weight, const float* columns, int steps, bool first, float* sums) {
-  Floats keep[kVectors];
-  for (Floats& factor : keep) factor = broadcast(1.0f);
-  for (int m = 0; m < kGroup; m += kRows)
-    gemm_tile<kRows, kVectors>(weight + m * kWeightStride, kWeightStride, 1, columns,
-                               sums + m * kVectors * kLanes, steps, first ? nullptr : keep);
-}
+// Prefetches rows of the weight from (id, depth) on, a cache line a step.
+struct FetchRows {
+  const char* data;
+  int64_t row_bytes;
+  int log_lines, lines;  // lines of a row; of all rows
 
-// logits[row][id] of `count` ids from `first` on and the rows of a group.
-void product(const Params& p, int64_t first_row, int32_t first, int count, float (*logits)[kIds]) {
-  alignas(64) float weight[kGroup * kWeightStride], sums[Params::kRows / kLanes][kGroup * kPanel];
-  const int64_t end_row = first_row + Params::kRows < p.row_count ? first_row + Params::kRows : p.row_count;
-  for (int id = 0; id < count; id += kGroup) {
-    const int ids = count - id < kGroup ? count - id : kGroup;
+  FetchRows(const Params& p, int64_t id, int64_t depth, int rows) {
+    const int bytes = p.weight_type == DType::float32 ? 4 : 2;
+    data = static_cast<const char*>(p.weight) + (id * p.weight_stride + depth) * bytes;
+    row_bytes = p.weight_stride * bytes;
+    log_lines = bytes == 4 ? 3 : 2;
+    static_assert(kDepth == 128, "lines of kDepth elements");
+    lines = rows << log_lines;
+  }
+  DLLM_SIMD void operator()(int step) const {
+    if (step < lines)
+      __builtin_prefetch(data + (step >> log_lines) * row_bytes + (step & ((1 << log_lines) - 1)) * 64);
+  }
+};
+
+// sums[kGroup][width] of one panel, for `ids` rows of the weight from `id` on.
+struct GroupProduct {
+  alignas(64) float weight[kGroup * kWeightStride];
+  alignas(64) float sums[kMaxPanels][kGroup * kPanel];
+
+  void compute(const Params& p, int64_t id, int ids, int64_t first_row, int64_t end_row) {
     for (int depth = 0; depth < p.hidden_size; depth += kDepth) {
-      const int steps = p.hidden_size - depth < kDepth ? p.hidden_size - depth : kDepth;
+      const int steps = static_cast<int>(least(p.hidden_size - depth, kDepth));
       for (int m = 0; m < kGroup; m++)
-        widen_any(p.weight, p.weight_type, (first + id + (m < ids ? m : 0)) * p.weight_stride + depth, steps,
+        widen_any(p.weight, p.weight_type, (id + (m < ids ? m : 0)) * p.weight_stride + depth, steps,
                   weight + m * kWeightStride);
-      for (int64_t row = first_row, i = 0; row < end_row; row += kPanel, i++) {
-        const Panel panel(p, row);
-        const float* columns = panel.data(p) + depth * panel.width;
-        if (panel.width == kPanel)
-          multiply<kTileRows, kPanelVectors>(weight, columns, steps, depth == 0, sums[i]);
-        else multiply<kGroup, 1>(weight, columns, steps, depth == 0, sums[i]);
-      }
+      const bool last = depth + kDepth >= p.hidden_size;
+      const int64_t next_id = last ? id + kGroup : id, next_depth = last ? 0 : depth + kDepth;
+      for (int64_t row = first_row; row < end_row; row += kPanel)
+        multiply(p, Panel(p, row), depth, steps, sums[(row - first_row) / kPanel], next_id, next_depth,
+                 row == first_row);
     }
+  }
+
+ private:
+  void multiply(const Params& p, const Panel& panel, int depth, int steps, float* to, int64_t next_id,
+                int64_t next_depth, bool fetch) {
+    const Floats keep[kPanelVectors] = {broadcast(1.0f), broadcast(1.0f)};
+    const Floats* decay = depth == 0 ? nullptr : keep;
+    const float* columns = panel.data + static_cast<int64_t>(depth) * panel.width;
+    if (panel.width == kLanes) {
+      gemm_tile<kGroup, 1>(weight, kWeightStride, 1, columns, to, steps, decay,
+                           FetchRows(p, next_id, next_depth, fetch ? kGroup : 0));
+      return;
+    }
+    for (int m = 0; m < kGroup; m += kTileRows)
+      gemm_tile(weight + m * kWeightStride, kWeightStride, 1, columns, to + m * kPanel, steps, decay,
+                FetchRows(p, next_id + m, next_depth, fetch ? kTileRows : 0));
+  }
+};
+
+// logits[row][i] of ids first + i and rows first_row … end_row.
+void compute_logits(const Params& p, int64_t first_row, int64_t end_row, int64_t first, int count,
+                    float (*logits)[kIds]) {
+  GroupProduct product;
+  for (int i = 0; i < count; i += kGroup) {
+    const int ids = static_cast<int>(least(count - i, kGroup));
+    product.compute(p, first + i, ids, first_row, end_row);
     float bias[kGroup] = {};
-    if (p.bias) widen_any(p.bias, p.bias_type, first + id, ids, bias);
-    for (int64_t row = first_row, i = 0; row < end_row; row += kPanel, i++) {
+    if (p.bias) widen_any(p.bias, p.bias_type, first + i, ids, bias);
+    for (int64_t row = first_row; row < end_row; row += kPanel) {
       const Panel panel(p, row);
+      const float* sums = product.sums[(row - first_row) / kPanel];
       for (int column = 0; column < panel.rows; column++)
         for (int m = 0; m < ids; m++)
-          logits[row - first_row + column][id + m] = sums[i][m * panel.width + column] + bias[m];
+          logits[row - first_row + column][i + m] = sums[m * panel.width + column] + bias[m];
     }
   }
 }
 
 template <class Real>
 void fill_states(const Params& p, int64_t part, int64_t first_row) {
-  const int rows =
-      static_cast<int>(p.row_count - first_row < Params::kRows ? p.row_count - first_row : Params::kRows);
+  const int64_t end_row = least(first_row + Params::kRows, p.row_count);
+  const int64_t begin = part * Params::kPart, end = least(begin + Params::kPart, p.vocabulary);
   PartState<Real> states[Params::kRows];
   alignas(64) float logits[Params::kRows][kIds];
-  const int32_t begin = static_cast<int32_t>(part * Params::kPart);
-  const int32_t end = p.vocabulary - begin < Params::kPart ? p.vocabulary : begin + Params::kPart;
-  for (int32_t first = begin; first < end; first += kIds) {
-    const int count = end - first < kIds ? end - first : kIds;
-    product(p, first_row, first, count, logits);
-    for (int i = 0; i < rows; i++) {
-      const float bound = load_chunk(logits[i], count, logits[i]);
-      add_chunk(states[i], p, first_row + i, first, count, bound, logits[i], [](int) {});
+  for (int64_t first = begin; first < end; first += kIds) {
+    const int count = static_cast<int>(least(end - first, kIds));
+    compute_logits(p, first_row, end_row, first, count, logits);
+    for (int64_t row = first_row; row < end_row; row++) {
+      float* x = logits[row - first_row];
+      const float bound = load_chunk(x, count, x);
+      add_chunk(states[row - first_row], p, row, static_cast<int32_t>(first), count, bound, x,
+                FetchNothing());
     }
   }
-  for (int i = 0; i < rows; i++)
-    static_cast<PartState<Real>*>(p.states)[(first_row + i) * p.parts + part] = states[i];
+  for (int64_t row = first_row; row < end_row; row++)
+    static_cast<PartState<Real>*>(p.states)[row * p.parts + part] = states[row - first_row];
+}
+
+void pack(const Params& p, const Panel& panel) {
+  alignas(64) float values[kDepth];
+  for (int column = 0; column < panel.width; column++)
+    for (int depth = 0; depth < p.hidden_size; depth += kDepth) {
+      const int steps = static_cast<int>(least(p.hidden_size - depth, kDepth));
+      if (column < panel.rows)
+        widen_any(p.hidden, p.hidden_type, (panel.first + column) * p.hidden_size + depth, steps, values);
+      else memset(values, 0, sizeof values);
+      for (int i = 0; i < steps; i++)
+        panel.data[static_cast<int64_t>(depth + i) * panel.width + column] = values[i];
+    }
 }
 
 }  // namespace
 
 void pack_hidden(const Params& p, long begin, long end) {
-  const int64_t last = end * Params::kRows < p.row_count ? end * Params::kRows : p.row_count;
-  for (int64_t row = begin * Params::kRows; row < last; row += kPanel) {
-    const Panel panel(p, row);
-    float* to = panel.data(p);
-    for (int column = 0; column < panel.width; column++) {
-      alignas(64) float values[kDepth];
-      for (int depth = 0; depth < p.hidden_size; depth += kDepth) {
-        const int steps = p.hidden_size - depth < kDepth ? p.hidden_size - depth : kDepth;
-        if (column < panel.rows)
-          widen_any(p.hidden, p.hidden_type, (row + column) * p.hidden_size + depth, steps, values);
-        else memset(values, 0, sizeof values);
-        for (int i = 0; i < steps; i++) to[(depth + i) * panel.width + column] = values[i];
-      }
-    }
-  }
+  for (int64_t row = begin * Params::kRows; row < least(end * Params::kRows, p.row_count); row += kPanel)
+    pack(p, Panel(p, row));
 }
 
 void linear_token_states(const Params& p, long begin, long end) {

@@ -202,9 +202,7 @@ def _(
 
 
 @torch.library.register_fake("dllm_kernels::token_divergence")
-def _(
-    logits, previous, suppress_tokens=(), confidence_exclude=(), confidence_temperature=1.0, float64=False
-):
+def _(logits, previous, suppress_tokens=(), confidence_exclude=(), confidence_temperature=1.0, float64=False):
     return logits.new_empty(logits.shape[:-1], dtype=torch.float64 if float64 else torch.float32)
 
 
