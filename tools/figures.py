@@ -3,7 +3,7 @@
     python tools/figures.py           rewrite README.md and docs/*.md
     python tools/figures.py --check   say which pages are out of date, exit 1 if any is
 
-NAME `cpu` is the benchmark results of that device (benchmarks/results/*.cpu.json), `tiny-python` the
+NAME `cpu` is the benchmark results of that device (benchmarks/results/cpu.json), `tiny-python` the
 evaluation of the embedded model (its evaluation.json). Nobody types a figure into a page.
 """
 
@@ -29,10 +29,10 @@ def cpu_table() -> str:
     """One line for each comparison: our median time and how many times as long each alternative takes."""
     lines = ["| work | ours | how many times as fast |", "|---|---|---|"]
     machines = {}
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.cpu.json")):
-        result = json.loads(path.read_text())
-        machines[_machine(result["machine"]) + f", {result['date']}"] = None
-        for case, figures in result["cases"].items():
+    results = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    for suite in results.values():
+        machines[_machine(suite["machine"]) + f", {suite['date']}"] = None
+        for case, figures in suite["cases"].items():
             ours = _milliseconds(figures["ours_seconds"]["median"])
             speedups = (
                 f"{other['speedup']['median']:.2f}× {name}" for name, other in figures["baselines"].items()
