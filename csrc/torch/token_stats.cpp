@@ -12,6 +12,9 @@
 namespace dllm {
 namespace {
 
+// Per logit, for the decision how many threads are worth waking.
+constexpr double kOperations = 16, kNoiseOperations = 128;
+
 cpu::TokenIds listed(const std::vector<int32_t>& ids) { return {ids.data(), static_cast<int>(ids.size())}; }
 
 cpu::LogitsView view(const LogitsRows& logits) {
@@ -34,8 +37,9 @@ Tensor new_states(cpu::TokenStatsParams& p, int64_t visited, const Tensor& like)
 }
 
 void fill_states(const cpu::LogitsStatsParams& p, int64_t visited) {
-  torch::stable::parallel_for(0, visited * p.parts, 1,
-                              [&](int64_t begin, int64_t end) { cpu::token_states(p, begin, end); });
+  const double operations = p.temperature > 0 ? kNoiseOperations : kOperations;
+  run_items(visited * p.parts, operations * visited * p.vocabulary,
+            [&](int64_t begin, int64_t end) { cpu::token_states(p, begin, end); });
 }
 
 // The filters look at what the confidence is made of, before anything is left out of it.
@@ -47,8 +51,8 @@ std::vector<cpu::Cut> token_cuts(cpu::LogitsStatsParams p, const TokenFilterOpti
   std::vector<cpu::Cut> cuts(visited);
   const auto top_k = static_cast<int32_t>(std::min<int64_t>(filter.top_k.value_or(INT32_MAX), INT32_MAX));
   const cpu::TokenCutParams params{p, filter.top_p.value_or(1), top_k, cuts.data()};
-  torch::stable::parallel_for(0, visited, 1,
-                              [&](int64_t begin, int64_t end) { cpu::token_cuts(params, begin, end); });
+  run_items(visited, kOperations * visited * p.vocabulary,
+            [&](int64_t begin, int64_t end) { cpu::token_cuts(params, begin, end); });
   return cuts;
 }
 
@@ -109,8 +113,8 @@ Tensor token_divergence(Tensor logits, Tensor previous, std::vector<int64_t> sup
   const cpu::TokenDivergenceParams p{
       view(rows),       view(previous_rows), rows.vocabulary, confidence_scale(op, confidence_temperature),
       listed(suppress), listed(exclude),     float64,         divergence.data_ptr()};
-  torch::stable::parallel_for(0, rows.rows, 1,
-                              [&](int64_t begin, int64_t end) { cpu::token_divergence(p, begin, end); });
+  run_items(rows.rows, 2 * kOperations * rows.rows * rows.vocabulary,
+            [&](int64_t begin, int64_t end) { cpu::token_divergence(p, begin, end); });
   return divergence;
 }
 
@@ -123,8 +127,8 @@ void check_product(const char* op, const Tensor& hidden, const Tensor& weight,
   check_same_device(op, "weight", weight, "hidden", hidden);
   check_size(op, "weight", weight, 1, hidden.size(-1), "the hidden size of hidden");
   check_int(op, "the hidden size", hidden.size(-1));
-  check_int(op, "the vocabulary of weight", weight.size(0));
-  check(weight.numel() > 0, op, ": weight must not be empty, got shape ", shape_text(weight));
+  check_vocabulary(op, "weight", weight.size(0));
+  check(hidden.size(-1) > 0, op, ": the hidden size must be positive, got shape ", shape_text(hidden));
   if (!bias) return;
   check_dims(op, "bias", *bias, 1, "[vocabulary]");
   check_float(op, "bias", *bias);
@@ -148,7 +152,6 @@ TokenStatsTensors linear_token_stats(Tensor hidden, Tensor weight, std::optional
   const TokenStatsTensors stats = new_stats(hidden, leading_shape(hidden), options.real());
   const Tensor dense_hidden = torch::stable::contiguous(hidden);
   const Tensor dense_weight = weight.stride(1) == 1 ? weight : torch::stable::contiguous(weight);
-  const Tensor dense_bias = bias ? torch::stable::contiguous(*bias) : weight;
 
   cpu::LinearStatsParams p{};
   fill(p, options, vocabulary, stats);
@@ -161,12 +164,16 @@ TokenStatsTensors linear_token_stats(Tensor hidden, Tensor weight, std::optional
   p.hidden = dense_hidden.data_ptr(), p.hidden_type = storage_type(hidden);
   p.weight = dense_weight.data_ptr(), p.weight_type = storage_type(weight);
   p.weight_stride = dense_weight.stride(0);
-  p.bias = bias ? dense_bias.data_ptr() : nullptr, p.bias_type = storage_type(dense_bias);
+  Tensor dense_bias;
+  if (bias) {
+    dense_bias = torch::stable::contiguous(*bias);
+    p.bias = dense_bias.data_ptr(), p.bias_type = storage_type(dense_bias);
+  }
   const Tensor packed = new_tensor(hidden, {p.packed_size()}, ScalarType::Float);
   p.packed = static_cast<float*>(packed.data_ptr());
 
-  torch::stable::parallel_for(0, p.row_groups(), 1,
-                              [&](int64_t begin, int64_t end) { cpu::pack_hidden(p, begin, end); });
+  run_items(p.row_groups(), static_cast<double>(p.packed_size()),
+            [&](int64_t begin, int64_t end) { cpu::pack_hidden(p, begin, end); });
   run_items(p.parts * p.row_groups(), 2.0 * rows * weight.numel(),
             [&](int64_t begin, int64_t end) { cpu::linear_token_states(p, begin, end); });
   cpu::token_results(p, 0, rows);

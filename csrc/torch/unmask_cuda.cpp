@@ -44,8 +44,6 @@ TokenStatsTensors launch_token_stats(const char* op, const LogitsRows& logits,
                                      const TokenFilterOptions& filter) {
   check(!filter.top_p, op, ": top_p is not available on CUDA yet; leave it None");
   check(!filter.top_k, op, ": top_k is not available on CUDA yet; leave it None");
-  check(logits.vocabulary <= 1 << 30, op, ": the vocabulary may hold at most 2^30 ids on CUDA, got ",
-        logits.vocabulary);
   const TokenStatsTensors stats = new_stats(logits.tensor, shape, options.real());
   const auto bytes =
       static_cast<int64_t>(cuda::token_stats_workspace(logits.rows, logits.vocabulary, options.float64));
