@@ -20,8 +20,10 @@ struct LinearStatsParams : TokenStatsParams {
   static constexpr int32_t kPart = 1024;  // ids of a part
   static constexpr int kRows = 64;        // rows that a part of the weight meets at once
   static constexpr int kStrip = 16;       // rows are packed in multiples of this
-  int64_t row_groups() const { return (row_count + kRows - 1) / kRows; }
-  int64_t packed_size() const { return (row_count + kStrip - 1) / kStrip * kStrip * hidden_size; }
+  DLLM_HOST_DEVICE int64_t row_groups() const { return (row_count + kRows - 1) / kRows; }
+  DLLM_HOST_DEVICE int64_t packed_size() const {
+    return (row_count + kStrip - 1) / kStrip * kStrip * hidden_size;
+  }
 };
 
 }  // namespace dllm::cpu

@@ -55,7 +55,7 @@ struct TokenStatsParams {
   int64_t* token;
   void *prob, *margin, *entropy, *logsumexp;
 
-  int64_t row(int64_t visited) const { return rows ? rows[visited] : visited; }
+  DLLM_HOST_DEVICE int64_t row(int64_t visited) const { return rows ? rows[visited] : visited; }
 };
 
 // Row r starts at data + (r / inner) · outer_stride + (r % inner) · inner_stride.
@@ -64,7 +64,9 @@ struct LogitsView {
   DType type;
   int64_t inner, outer_stride, inner_stride;
 
-  int64_t offset(int64_t row) const { return row / inner * outer_stride + row % inner * inner_stride; }
+  DLLM_HOST_DEVICE int64_t offset(int64_t row) const {
+    return row / inner * outer_stride + row % inner * inner_stride;
+  }
 };
 
 struct LogitsStatsParams : TokenStatsParams {
