@@ -104,15 +104,16 @@ def commit_(
     canvas: int64 or int32 [B, T], changed in place. positions: int32 [B, C], distinct in a row, −1 for
     none. The statistics of (b, c) are entry b·C + c of each field of `stats`. Candidates are listed
     positions that hold `mask_id` and whose proposal is another token; other listed positions stay as
-    they are. Ties go to the lower position.
+    they are, except with `Rule.edit` (so never list the prompt). Ties go to the lower position.
 
     quota: int32 [B] (or an int for all), for rules that need one. step, sequence_ids: int32 [B],
-    what the draws of `random` confidence and alg_temp are keyed by beside `seed` and the position;
-    None: step 0, sequence = row. progress: int32 [B, 2], written: masks left among the listed
-    positions, tokens changed. state: for rules that keep counters; none of today's does.
+    what the draws of `random` confidence, alg_temp and `Rule.bernoulli` are keyed by beside `seed` and the
+    position; None: step 0, sequence = row. progress: int32 [B, 2], written: masks left among the listed
+    positions, tokens changed. state: int32 [B, T] for `Rule.confident_stable`, zeros at first and then kept
+    from step to step: for each masked position the number of steps in a row with a small
+    `stats.divergence`.
     """
-    if state is not None:
-        raise ValueError(f"commit_: rule {rule.name!r} keeps no state; leave state None")
+    divergence = getattr(stats, "divergence", None) if rule.needs_state else None
     return _ops.commit_(
         canvas,
         positions,
@@ -127,6 +128,8 @@ def commit_(
         sequence_ids,
         seed,
         progress,
+        divergence,
+        state,
     )
 
 
@@ -142,7 +145,6 @@ def unmask_(
     step: Tensor | int | None = None,
     sequence_ids: Tensor | None = None,
     seed: int = 0,
-    state: Tensor | None = None,
     progress: Tensor | None = None,
     temperature: float = 0.0,
     suppress_tokens: Sequence[int] | None = None,
@@ -156,10 +158,9 @@ def unmask_(
     logits: [B, block_size, V], row i of b predicts canvas position block_start[b] + i; block_start: int
     or int32 [B]. `mask_id` is barred from proposal and softmax; listed in `proposal_exclude` it stays
     in the softmax (as in references that leave it there). Noise is keyed by (sequence, position, step).
-    Returns accepted, bool [B, block_size]. Everything else as in `token_stats` and `commit_`.
+    Returns accepted, bool [B, block_size]. Everything else as in `token_stats` and `commit_`, which
+    `Rule.confident_stable` and `Rule.edit` need separately.
     """
-    if state is not None:
-        raise ValueError(f"unmask_: rule {rule.name!r} keeps no state; leave state None")
     if precision not in ("float32", "float64"):
         raise ValueError(f"unmask_: precision is {precision!r}; allowed: float32, float64")
     if logits.dim() == 3 and logits.shape[1] != block_size:
@@ -184,8 +185,9 @@ def unmask_(
     )
 
 
-def _flat(rule: Rule) -> tuple[str, float, bool, str, float]:
-    return rule.name, float(rule.parameter), rule.strict, rule.confidence, float(rule.alg_temp)
+def _flat(rule: Rule) -> tuple[str, list[float], bool, str, float]:
+    parameters = [float(parameter) for parameter in rule.parameters]
+    return rule.name, parameters, rule.strict, rule.confidence, float(rule.alg_temp)
 
 
 def _per_row(value: Tensor | int | None, canvas: Tensor) -> Tensor | None:
