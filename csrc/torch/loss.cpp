@@ -165,17 +165,17 @@ std::tuple<Tensor, Tensor> diffusion_cross_entropy_gradient_(const Tensor& logit
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dllm_kernels, m) {
   m.def(
-      "diffusion_cross_entropy(Tensor logits, Tensor targets, Tensor weights, int[] suppress_tokens=[]) -> "
+      "diffusion_cross_entropy(Tensor logits, Tensor targets, Tensor weights, int[] suppress_tokens) -> "
       "(Tensor loss, Tensor ce, Tensor logsumexp)");
   m.def(
       "diffusion_cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor weights, "
-      "Tensor logsumexp, int[] suppress_tokens=[]) -> Tensor grad_logits");
+      "Tensor logsumexp, int[] suppress_tokens) -> Tensor grad_logits");
   m.def(
       "diffusion_cross_entropy_gradient_(Tensor(a!) logits, Tensor targets, Tensor weights, "
-      "int[] suppress_tokens=[]) -> (Tensor loss, Tensor ce)");
+      "int[] suppress_tokens) -> (Tensor loss, Tensor ce)");
   m.def(
       "linear_diffusion_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor weights, "
-      "Tensor? bias=None, int[] suppress_tokens=[], bool[] needs_grad=[]) -> "
+      "Tensor? bias, int[] suppress_tokens, bool[] needs_grad) -> "
       "(Tensor loss, Tensor ce, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
 }
 

@@ -14,7 +14,7 @@ MIN_CHUNK_ROWS = 256  # products of fewer rows are slower
 
 @torch.library.impl("dllm_kernels::linear_diffusion_cross_entropy", "CompositeExplicitAutograd")
 def linear_diffusion_cross_entropy(
-    hidden, weight, targets, weights, bias=None, suppress_tokens=(), needs_grad=()
+    hidden, weight, targets, weights, bias, suppress_tokens, needs_grad
 ) -> tuple[Tensor, ...]:
     """loss, ce and the gradients of hidden, weight and bias, as `new_results` lays them out.
 
@@ -60,12 +60,12 @@ def linear_diffusion_cross_entropy(
 def new_results(hidden, weight, targets, bias, needs_grad) -> tuple[Tensor, ...]:
     """Uninitialised loss, ce, grad_hidden, grad_weight, grad_bias, in the precision of the arithmetic.
 
-    needs_grad: which of hidden, weight and bias need a gradient (empty: none); the others' have no elements.
+    needs_grad: which of hidden, weight and bias need a gradient; the others' have no elements.
     """
     precision = torch.promote_types(hidden.dtype, torch.float32)
     shapes = [
         tensor.shape if needed else (0,)
-        for tensor, needed in zip((hidden, weight, bias), needs_grad or [False] * 3, strict=True)
+        for tensor, needed in zip((hidden, weight, bias), needs_grad, strict=True)
     ]
     return tuple(hidden.new_empty(shape, dtype=precision) for shape in ((), targets.shape, *shapes))
 

@@ -72,29 +72,33 @@ def linear_diffusion_cross_entropy(
 
 # ---- fake kernels: shapes, dtypes and strides of what the compiled operators return ------------------
 @torch.library.register_fake("dllm_kernels::diffusion_cross_entropy")
-def _(logits, targets, weights, suppress_tokens=()):
+def _(logits, targets, weights, suppress_tokens):
     precision = torch.promote_types(logits.dtype, torch.float32)
     return tuple(logits.new_empty(shape, dtype=precision) for shape in ((), targets.shape, targets.shape))
 
 
 @torch.library.register_fake("dllm_kernels::diffusion_cross_entropy_backward")
-def _(grad_loss, logits, targets, weights, logsumexp, suppress_tokens=()):
+def _(grad_loss, logits, targets, weights, logsumexp, suppress_tokens):
     return logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("dllm_kernels::diffusion_cross_entropy_gradient_")
-def _(logits, targets, weights, suppress_tokens=()):
+def _(logits, targets, weights, suppress_tokens):
     precision = torch.promote_types(logits.dtype, torch.float32)
     return tuple(logits.new_empty(shape, dtype=precision) for shape in ((), targets.shape))
 
 
 @torch.library.register_fake("dllm_kernels::linear_diffusion_cross_entropy")
-def _(hidden, weight, targets, weights, bias=None, suppress_tokens=(), needs_grad=()):
+def _(hidden, weight, targets, weights, bias, suppress_tokens, needs_grad):
     return new_results(hidden, weight, targets, bias, needs_grad)
 
 
 # ---- devices without a kernel ---------------------------------------------------------------------------
-for _name in ("diffusion_cross_entropy", "diffusion_cross_entropy_backward", "diffusion_cross_entropy_gradient_"):
+for _name in (
+    "diffusion_cross_entropy",
+    "diffusion_cross_entropy_backward",
+    "diffusion_cross_entropy_gradient_",
+):
     torch.library.impl(f"dllm_kernels::{_name}", "CompositeExplicitAutograd")(getattr(reference, _name))
 
 
@@ -148,7 +152,7 @@ torch.library.register_autograd(
 
 
 # ---- autocast: the head is cast as in F.linear, sums stay in float32 ------------------------------------
-def _cast_head(hidden, weight, targets, weights, bias=None, *rest):
+def _cast_head(hidden, weight, targets, weights, bias, *rest):
     dtype = torch.get_autocast_dtype(hidden.device.type)
     bias = None if bias is None else cast(bias, dtype)
     return cast(hidden, dtype), cast(weight, dtype), targets, weights, bias, *rest

@@ -36,7 +36,7 @@ def diffusion_cross_entropy_backward(
     kept = weights != 0
     gradient = torch.exp(_rows(logits, kept, suppress_tokens) - logsumexp[kept][:, None])
     gradient[torch.arange(len(gradient), device=logits.device), targets[kept]] -= 1
-    gradient *= (grad_loss * weights[kept])[:, None]
+    gradient *= (grad_loss * weights[kept].to(gradient.dtype))[:, None]
     result = torch.zeros_like(logits, memory_format=torch.contiguous_format)
     result[kept] = gradient.to(logits.dtype)
     return result
@@ -48,9 +48,7 @@ def diffusion_cross_entropy_gradient_(
     """Loss and each CE_i; the logits are replaced by their gradient."""
     loss, ce, logsumexp = diffusion_cross_entropy(logits, targets, weights, suppress_tokens)
     one = torch.ones_like(loss)
-    logits.copy_(
-        diffusion_cross_entropy_backward(one, logits, targets, weights, logsumexp, suppress_tokens)
-    )
+    logits.copy_(diffusion_cross_entropy_backward(one, logits, targets, weights, logsumexp, suppress_tokens))
     return loss, ce
 
 
