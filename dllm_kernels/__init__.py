@@ -17,6 +17,8 @@ _MODULE_OF = {
     "TokenStats": "ops.token_stats",
     "commit_": "ops.unmask",
     "unmask_": "ops.unmask",
+    "diffusion_cross_entropy": "ops.loss",
+    "linear_diffusion_cross_entropy": "ops.loss",
     "BlockKVCache": "block_cache",
     "load": "models.checkpoint",
     "enable_attention": "models.attention",

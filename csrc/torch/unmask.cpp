@@ -9,27 +9,31 @@ namespace dllm {
 namespace {
 
 // Writes `accepted` [batch, candidates]; positions are checked.
-Tensor commit_rows(const char* op, const CommitArguments& arguments, const Tensor& canvas,
-                   const int32_t* positions, int64_t candidates, const TokenStatsTensors& stats) {
-  const auto& [token, prob, margin, entropy, logsumexp] = stats;
+Tensor commit_rows(const CommitArguments& arguments, const Tensor& canvas, const int32_t* positions,
+                   int64_t candidates, const CommitStats& stats) {
   const int64_t batch = canvas.size(0);
   Tensor accepted = new_tensor(canvas, {batch, candidates}, ScalarType::Bool);
   cpu::CommitParams p{};
   p.rule = arguments.rule;
   p.mask_id = arguments.mask_id;
-  p.batch = check_int(op, "the batch of canvas", batch);
-  p.candidates = check_int(op, "the candidates of a row", candidates);
+  p.batch = static_cast<int>(batch);
+  p.candidates = static_cast<int>(candidates);
   p.canvas_stride = canvas.stride(0);
   p.canvas = canvas.data_ptr();
   p.canvas_is_int64 = canvas.scalar_type() == ScalarType::Long;
   p.positions = positions;
-  p.token = static_cast<const int64_t*>(token.data_ptr());
-  p.prob = prob.data_ptr(), p.margin = margin.data_ptr(), p.entropy = entropy.data_ptr();
-  p.float64 = prob.scalar_type() == ScalarType::Double;
+  p.token = static_cast<const int64_t*>(stats.token.data_ptr());
+  p.prob = stats.prob.data_ptr(), p.margin = stats.margin.data_ptr(), p.entropy = stats.entropy.data_ptr();
+  p.divergence = stats.divergence ? stats.divergence->data_ptr() : nullptr;
+  p.float64 = stats.prob.scalar_type() == ScalarType::Double;
   p.quota = int32_data(arguments.quota);
   p.step = int32_data(arguments.step);
   p.sequence_ids = int32_data(arguments.sequence_ids);
   p.seed = arguments.seed;
+  if (arguments.state) {
+    p.state = static_cast<int32_t*>(arguments.state->data_ptr());
+    p.state_stride = arguments.state->stride(0);
+  }
   p.accepted = static_cast<bool*>(accepted.data_ptr());
   p.progress = arguments.progress ? static_cast<int32_t*>(arguments.progress->data_ptr()) : nullptr;
   torch::stable::parallel_for(0, batch, 16, [&](int64_t begin, int64_t end) { cpu::commit(p, begin, end); });
@@ -60,35 +64,40 @@ void check_quota_contents(const char* op, const CommitArguments& arguments) {
 }
 
 Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tensor margin, Tensor entropy,
-               std::string rule, double parameter, bool strict, std::string confidence, double alg_temp,
-               int64_t mask_id, std::optional<Tensor> quota, std::optional<Tensor> step,
-               std::optional<Tensor> sequence_ids, int64_t seed, std::optional<Tensor> progress) {
+               std::string rule, std::vector<double> parameters, bool strict, std::string confidence,
+               double alg_temp, int64_t mask_id, std::optional<Tensor> quota, std::optional<Tensor> step,
+               std::optional<Tensor> sequence_ids, int64_t seed, std::optional<Tensor> progress,
+               std::optional<Tensor> divergence, std::optional<Tensor> state) {
   constexpr const char* op = "commit_";
-  const CommitArguments arguments(op, canvas, make_rule(op, rule, parameter, strict, confidence, alg_temp),
-                                  mask_id, quota, step, sequence_ids, seed, progress);
-  const TokenStatsTensors stats = checked_stats(op, canvas, positions, token, prob, margin, entropy);
+  const CommitArguments arguments(op, canvas, make_rule(op, rule, parameters, strict, confidence, alg_temp),
+                                  mask_id, quota, step, sequence_ids, seed, progress, state);
+  const CommitStats stats =
+      checked_stats(op, arguments.rule, canvas, positions, token, prob, margin, entropy, divergence);
   const Tensor listed = torch::stable::contiguous(positions);
   const auto* data = static_cast<const int32_t*>(listed.data_ptr());
   check_position_contents(op, data, canvas.size(0), positions.size(1), canvas.size(1));
   check_quota_contents(op, arguments);
-  const auto* tokens = static_cast<const int64_t*>(std::get<0>(stats).data_ptr());
+  const auto* tokens = static_cast<const int64_t*>(stats.token.data_ptr());
   const int64_t largest = canvas.scalar_type() == ScalarType::Long ? INT64_MAX : INT32_MAX;
   for (int64_t i = 0; i < positions.numel(); i++)
     check(data[i] < 0 || (tokens[i] >= 0 && tokens[i] <= largest), op,
           ": stats.token must be a token id, got ", tokens[i]);
-  return commit_rows(op, arguments, canvas, data, positions.size(1), stats);
+  return commit_rows(arguments, canvas, data, positions.size(1), stats);
 }
 
-Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rule, double parameter,
-               bool strict, std::string confidence, double alg_temp, int64_t mask_id,
-               std::optional<Tensor> quota, std::optional<Tensor> step, std::optional<Tensor> sequence_ids,
-               int64_t seed, std::optional<Tensor> progress, double temperature,
-               std::vector<int64_t> suppress_tokens, std::vector<int64_t> proposal_exclude,
-               std::vector<int64_t> confidence_exclude, double confidence_temperature, bool float64,
-               std::optional<double> top_p, std::optional<int64_t> top_k) {
+Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rule,
+               std::vector<double> parameters, bool strict, std::string confidence, double alg_temp,
+               int64_t mask_id, std::optional<Tensor> quota, std::optional<Tensor> step,
+               std::optional<Tensor> sequence_ids, int64_t seed, std::optional<Tensor> progress,
+               double temperature, std::vector<int64_t> suppress_tokens,
+               std::vector<int64_t> proposal_exclude, std::vector<int64_t> confidence_exclude,
+               double confidence_temperature, bool float64, std::optional<double> top_p,
+               std::optional<int64_t> top_k) {
   constexpr const char* op = "unmask_";
-  const CommitArguments arguments(op, canvas, make_rule(op, rule, parameter, strict, confidence, alg_temp),
-                                  mask_id, quota, step, sequence_ids, seed, progress);
+  const Rule acceptance = make_rule(op, rule, parameters, strict, confidence, alg_temp);
+  check_block_rule(op, acceptance);
+  const CommitArguments arguments(op, canvas, acceptance, mask_id, quota, step, sequence_ids, seed, progress,
+                                  std::nullopt);
   const auto starts = checked_starts(op, canvas, logits, block_start);
   check_quota_contents(op, arguments);
   const LogitsRows rows(op, logits);
@@ -115,9 +124,9 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
       if (id == mask_id) masked.push_back(row);
     }
   }
-  const TokenStatsTensors stats =
+  const auto [token, prob, margin, entropy, logsumexp] =
       row_stats(rows, {batch, block}, &masked, noise_ids.data(), options, {op, top_p, top_k});
-  return commit_rows(op, arguments, canvas, positions.data(), block, stats);
+  return commit_rows(arguments, canvas, positions.data(), block, {token, prob, margin, entropy, {}});
 }
 
 }  // namespace
@@ -127,12 +136,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dllm_kernels, m) {
   m.def(
       "commit_(Tensor(a!) canvas, Tensor positions, Tensor token, Tensor prob, Tensor margin, Tensor "
       "entropy, "
-      "str rule, float parameter, bool strict, str confidence, float alg_temp, int mask_id, "
+      "str rule, float[] parameters, bool strict, str confidence, float alg_temp, int mask_id, "
       "Tensor? quota=None, Tensor? step=None, Tensor? sequence_ids=None, int seed=0, "
-      "Tensor(b!)? progress=None) -> Tensor accepted");
+      "Tensor(b!)? progress=None, Tensor? divergence=None, Tensor(c!)? state=None) -> Tensor accepted");
   m.def(
       "unmask_(Tensor(a!) canvas, Tensor logits, Tensor block_start, "
-      "str rule, float parameter, bool strict, str confidence, float alg_temp, int mask_id, "
+      "str rule, float[] parameters, bool strict, str confidence, float alg_temp, int mask_id, "
       "Tensor? quota=None, Tensor? step=None, Tensor? sequence_ids=None, int seed=0, "
       "Tensor(b!)? progress=None, float temperature=0.0, int[] suppress_tokens=[], int[] "
       "proposal_exclude=[], "

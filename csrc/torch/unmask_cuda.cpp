@@ -87,8 +87,7 @@ Tensor token_divergence(Tensor, Tensor, std::vector<int64_t>, std::vector<int64_
 // `positions` or `block_start` is null.
 Tensor commit_rows(const char* op, const CommitArguments& arguments, const Tensor& canvas,
                    const int32_t* positions, const int32_t* block_start, int64_t candidates,
-                   const TokenStatsTensors& stats) {
-  const auto& [token, prob, margin, entropy, logsumexp] = stats;
+                   const CommitStats& stats) {
   const int64_t batch = canvas.size(0);
   check(candidates <= cuda::kMaxCandidates, op, ": a row may list at most ", cuda::kMaxCandidates,
         " candidates on CUDA, got ", candidates);
@@ -96,7 +95,7 @@ Tensor commit_rows(const char* op, const CommitArguments& arguments, const Tenso
   cuda::CommitParams p{};
   p.rule = arguments.rule;
   p.mask_id = arguments.mask_id;
-  p.batch = check_int(op, "the batch of canvas", batch);
+  p.batch = static_cast<int>(batch);
   p.candidates = static_cast<int>(candidates);
   p.canvas_stride = canvas.stride(0);
   p.length = canvas.size(1);
@@ -104,13 +103,18 @@ Tensor commit_rows(const char* op, const CommitArguments& arguments, const Tenso
   p.canvas_is_int64 = canvas.scalar_type() == ScalarType::Long;
   p.positions = positions;
   p.block_start = block_start;
-  p.token = static_cast<const int64_t*>(token.data_ptr());
-  p.prob = prob.data_ptr(), p.margin = margin.data_ptr(), p.entropy = entropy.data_ptr();
-  p.float64 = prob.scalar_type() == ScalarType::Double;
+  p.token = static_cast<const int64_t*>(stats.token.data_ptr());
+  p.prob = stats.prob.data_ptr(), p.margin = stats.margin.data_ptr(), p.entropy = stats.entropy.data_ptr();
+  p.divergence = stats.divergence ? stats.divergence->data_ptr() : nullptr;
+  p.float64 = stats.prob.scalar_type() == ScalarType::Double;
   p.quota = int32_data(arguments.quota);
   p.step = int32_data(arguments.step);
   p.sequence_ids = int32_data(arguments.sequence_ids);
   p.seed = arguments.seed;
+  if (arguments.state) {
+    p.state = static_cast<int32_t*>(arguments.state->data_ptr());
+    p.state_stride = arguments.state->stride(0);
+  }
   p.accepted = static_cast<bool*>(accepted.data_ptr());
   p.progress = arguments.progress ? static_cast<int32_t*>(arguments.progress->data_ptr()) : nullptr;
   check_launch(op, cuda::commit(p, current_stream(canvas)));
@@ -118,30 +122,35 @@ Tensor commit_rows(const char* op, const CommitArguments& arguments, const Tenso
 }
 
 Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tensor margin, Tensor entropy,
-               std::string rule, double parameter, bool strict, std::string confidence, double alg_temp,
-               int64_t mask_id, std::optional<Tensor> quota, std::optional<Tensor> step,
-               std::optional<Tensor> sequence_ids, int64_t seed, std::optional<Tensor> progress) {
+               std::string rule, std::vector<double> parameters, bool strict, std::string confidence,
+               double alg_temp, int64_t mask_id, std::optional<Tensor> quota, std::optional<Tensor> step,
+               std::optional<Tensor> sequence_ids, int64_t seed, std::optional<Tensor> progress,
+               std::optional<Tensor> divergence, std::optional<Tensor> state) {
   constexpr const char* op = "commit_";
   const DeviceGuard guard(canvas.get_device_index());
-  const CommitArguments arguments(op, canvas, make_rule(op, rule, parameter, strict, confidence, alg_temp),
-                                  mask_id, quota, step, sequence_ids, seed, progress);
-  const TokenStatsTensors stats = checked_stats(op, canvas, positions, token, prob, margin, entropy);
+  const CommitArguments arguments(op, canvas, make_rule(op, rule, parameters, strict, confidence, alg_temp),
+                                  mask_id, quota, step, sequence_ids, seed, progress, state);
+  const CommitStats stats =
+      checked_stats(op, arguments.rule, canvas, positions, token, prob, margin, entropy, divergence);
   const Tensor listed = torch::stable::contiguous(positions);
   return commit_rows(op, arguments, canvas, static_cast<const int32_t*>(listed.data_ptr()), nullptr,
                      positions.size(1), stats);
 }
 
-Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rule, double parameter,
-               bool strict, std::string confidence, double alg_temp, int64_t mask_id,
-               std::optional<Tensor> quota, std::optional<Tensor> step, std::optional<Tensor> sequence_ids,
-               int64_t seed, std::optional<Tensor> progress, double temperature,
-               std::vector<int64_t> suppress_tokens, std::vector<int64_t> proposal_exclude,
-               std::vector<int64_t> confidence_exclude, double confidence_temperature, bool float64,
-               std::optional<double> top_p, std::optional<int64_t> top_k) {
+Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rule,
+               std::vector<double> parameters, bool strict, std::string confidence, double alg_temp,
+               int64_t mask_id, std::optional<Tensor> quota, std::optional<Tensor> step,
+               std::optional<Tensor> sequence_ids, int64_t seed, std::optional<Tensor> progress,
+               double temperature, std::vector<int64_t> suppress_tokens,
+               std::vector<int64_t> proposal_exclude, std::vector<int64_t> confidence_exclude,
+               double confidence_temperature, bool float64, std::optional<double> top_p,
+               std::optional<int64_t> top_k) {
   constexpr const char* op = "unmask_";
   const DeviceGuard guard(canvas.get_device_index());
-  const CommitArguments arguments(op, canvas, make_rule(op, rule, parameter, strict, confidence, alg_temp),
-                                  mask_id, quota, step, sequence_ids, seed, progress);
+  const Rule acceptance = make_rule(op, rule, parameters, strict, confidence, alg_temp);
+  check_block_rule(op, acceptance);
+  const CommitArguments arguments(op, canvas, acceptance, mask_id, quota, step, sequence_ids, seed, progress,
+                                  std::nullopt);
   const Tensor starts = checked_starts(op, canvas, logits, block_start);
   const LogitsRows rows(op, logits);
   bar_mask(op, mask_id, rows.vocabulary, suppress_tokens, proposal_exclude);
@@ -158,9 +167,9 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
                                    block,
                                    int32_data(arguments.step),
                                    int32_data(arguments.sequence_ids)};
-  const TokenStatsTensors stats =
+  const auto [token, prob, margin, entropy, logsumexp] =
       launch_token_stats(op, rows, {batch, block}, block_rows, nullptr, options, {op, top_p, top_k});
-  return commit_rows(op, arguments, canvas, nullptr, start, block, stats);
+  return commit_rows(op, arguments, canvas, nullptr, start, block, {token, prob, margin, entropy, {}});
 }
 
 }  // namespace

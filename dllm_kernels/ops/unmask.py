@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import _library  # noqa: F401
+from dllm_kernels._arguments import check_optional_tensors, check_tensors, integer, kind, number
+from dllm_kernels.ops._fake import register_fake
 from dllm_kernels.ops.token_stats import TokenStats, is_float64
 from dllm_kernels.sampling.rules import Rule
 
@@ -36,15 +38,21 @@ def commit_(
     canvas: int64 or int32 [B, T], changed in place. positions: int32 [B, C], distinct in a row, −1 for
     none. The statistics of (b, c) are entry b·C + c of each field of `stats`. Candidates are listed
     positions that hold `mask_id` and whose proposal is another token; other listed positions stay as
-    they are. Ties go to the lower position.
+    they are, except with `Rule.edit` (so never list the prompt). Ties go to the lower position.
 
     quota: int32 [B] (or an int for all), for rules that need one. step, sequence_ids: int32 [B],
-    what the draws of `random` confidence and alg_temp are keyed by beside `seed` and the position;
-    None: step 0, sequence = row. progress: int32 [B, 2], written: masks left among the listed
-    positions, tokens changed. state: for rules that keep counters; none of today's does.
+    what the draws of `random` confidence, alg_temp and `Rule.bernoulli` are keyed by beside `seed` and the
+    position; None: step 0, sequence = row. progress: int32 [B, 2], written: masks left among the listed
+    positions, tokens changed. state: int32 [B, T] for `Rule.confident_stable`, zeros at first and then kept
+    from step to step: for each masked position the number of steps in a row with a small
+    `stats.divergence`.
     """
-    if state is not None:
-        raise ValueError(f"commit_: rule {rule.name!r} keeps no state; leave state None")
+    check_tensors(canvas=canvas, positions=positions)
+    if not all(isinstance(getattr(stats, name, None), Tensor) for name in TokenStats._fields[:4]):
+        raise TypeError(f"stats must be the TokenStats of token_stats, got {kind(stats)}")
+    check_optional_tensors(sequence_ids=sequence_ids, state=state, progress=progress)
+    flat_rule = _flat(rule)
+    divergence = getattr(stats, "divergence", None) if rule.needs_state else None
     return _ops.commit_(
         canvas,
         positions,
@@ -52,13 +60,15 @@ def commit_(
         stats.prob,
         stats.margin,
         stats.entropy,
-        *_flat(rule),
-        mask_id,
-        _per_row(quota, canvas),
-        _per_row(step, canvas),
+        *flat_rule,
+        integer("mask_id", mask_id, high=_INT64),
+        _per_row("quota", quota, canvas),
+        _per_row("step", step, canvas),
         sequence_ids,
-        seed,
+        integer("seed", seed, high=_INT64),
         progress,
+        divergence,
+        state,
     )
 
 
@@ -74,7 +84,6 @@ def unmask_(
     step: Tensor | int | None = None,
     sequence_ids: Tensor | None = None,
     seed: int = 0,
-    state: Tensor | None = None,
     progress: Tensor | None = None,
     temperature: float = 0.0,
     suppress_tokens: Sequence[int] | None = None,
@@ -90,49 +99,57 @@ def unmask_(
     logits: [B, block_size, V], row i of b predicts canvas position block_start[b] + i; block_start: int
     or int32 [B]. `mask_id` is barred from proposal and softmax; listed in `proposal_exclude` it stays
     in the softmax (as in references that leave it there). Noise is keyed by (sequence, position, step).
-    Returns accepted, bool [B, block_size]. Everything else as in `token_stats` and `commit_`.
+    Returns accepted, bool [B, block_size]. Everything else as in `token_stats` and `commit_`, which
+    `Rule.confident_stable` and `Rule.edit` need separately.
     """
-    if state is not None:
-        raise ValueError(f"unmask_: rule {rule.name!r} keeps no state; leave state None")
+    check_tensors(canvas=canvas, logits=logits)
+    check_optional_tensors(sequence_ids=sequence_ids, progress=progress)
     if logits.dim() == 3 and logits.shape[1] != block_size:
         raise ValueError(f"unmask_: logits have {logits.shape[1]} rows a block, block_size is {block_size}")
     return _ops.unmask_(
         canvas,
         logits,
-        _per_row(block_start, canvas),
+        _per_row("block_start", block_start, canvas),
         *_flat(rule),
-        mask_id,
-        _per_row(quota, canvas),
-        _per_row(step, canvas),
+        integer("mask_id", mask_id, high=_INT64),
+        _per_row("quota", quota, canvas),
+        _per_row("step", step, canvas),
         sequence_ids,
-        seed,
+        integer("seed", seed, high=_INT64),
         progress,
-        float(temperature),
+        number("temperature", temperature),
         list(suppress_tokens or ()),
         list(proposal_exclude or ()),
         list(confidence_exclude or ()),
-        float(confidence_temperature),
+        number("confidence_temperature", confidence_temperature),
         is_float64("unmask_", precision),
         top_p,
         top_k,
     )
 
 
-def _flat(rule: Rule) -> tuple[str, float, bool, str, float]:
-    return rule.name, float(rule.parameter), rule.strict, rule.confidence, float(rule.alg_temp)
+_INT64 = 2**63 - 1
 
 
-def _per_row(value: Tensor | int | None, canvas: Tensor) -> Tensor | None:
+def _flat(rule: Rule) -> tuple[str, list[float], bool, str, float]:
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule must be a dk.Rule, got {kind(rule)}")
+    parameters = [float(parameter) for parameter in rule.parameters]
+    return rule.name, parameters, rule.strict, rule.confidence, float(rule.alg_temp)
+
+
+def _per_row(name: str, value: Tensor | int | None, canvas: Tensor) -> Tensor | None:
     if value is None or isinstance(value, Tensor):
         return value
-    return torch.full((canvas.shape[0],), value, dtype=torch.int32, device=canvas.device)
+    rows = canvas.shape[0] if canvas.dim() else 0  # a canvas without rows is refused by the operator
+    return torch.full((rows,), integer(name, value), dtype=torch.int32, device=canvas.device)
 
 
-@torch.library.register_fake("dllm_kernels::commit_")
+@register_fake("commit_")
 def _(canvas, positions, *args, **kwargs):
     return canvas.new_empty(positions.shape, dtype=torch.bool)
 
 
-@torch.library.register_fake("dllm_kernels::unmask_")
+@register_fake("unmask_")
 def _(canvas, logits, *args, **kwargs):
     return canvas.new_empty(logits.shape[:2], dtype=torch.bool)
