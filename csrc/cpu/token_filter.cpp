@@ -36,16 +36,27 @@ void TokenFilter::keep_highest() {
   limit_ = 2 * candidates_.size() + 4096;
 }
 
+// A search by halves for the last id that top-p keeps: only the half that holds it is looked at again.
 Cut TokenFilter::cut() {
   keep_highest();
-  std::sort(candidates_.begin(), candidates_.end(),
-            [](const Candidate& a, const Candidate& b) { return a.x > b.x || (a.x == b.x && a.id < b.id); });
+  const auto higher = [](const Candidate& a, const Candidate& b) {
+    return a.x > b.x || (a.x == b.x && a.id < b.id);
+  };
+  auto begin = candidates_.begin(), end = candidates_.end();
   double before = 0;
-  for (size_t i = 0; i + 1 < candidates_.size(); i++) {
-    before += std::exp(candidates_[i].x - max_);
-    if (before > mass_) return {candidates_[i].x, candidates_[i].id};
+  while (end - begin > 1) {
+    const auto middle = begin + (end - begin) / 2;
+    std::nth_element(begin, middle, end, higher);
+    double mass = before;
+    for (auto candidate = begin; candidate < middle; candidate++) mass += std::exp(candidate->x - max_);
+    if (mass > mass_) {
+      end = middle;
+    } else {
+      begin = middle;
+      before = mass;
+    }
   }
-  return candidates_.empty() ? Cut{} : Cut{candidates_.back().x};
+  return begin == end ? Cut{} : Cut{begin->x, end == candidates_.end() ? INT32_MAX : begin->id};
 }
 
 }  // namespace dllm::cpu
