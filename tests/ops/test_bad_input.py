@@ -134,7 +134,7 @@ HUGE_CALLS = [
         "the positions of a row must be between 0",
     ),
     ("commit_", {"mask_id": HUGE}, "mask_id must be between 0 and 2147483647, got 2147483648"),
-    ("unmask_", {"logits": expanded(1, 4, HUGE)}, "the vocabulary of logits must be between 0"),
+    ("unmask_", {"logits": expanded(1, 4, HUGE)}, r"logits must have a vocabulary of 1 to 2\^30 ids"),
     ("unmask_", {"logits": expanded(1, HUGE, 12)}, r"the block of logits \(2147483648\) must not be longer"),
 ]
 
