@@ -1,46 +1,22 @@
-// Arguments of token_stats, commit_ and unmask_, checked once for CPU and CUDA.
+// Arguments of commit_ and unmask_, checked once for CPU and CUDA.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <functional>
 #include <iterator>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "core/acceptance.h"
-#include "torch/logits_arguments.h"
+#include "torch/token_stats.h"
 
 namespace dllm {
 
-using TokenStatsTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// What a commit reads of them.
+// What a commit reads of token statistics.
 struct CommitStats {
   Tensor token, prob, margin, entropy;
   std::optional<Tensor> divergence;
 };
-
-// The lowest id that may be proposed.
-inline int32_t lowest_allowed(const char* op, const std::vector<int32_t>& suppress,
-                              const std::vector<int32_t>& exclude, int32_t vocabulary) {
-  int32_t id = 0;
-  while (std::binary_search(suppress.begin(), suppress.end(), id) ||
-         std::binary_search(exclude.begin(), exclude.end(), id))
-    id++;
-  check(id < vocabulary, op, ": suppress_tokens and proposal_exclude leave no token to propose (vocabulary ",
-        vocabulary, ")");
-  return id;
-}
-
-inline void check_temperatures(const char* op, double temperature, double confidence_temperature) {
-  check(std::isfinite(temperature) && temperature >= 0, op,
-        ": temperature must be a finite number >= 0, got ", temperature);
-  check(std::isfinite(confidence_temperature) && confidence_temperature > 0, op,
-        ": confidence_temperature must be a finite number > 0, got ", confidence_temperature);
-}
 
 // The place of `name` in `table`; `name_of` an entry.
 template <class Table, class Name>
@@ -93,22 +69,6 @@ inline std::optional<Tensor> per_row(const char* op, const char* name, const std
   check(tensor->dim() == 1 && tensor->size(0) == canvas.size(0), op, ": ", name, " must be [", canvas.size(0),
         "] (rows of canvas), got shape ", shape_text(*tensor));
   return torch::stable::contiguous(*tensor);
-}
-
-inline const int32_t* int32_data(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const int32_t*>(tensor->data_ptr()) : nullptr;
-}
-
-// int32 [..., 3] for every row of logits: sequence, position, step.
-inline std::optional<Tensor> checked_noise_ids(const char* op, const std::optional<Tensor>& noise_ids,
-                                               const Tensor& logits, int64_t rows) {
-  if (!noise_ids) return std::nullopt;
-  check_dtype(op, "noise_ids", *noise_ids, {ScalarType::Int});
-  check_same_device(op, "noise_ids", *noise_ids, "logits", logits);
-  check(noise_ids->dim() >= 1 && noise_ids->size(-1) == 3 && noise_ids->numel() == 3 * rows, op,
-        ": noise_ids must be [", rows, ", 3] (sequence, position, step of each row of logits), got shape ",
-        shape_text(*noise_ids));
-  return torch::stable::contiguous(*noise_ids);
 }
 
 // The statistics as commit kernels read them: contiguous, one entry for each listed position.
