@@ -1,6 +1,7 @@
 """Argument checks shared by the modules; every message names the argument and what is allowed."""
 
 import operator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -27,6 +28,15 @@ def number(name: str, value: object) -> float:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a number, got {kind(value)}") from None
+
+
+def integers(name: str, values: object) -> list[int]:
+    """`values`, None for none, as a list of ints; the operators check their range."""
+    if values is None:
+        return []
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence of integers, got {kind(values)}")
+    return [integer(name, value, high=2**63 - 1) for value in values]
 
 
 def kind(value: object) -> str:

@@ -90,8 +90,9 @@ inline void check_heads(const char* op, const Tensor& q, const Tensor& k, const 
   check_size(op, "k", k, 0, q.size(0), "the batch size of q");
   check_size(op, "k", k, 3, q.size(3), "the head dim of q");
   for (int64_t dim = 0; dim < 4; dim++) check_size(op, "v", v, dim, k.size(dim), "as in k");
-  check(k.size(1) > 0 && q.size(1) > 0 && q.size(1) % k.size(1) == 0, op,
-        ": q must have a multiple of k's heads (", k.size(1), ") and at least one, got ", q.size(1));
+  check(k.size(1) > 0 && q.size(1) % k.size(1) == 0, op, ": q must have a multiple of k's heads (", k.size(1),
+        "), got ", q.size(1));
+  check(q.size(1) > 0, op, ": q must have at least one head, got shape ", shape_text(q));
   check(q.size(3) % 8 == 0 && 8 <= q.size(3) && q.size(3) <= 256, op,
         ": head_dim must be a multiple of 8 from 8 to 256, got ", q.size(3));
   for (int64_t dim = 0; dim < 4; dim++) check_int(op, "every size of q", q.size(dim));

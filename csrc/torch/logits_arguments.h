@@ -39,7 +39,7 @@ struct LogitsRows {
     check(logits.dim() >= 1, op, ": logits must be [..., vocabulary], got shape ", shape_text(logits));
     check_dtype(op, "logits", logits, dtypes);
     vocabulary = check_vocabulary(op, "logits", logits.size(-1));
-    rows = logits.numel() / vocabulary;
+    rows = check_int(op, "the rows of logits", logits.numel() / vocabulary);
     if (logits.dim() > 3 || logits.stride(-1) != 1) tensor = torch::stable::contiguous(logits);
     const int64_t dim = tensor.dim();
     const bool flat = dim > 3 || dim == 1;

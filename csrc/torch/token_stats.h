@@ -26,7 +26,11 @@ inline int32_t lowest_allowed(const char* op, const std::vector<int32_t>& suppre
 inline float confidence_scale(const char* op, double confidence_temperature) {
   check(std::isfinite(confidence_temperature) && confidence_temperature > 0, op,
         ": confidence_temperature must be a finite number > 0, got ", confidence_temperature);
-  return static_cast<float>(1 / confidence_temperature);
+  const auto scale = static_cast<float>(1 / confidence_temperature);
+  check(std::isfinite(scale) && scale > 0, op,
+        ": confidence_temperature and its inverse must lie within the ", "range of float32, got ",
+        confidence_temperature);
+  return scale;
 }
 
 // What is asked of every row.
@@ -49,7 +53,7 @@ struct TokenStatsOptions {
         confidence_exclude(token_ids(op, "confidence_exclude", confidence_exclude, vocabulary)),
         fallback(lowest_allowed(op, suppress, this->proposal_exclude, vocabulary)),
         float64(float64) {
-    check(std::isfinite(temperature) && temperature >= 0, op,
+    check(std::isfinite(this->temperature) && temperature >= 0, op,
           ": temperature must be a finite number >= 0, got ", temperature);
   }
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm_kernels import _library  # noqa: F401
-from dllm_kernels._arguments import check_optional_tensors, check_tensors, number
+from dllm_kernels._arguments import check_optional_tensors, check_tensors, integer, integers, number
 from dllm_kernels.ops._fake import register_fake
 
 _ops = torch.ops.dllm_kernels
@@ -87,23 +87,23 @@ def token_stats(
     stats = _ops.token_stats(
         logits,
         number("temperature", temperature),
-        seed,
+        integer("seed", seed, high=2**63 - 1),
         noise_ids,
-        list(suppress_tokens or ()),
-        list(proposal_exclude or ()),
-        list(confidence_exclude or ()),
+        integers("suppress_tokens", suppress_tokens),
+        integers("proposal_exclude", proposal_exclude),
+        integers("confidence_exclude", confidence_exclude),
         number("confidence_temperature", confidence_temperature),
         float64,
-        top_p,
-        top_k,
+        None if top_p is None else number("top_p", top_p),
+        None if top_k is None else integer("top_k", top_k, high=2**63 - 1),
     )
     if previous is None:
         return TokenStats(*stats)
     divergence = _ops.token_divergence(
         logits,
         previous,
-        list(suppress_tokens or ()),
-        list(confidence_exclude or ()),
+        integers("suppress_tokens", suppress_tokens),
+        integers("confidence_exclude", confidence_exclude),
         number("confidence_temperature", confidence_temperature),
         float64,
     )
@@ -147,11 +147,11 @@ def linear_token_stats(
             weight,
             bias,
             number("temperature", temperature),
-            seed,
+            integer("seed", seed, high=2**63 - 1),
             noise_ids,
-            list(suppress_tokens or ()),
-            list(proposal_exclude or ()),
-            list(confidence_exclude or ()),
+            integers("suppress_tokens", suppress_tokens),
+            integers("proposal_exclude", proposal_exclude),
+            integers("confidence_exclude", confidence_exclude),
             number("confidence_temperature", confidence_temperature),
             is_float64("linear_token_stats", precision),
         )

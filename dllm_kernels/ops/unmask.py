@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import _library  # noqa: F401
-from dllm_kernels._arguments import check_optional_tensors, check_tensors, integer, kind, number
+from dllm_kernels._arguments import (
+    check_optional_tensors,
+    check_tensors,
+    integer,
+    integers,
+    kind,
+    number,
+)
 from dllm_kernels.ops._fake import register_fake
 from dllm_kernels.ops.token_stats import TokenStats, is_float64
 from dllm_kernels.sampling.rules import Rule
@@ -48,11 +55,10 @@ def commit_(
     `stats.divergence`.
     """
     check_tensors(canvas=canvas, positions=positions)
-    if not all(isinstance(getattr(stats, name, None), Tensor) for name in TokenStats._fields[:4]):
+    if not isinstance(stats, TokenStats):
         raise TypeError(f"stats must be the TokenStats of token_stats, got {kind(stats)}")
     check_optional_tensors(sequence_ids=sequence_ids, state=state, progress=progress)
     flat_rule = _flat(rule)
-    divergence = getattr(stats, "divergence", None) if rule.needs_state else None
     return _ops.commit_(
         canvas,
         positions,
@@ -67,7 +73,7 @@ def commit_(
         sequence_ids,
         integer("seed", seed, high=_INT64),
         progress,
-        divergence,
+        stats.divergence if rule.needs_state else None,
         state,
     )
 
@@ -118,13 +124,13 @@ def unmask_(
         integer("seed", seed, high=_INT64),
         progress,
         number("temperature", temperature),
-        list(suppress_tokens or ()),
-        list(proposal_exclude or ()),
-        list(confidence_exclude or ()),
+        integers("suppress_tokens", suppress_tokens),
+        integers("proposal_exclude", proposal_exclude),
+        integers("confidence_exclude", confidence_exclude),
         number("confidence_temperature", confidence_temperature),
         is_float64("unmask_", precision),
-        top_p,
-        top_k,
+        None if top_p is None else number("top_p", top_p),
+        None if top_k is None else integer("top_k", top_k, high=_INT64),
     )
 
 

@@ -1,7 +1,6 @@
 """token_stats, commit_ and unmask_ on the GPU against the CPU operators: same Philox, equal tokens."""
 
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -124,17 +123,6 @@ RULES = [
 ]
 
 
-class StatsWithDivergence(NamedTuple):
-    """What token_stats(previous=...) gives."""
-
-    token: torch.Tensor
-    prob: torch.Tensor
-    margin: torch.Tensor
-    entropy: torch.Tensor
-    logsumexp: torch.Tensor
-    divergence: torch.Tensor
-
-
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("candidates", [1, 32, 300, 1000])
 @pytest.mark.parametrize("ids, reals", [(torch.int64, torch.float32), (torch.int32, torch.float64)])
@@ -150,7 +138,7 @@ def test_commit_agrees_with_the_cpu(rule, candidates, ids, reals):
     eighths = torch.randint(0, 9, (5, batch, candidates), generator=g).to(reals) / 8
     eighths[4][eighths[4] == 1] = math.nan
     counters = torch.randint(0, 3, (batch, length), generator=g, dtype=torch.int32)
-    arguments = [canvas.to(ids), positions, StatsWithDivergence(token, *eighths), rule]
+    arguments = [canvas.to(ids), positions, dk.TokenStats(token, *eighths), rule]
     row = torch.arange(batch, dtype=torch.int32)
     options = {
         "quota": row + 3 if rule.needs_quota else None,
@@ -162,7 +150,7 @@ def test_commit_agrees_with_the_cpu(rule, candidates, ids, reals):
     def run(device):
         moved = [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
         moved[0] = moved[0].clone()
-        moved[2] = StatsWithDivergence(*(field.to(device) for field in moved[2]))
+        moved[2] = dk.TokenStats(*(field.to(device) for field in moved[2]))
         state = counters.clone().to(device) if rule.needs_state else None
         progress = torch.zeros(batch, 2, dtype=torch.int32, device=device)
         keyed = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
