@@ -171,6 +171,15 @@ def test_only_gradients_that_are_needed_exist(needs_grad):
     assert tuple(bool(t.numel()) for t in results[2:]) == needs_grad
 
 
+def test_a_kept_graph_gives_the_same_gradients_again():
+    hidden, weight, bias, targets, weights = random_batch((20,), 33)
+    inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
+    loss = linear_diffusion_cross_entropy(*inputs[:2], targets, weights, inputs[2])
+    first = torch.autograd.grad(3 * loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(3 * loss, inputs)
+    assert all(map(torch.equal, first, second)) and first[1].any()
+
+
 def test_without_gradients_the_loss_is_the_same():
     hidden, weight, bias, targets, weights = random_batch((30,), 70)
     weight.requires_grad_()
