@@ -467,7 +467,7 @@ BAD_LINEAR = {
 }
 BAD_LOGITS = {
     "logits must be float32 or .* or float64, got int64": {"logits": LOGITS.long()},
-    r"logits must have a vocabulary, got shape \[4, 0\]": {"logits": LOGITS[:, :0]},
+    r"logits must have a vocabulary of 1 to 2\^30 ids, got 0": {"logits": LOGITS[:, :0]},
     "targets must be int64, got int32": {"targets": TARGETS.int()},
     r"targets must have one entry for each row of logits \[4, 10\], got shape \[3\]": {
         "targets": TARGETS[:3]
