@@ -19,14 +19,14 @@ void attend_item(const CachedAttentionParams& p, int64_t item) {
       return static_cast<const T*>(cache) + pages[key / p.page_size] * layout.page_stride +
              key % p.page_size * layout.slot_stride + at.kv_head * layout.head_stride;
     };
-    tile.attend({p.cache_spans, at.batch, INT_MAX}, [&](int key, float* k, float* v) {
-      widen_row(slot(p.cache_k, p.cache_k_layout, key), k, p.head_dim);
-      widen_row(slot(p.cache_v, p.cache_v_layout, key), v, p.head_dim);
-    });
-    tile.attend({p.fresh_spans, at.batch, length}, [&](int key, float* k, float* v) {
-      widen_row(at.key<T>(p.k, p.k_layout, key), k, p.head_dim);
-      widen_row(at.key<T>(p.v, p.v_layout, key), v, p.head_dim);
-    });
+    tile.attend<T>(
+        {p.cache_spans, at.batch, INT_MAX}, false,
+        [&](int key) { return slot(p.cache_k, p.cache_k_layout, key); },
+        [&](int key) { return slot(p.cache_v, p.cache_v_layout, key); });
+    tile.attend<T>(
+        {p.fresh_spans, at.batch, length}, false,
+        [&](int key) { return at.key<const T>(p.k, p.k_layout, key); },
+        [&](int key) { return at.key<const T>(p.v, p.v_layout, key); });
   }
 
   for (int i = 0; i < at.rows.count; i++) {

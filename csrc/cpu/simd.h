@@ -43,10 +43,14 @@ DLLM_SIMD Floats select(Ints mask, Floats yes, Floats no) { return mask ? yes : 
 // b where a is NaN: a NaN never becomes the running maximum.
 DLLM_SIMD Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
-// 2^x for x <= 127, relative error below 2e-7; exactly 0 below 2^-126, 1 at 0; NaN stays NaN.
+// 2^x for x <= 127, relative error below 2e-7; exactly 0 below -126.5, 1 at 0; NaN stays NaN.
 DLLM_SIMD Floats exp2(Floats x) {
-  const Floats shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
-  const Floats f = x - (shifted - 12582912.0f);
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits, adding 127 makes it a biased exponent;
+  // that of -127 is 0.
+  constexpr float kExponent = 12582912.0f + 127.0f;
+  x = max(Floats{} - 127.0f, x);
+  const Floats shifted = x + kExponent;
+  const Floats f = x - (shifted - kExponent);
   Floats y = f * 0.00015345810f + 0.00133999309f;
   y = y * f + 0.00961848907f;
   y = y * f + 0.05550328642f;
@@ -55,10 +59,10 @@ DLLM_SIMD Floats exp2(Floats x) {
   y = y * f + 1.0f;
   Ints exponent;
   memcpy(&exponent, &shifted, sizeof exponent);
-  exponent = (exponent + 127) << 23;
+  exponent <<= 23;
   Floats power;
   memcpy(&power, &exponent, sizeof power);
-  return select(x < -126.0f, Floats{}, y * power);
+  return y * power;
 }
 
 // Storage types of 16 bits. Integer arithmetic only: the loops below vectorise on every architecture.
