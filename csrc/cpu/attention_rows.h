@@ -15,6 +15,10 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 // Keys taken up at a time: they and their scores stay in the first-level cache.
 DLLM_SIMD int chunk_keys(int dim) { return dim <= 32 ? 128 : dim <= 64 ? 64 : 32; }
+constexpr int kMaxChunkFloats = 32 * kMaxHeadDim;
+
+// Rows of head_dim floats, followed by zeros up to whole panels.
+DLLM_SIMD int padded(int dim) { return (dim + kPanel - 1) / kPanel * kPanel; }
 
 // Consecutive (position, query head) pairs that share one kv head; the heads of a position are neighbours.
 struct TileRows {
@@ -161,6 +165,17 @@ DLLM_SIMD const float* float_rows(Row row, bool dense, KeyRange keys, const bool
     else memset(buffer, 0, sizeof(float) * dim);
   }
   return buffer - (keys.end - keys.begin) * dim;
+}
+
+// Rows of a tile, times `factor`: row(i) finds row i. rows [panels * kPanel][padded(dim)].
+template <typename T, typename Row>
+DLLM_SIMD void widen_rows(Row row, int count, int dim, float factor, float* rows) {
+  const int stride = padded(dim);
+  memset(rows, 0, sizeof(float) * (count + kPanel - 1) / kPanel * kPanel * stride);
+  for (int i = 0; i < count; i++) {
+    const T* from = row(i);
+    for (int d = 0; d < dim; d++) rows[i * stride + d] = widen(from[d]) * factor;
+  }
 }
 
 }  // namespace dllm::cpu::DLLM_ISA

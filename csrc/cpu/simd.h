@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <utility>
+
 #define DLLM_SIMD inline __attribute__((always_inline))
 
 namespace dllm::cpu::DLLM_ISA {
@@ -63,6 +65,47 @@ DLLM_SIMD Floats exp2(Floats x) {
   Floats power;
   memcpy(&power, &exponent, sizeof power);
   return y * power;
+}
+
+template <int... i>
+DLLM_SIMD Floats zip(Floats a, Floats b, std::integer_sequence<int, i...>) {
+  return __builtin_shuffle(a, b, Ints{i / 2 + i % 2 * kLanes...});
+}
+template <int... i>
+DLLM_SIMD Floats zip_rest(Floats a, Floats b, std::integer_sequence<int, i...>) {
+  return __builtin_shuffle(a, b, Ints{(kLanes + i) / 2 + i % 2 * kLanes...});
+}
+
+// A square of kLanes vectors, in place: each round zips the first half of the vectors with the second.
+DLLM_SIMD void transpose(Floats (&square)[kLanes]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+#pragma GCC unroll 4
+  for (int round = 1; round < kLanes; round *= 2) {
+    Floats zipped[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; i++) {
+      zipped[2 * i] = zip(square[i], square[i + kLanes / 2], lanes);
+      zipped[2 * i + 1] = zip_rest(square[i], square[i + kLanes / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) square[i] = zipped[i];
+  }
+}
+
+// to[j][i] = from[i][j] for i < rows, j < columns; rows of both are padded to whole vectors.
+inline void transpose(const float* from, long from_row, int rows, int columns, float* to, long to_row) {
+  for (int i = 0; i < rows; i += kLanes) {
+    for (int j = 0; j < columns; j += kLanes) {
+      Floats square[kLanes];
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; n++) square[n] = i + n < rows ? load(from + (i + n) * from_row + j) : Floats{};
+      transpose(square);
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; n++) {
+        if (j + n < columns) store(to + (j + n) * to_row + i, square[n]);
+      }
+    }
+  }
 }
 
 // Storage types of 16 bits. Integer arithmetic only: the loops below vectorise on every architecture.

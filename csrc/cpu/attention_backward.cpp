@@ -1,0 +1,207 @@
+#include "cpu/attention_backward.h"
+
+#include "cpu/attention_rows.h"
+
+namespace dllm::cpu::DLLM_ISA {
+namespace {
+
+// What a work item computes: gradients that tiles [first_tile, last_tile) of queries and keys
+// [first_key, last_key) of a sequence and kv head get from each other.
+struct Work {
+  int batch, kv_head;
+  int first_tile, last_tile, first_key, last_key;
+  bool for_queries, for_keys;
+};
+
+Work work_of(const BlockAttentionBackwardParams& p, int64_t item) {
+  const BlockAttentionParams& f = p.forward;
+  const auto at = [&](int64_t head) { return std::pair<int, int>(head / f.kv_heads, head % f.kv_heads); };
+  const int tiles = static_cast<int>(attention_tiles(f.q_heads / f.kv_heads, f.q_len));
+  if (p.keys_per_item == 0) {
+    const auto [batch, kv_head] = at(item);
+    return {batch, kv_head, 0, tiles, 0, f.kv_len, true, true};
+  }
+  const int64_t ranges = key_ranges(p), key_items = ranges * f.batch * f.kv_heads;
+  if (item < key_items) {
+    const auto [batch, kv_head] = at(item / ranges);
+    const int first = static_cast<int>(item % ranges) * p.keys_per_item;
+    return {batch, kv_head, 0, tiles, first, clamp(f.kv_len - first, 0, p.keys_per_item) + first, false, true};
+  }
+  const auto [batch, kv_head] = at((item - key_items) / tiles);
+  const int tile = tiles - 1 - static_cast<int>((item - key_items) % tiles);
+  return {batch, kv_head, tile, tile + 1, 0, f.kv_len, true, false};
+}
+
+// `count`: whole vectors.
+float dot(const float* a, const float* b, int count) {
+  Floats sums = {};
+  for (int i = 0; i < count; i += kLanes) sums += load(a + i) * load(b + i);
+  float sum = 0.0f;
+  for (int lane = 0; lane < kLanes; lane++) sum += sums[lane];
+  return sum;
+}
+
+// A tile of queries, as columns (for products that give scores) and as rows (for sums over queries).
+// With P = 2^(scale log2e k·q - log2e lse) and dS = P (v·dO - dO·O + dlse), all [key][query]:
+// dV += P dO, dK += scale dS Q, dQᵀ += scale Kᵀ dS.
+class GradientTile {
+ public:
+  GradientTile(const BlockAttentionBackwardParams& p) : p_(p), dim_(p.forward.head_dim) {}
+
+  template <typename T>
+  void set_queries(const TileItem& at) {
+    const BlockAttentionParams& f = p_.forward;
+    rows_ = at.rows;
+    columns_ = rows_.panels() * kPanel;
+    const auto query = [&](int i) { return at.row<const T>(f.q, f.q_layout, i); };
+    const auto grad = [&](int i) { return at.row<const T>(p_.grad_out, p_.grad_out_layout, i); };
+    const auto out = [&](int i) { return at.row<const T>(f.out, f.out_layout, i); };
+    widen_rows<T>(out, rows_.count, dim_, 1.0f, query_rows_);
+    widen_rows<T>(grad, rows_.count, dim_, 1.0f, grad_rows_);
+    for (int i = 0; i < columns_; i++) {
+      shift_[i] = row_sum_[i] = 0.0f;
+      if (i >= rows_.count) continue;
+      const int64_t index = at.lse_index(i, f.q_heads, f.q_len);
+      shift_[i] = f.lse[index] == -kInfinity ? 0.0f : f.lse[index] * kLog2E;
+      row_sum_[i] = dot(query_rows_ + i * padded(dim_), grad_rows_ + i * padded(dim_), padded(dim_));
+      if (p_.grad_lse) row_sum_[i] -= p_.grad_lse[index];
+    }
+    widen_rows<T>(query, rows_.count, dim_, f.scale * kLog2E, query_rows_);
+    for (int first = 0; first < columns_; first += kPanel) {
+      transpose(query_rows_ + first * padded(dim_), padded(dim_), kPanel, dim_, query_ + first * dim_, kPanel);
+      transpose(grad_rows_ + first * padded(dim_), padded(dim_), kPanel, dim_, grad_ + first * dim_, kPanel);
+    }
+    widen_rows<T>(query, rows_.count, dim_, f.scale, query_rows_);
+    memset(grad_query_, 0, sizeof(float) * columns_ * dim_);
+  }
+
+  // P and dS of the tile with `keys`, rows of k and v.
+  void compute_scores(const TileSpans& spans, KeyRange keys, const float* k, const float* v) {
+    const int count = keys.end - keys.begin;
+    for (int first = 0; first < columns_; first += kPanel) {
+      float *weights = weights_ + first, *grads = grad_scores_ + first;
+      gemm({k, dim_, 1}, {query_ + first * dim_, kPanel}, {weights, columns_}, count, dim_, kOverwrite);
+      gemm({v, dim_, 1}, {grad_ + first * dim_, kPanel}, {grads, columns_}, count, dim_, kOverwrite);
+      if (!keys.full) spans.mark_visible(keys, first, visible_);
+      for (int i = 0; i < count; i++, weights += columns_, grads += columns_) {
+        for (int n = 0; n < kPanel; n += kLanes) {
+          Floats weight = exp2(load(weights + n) - load(shift_ + first + n));
+          Floats grad = weight * (load(grads + n) - load(row_sum_ + first + n));
+          if (!keys.full) {
+            const Ints visible = load(visible_ + i * kPanel + n);
+            weight = select(visible, weight, Floats{});
+            grad = select(visible, grad, Floats{});
+          }
+          store(weights + n, weight);
+          store(grads + n, grad);
+        }
+      }
+    }
+  }
+
+  // Into rows of gradients of `count` keys and values.
+  void add_to_keys(int count, float* grad_k, float* grad_v, long stride) const {
+    for (int d = 0; d < dim_; d += kPanel) {
+      gemm({weights_, columns_, 1}, {grad_rows_ + d, padded(dim_)}, {grad_v + d, stride}, count, rows_.count,
+           kAccumulate);
+      gemm({grad_scores_, columns_, 1}, {query_rows_ + d, padded(dim_)}, {grad_k + d, stride}, count,
+           rows_.count, kAccumulate);
+    }
+  }
+
+  void add_to_queries(int count, const float* k) {
+    for (int first = 0; first < columns_; first += kPanel)
+      gemm({k, 1, dim_}, {grad_scores_ + first, columns_}, {grad_query_ + first * dim_, kPanel}, dim_, count,
+           kAccumulate);
+  }
+
+  template <typename T>
+  void store_grad_query(const TileItem& at) {
+    for (int first = 0; first < columns_; first += kPanel)
+      transpose(grad_query_ + first * dim_, kPanel, dim_, kPanel, query_rows_ + first * padded(dim_), padded(dim_));
+    for (int i = 0; i < rows_.count; i++) {
+      T* to = at.row<T>(p_.grad_q, p_.grad_q_layout, i);
+      for (int d = 0; d < dim_; d++) narrow(query_rows_[i * padded(dim_) + d] * p_.forward.scale, to[d]);
+    }
+  }
+
+ private:
+  const BlockAttentionBackwardParams& p_;
+  TileRows rows_;
+  int dim_, columns_;
+  alignas(64) float shift_[kMaxTileQueries];    // log2(e) times lse
+  alignas(64) float row_sum_[kMaxTileQueries];  // dO·O - dlse
+  alignas(64) float query_[kMaxHeadDim * kMaxTileQueries], grad_[kMaxHeadDim * kMaxTileQueries];  // columns
+  alignas(64) float query_rows_[kMaxTileQueries * kMaxHeadDim], grad_rows_[kMaxTileQueries * kMaxHeadDim];
+  alignas(64) float grad_query_[kMaxHeadDim * kMaxTileQueries];  // columns
+  alignas(64) float weights_[kMaxChunk * kMaxTileQueries], grad_scores_[kMaxChunk * kMaxTileQueries];
+  alignas(64) int32_t visible_[kMaxChunk * kPanel];
+};
+
+template <typename T>
+void compute(const BlockAttentionBackwardParams& p, const Work& work) {
+  const BlockAttentionParams& f = p.forward;
+  const int group = f.q_heads / f.kv_heads, limit = chunk_keys(f.head_dim);
+  const bool dense = f.k_layout.position_stride == f.head_dim && f.v_layout.position_stride == f.head_dim;
+  alignas(64) float keys_buffer[kMaxChunkFloats], values_buffer[kMaxChunkFloats];
+  bool seen_buffer[kMaxChunk];
+  GradientTile tile(p);
+
+  const TileItem sequence{{}, work.batch, work.kv_head};
+  const auto k_sums = [&](int key) { return sequence.key<float>(p.k_sums, p.sums_layout, key); };
+  const auto v_sums = [&](int key) { return sequence.key<float>(p.v_sums, p.sums_layout, key); };
+  for (int key = work.first_key; work.for_keys && key < work.last_key; key++) {
+    memset(k_sums(key), 0, sizeof(float) * padded(f.head_dim));
+    memset(v_sums(key), 0, sizeof(float) * padded(f.head_dim));
+  }
+
+  for (int t = work.first_tile; t < work.last_tile; t++) {
+    const TileItem at{tile_rows(t, group, f.q_len), work.batch, work.kv_head};
+    const TileSpans spans({f.spans, at.batch, f.kv_len}, at.rows);
+    bool loaded = false;
+    for (KeyRange keys = spans.next(work.first_key, limit); keys.begin < keys.end && keys.begin < work.last_key;
+         keys = spans.next(keys.end, limit)) {
+      keys.end = clamp(keys.end, 0, work.last_key);
+      if (!loaded) tile.template set_queries<T>(at);
+      loaded = true;
+      const bool* seen = keys.full || spans.mark_seen(keys, seen_buffer) ? nullptr : seen_buffer;
+      const auto k_row = [&](int key) { return at.key<const T>(f.k, f.k_layout, key); };
+      const auto v_row = [&](int key) { return at.key<const T>(f.v, f.v_layout, key); };
+      const float* k = float_rows<T>(k_row, dense, keys, seen, f.head_dim, keys_buffer);
+      const float* v = float_rows<T>(v_row, dense, keys, seen, f.head_dim, values_buffer);
+      const int count = keys.end - keys.begin;
+      tile.compute_scores(spans, keys, k, v);
+      if (work.for_keys)
+        tile.add_to_keys(count, k_sums(keys.begin), v_sums(keys.begin), p.sums_layout.position_stride);
+      if (work.for_queries) tile.add_to_queries(count, k);
+    }
+    if (!work.for_queries) continue;
+    if (loaded) tile.template store_grad_query<T>(at);
+    else for (int i = 0; i < at.rows.count; i++) memset(at.row<T>(p.grad_q, p.grad_q_layout, i), 0, sizeof(T) * f.head_dim);
+  }
+
+  if (!work.for_keys || p.k_sums == p.grad_k) return;
+  for (int key = work.first_key; key < work.last_key; key++) {
+    T* to_k = sequence.key<T>(p.grad_k, p.grad_kv_layout, key);
+    T* to_v = sequence.key<T>(p.grad_v, p.grad_kv_layout, key);
+    for (int d = 0; d < f.head_dim; d++) {
+      narrow(k_sums(key)[d], to_k[d]);
+      narrow(v_sums(key)[d], to_v[d]);
+    }
+  }
+}
+
+}  // namespace
+
+void block_attention_backward(const BlockAttentionBackwardParams& p, long begin, long end) {
+  for (long item = begin; item < end; item++) {
+    const Work work = work_of(p, item);
+    switch (p.forward.dtype) {
+      case DType::float32: compute<float>(p, work); break;
+      case DType::bfloat16: compute<BFloat16>(p, work); break;
+      case DType::float16: compute<Float16>(p, work); break;
+    }
+  }
+}
+
+}  // namespace dllm::cpu::DLLM_ISA
