@@ -16,7 +16,7 @@ struct Work {
 Work work_of(const BlockAttentionBackwardParams& p, int64_t item) {
   const BlockAttentionParams& f = p.forward;
   const auto at = [&](int64_t head) { return std::pair<int, int>(head / f.kv_heads, head % f.kv_heads); };
-  const int tiles = static_cast<int>(attention_tiles(f.q_heads / f.kv_heads, f.q_len));
+  const int tiles = static_cast<int>(attention_tiles(kGradientTileRows, f.q_heads / f.kv_heads, f.q_len));
   if (p.keys_per_item == 0) {
     const auto [batch, kv_head] = at(item);
     return {batch, kv_head, 0, tiles, 0, f.kv_len, true, true};
@@ -53,6 +53,10 @@ class GradientTile {
     const BlockAttentionParams& f = p_.forward;
     rows_ = at.rows;
     columns_ = rows_.panels() * kPanel;
+    for (int first = 0; first < rows_.count; first += kPanel) {
+      const TileRows panel = tile_rows(rows_.first + first, kPanel, rows_.group, f.q_len);
+      panel_spans_[first / kPanel] = TileSpans({f.spans, at.batch, f.kv_len}, panel);
+    }
     const auto query = [&](int i) { return at.row<const T>(f.q, f.q_layout, i); };
     const auto grad = [&](int i) { return at.row<const T>(p_.grad_out, p_.grad_out_layout, i); };
     const auto out = [&](int i) { return at.row<const T>(f.out, f.out_layout, i); };
@@ -75,44 +79,37 @@ class GradientTile {
     memset(grad_query_, 0, sizeof(float) * columns_ * dim_);
   }
 
-  // P and dS of the tile with `keys`, rows of k and v.
-  void compute_scores(const TileSpans& spans, KeyRange keys, const float* k, const float* v) {
-    const int count = keys.end - keys.begin;
-    for (int first = 0; first < columns_; first += kPanel) {
-      float *weights = weights_ + first, *grads = grad_scores_ + first;
-      gemm({k, dim_, 1}, {query_ + first * dim_, kPanel}, {weights, columns_}, count, dim_, kOverwrite);
-      gemm({v, dim_, 1}, {grad_ + first * dim_, kPanel}, {grads, columns_}, count, dim_, kOverwrite);
-      if (!keys.full) spans.mark_visible(keys, first, visible_);
-      for (int i = 0; i < count; i++, weights += columns_, grads += columns_) {
-        for (int n = 0; n < kPanel; n += kLanes) {
-          Floats weight = exp2(load(weights + n) - load(shift_ + first + n));
-          Floats grad = weight * (load(grads + n) - load(row_sum_ + first + n));
-          if (!keys.full) {
-            const Ints visible = load(visible_ + i * kPanel + n);
-            weight = select(visible, weight, Floats{});
-            grad = select(visible, grad, Floats{});
-          }
-          store(weights + n, weight);
-          store(grads + n, grad);
-        }
+  // Takes in a chunk of keys; k and v are their rows.
+  void attend(KeyRange keys, const float* k, const float* v, bool for_queries) {
+    first_panel_ = rows_.panels();
+    last_panel_ = 0;
+    for (int panel = 0; panel < rows_.panels(); panel++) {
+      const TileSpans& spans = panel_spans_[panel];
+      int done = keys.begin;
+      for (KeyRange seen = spans.next(done, keys.end - done); seen.begin < seen.end && seen.begin < keys.end;
+           seen = spans.next(seen.end, keys.end - done)) {
+        seen.end = clamp(seen.end, 0, keys.end);
+        clear_scores(panel, done - keys.begin, seen.begin - keys.begin);
+        done = seen.end;
+        const long offset = seen.begin - keys.begin;
+        compute_scores(panel, seen, offset, k + offset * dim_, v + offset * dim_);
+        if (for_queries) add_to_queries(panel, offset, seen.end - seen.begin, k + offset * dim_);
+        if (panel < first_panel_) first_panel_ = panel;
+        last_panel_ = panel + 1;
       }
+      clear_scores(panel, done - keys.begin, keys.end - keys.begin);
     }
   }
 
-  // Into rows of gradients of `count` keys and values.
+  // From the chunk that was taken in last into rows of gradients of its keys and values.
   void add_to_keys(int count, float* grad_k, float* grad_v, long stride) const {
+    const int first = first_panel_ * kPanel, last = clamp(last_panel_ * kPanel, 0, rows_.count);
+    const Left weights{weights_ + first, columns_, 1}, grads{grad_scores_ + first, columns_, 1};
+    const float *queries = query_rows_ + first * padded(dim_), *outs = grad_rows_ + first * padded(dim_);
     for (int d = 0; d < dim_; d += kPanel) {
-      gemm({weights_, columns_, 1}, {grad_rows_ + d, padded(dim_)}, {grad_v + d, stride}, count, rows_.count,
-           kAccumulate);
-      gemm({grad_scores_, columns_, 1}, {query_rows_ + d, padded(dim_)}, {grad_k + d, stride}, count,
-           rows_.count, kAccumulate);
+      gemm(weights, {outs + d, padded(dim_)}, {grad_v + d, stride}, count, last - first, kAccumulate);
+      gemm(grads, {queries + d, padded(dim_)}, {grad_k + d, stride}, count, last - first, kAccumulate);
     }
-  }
-
-  void add_to_queries(int count, const float* k) {
-    for (int first = 0; first < columns_; first += kPanel)
-      gemm({k, 1, dim_}, {grad_scores_ + first, columns_}, {grad_query_ + first * dim_, kPanel}, dim_, count,
-           kAccumulate);
   }
 
   template <typename T>
@@ -126,9 +123,47 @@ class GradientTile {
   }
 
  private:
+  // P and dS of a panel with `keys`, which stand at row `offset` of the chunk.
+  void compute_scores(int panel, KeyRange keys, long offset, const float* k, const float* v) {
+    const int count = keys.end - keys.begin, first = panel * kPanel;
+    float *weights = weights_ + offset * columns_ + first, *grads = grad_scores_ + offset * columns_ + first;
+    gemm({k, dim_, 1}, {query_ + first * dim_, kPanel}, {weights, columns_}, count, dim_, kOverwrite);
+    gemm({v, dim_, 1}, {grad_ + first * dim_, kPanel}, {grads, columns_}, count, dim_, kOverwrite);
+    if (!keys.full) panel_spans_[panel].mark_visible(keys, 0, visible_);
+    for (int i = 0; i < count; i++, weights += columns_, grads += columns_) {
+      for (int n = 0; n < kPanel; n += kLanes) {
+        Floats weight = exp2(load(weights + n) - load(shift_ + first + n));
+        Floats grad = weight * (load(grads + n) - load(row_sum_ + first + n));
+        if (!keys.full) {
+          const Ints visible = load(visible_ + i * kPanel + n);
+          weight = select(visible, weight, Floats{});
+          grad = select(visible, grad, Floats{});
+        }
+        store(weights + n, weight);
+        store(grads + n, grad);
+      }
+    }
+  }
+
+  // Keys [begin, end) of the chunk are not seen by any query of the panel.
+  void clear_scores(int panel, int begin, int end) {
+    for (int i = begin; i < end; i++) {
+      memset(weights_ + i * columns_ + panel * kPanel, 0, sizeof(float) * kPanel);
+      memset(grad_scores_ + i * columns_ + panel * kPanel, 0, sizeof(float) * kPanel);
+    }
+  }
+
+  void add_to_queries(int panel, long offset, int count, const float* k) {
+    const int first = panel * kPanel;
+    gemm({k, 1, dim_}, {grad_scores_ + offset * columns_ + first, columns_},
+         {grad_query_ + first * dim_, kPanel}, dim_, count, kAccumulate);
+  }
+
   const BlockAttentionBackwardParams& p_;
   TileRows rows_;
   int dim_, columns_;
+  int first_panel_, last_panel_;  // those of the chunk's scores that are not all 0
+  TileSpans panel_spans_[kMaxTileQueries / kPanel];
   alignas(64) float shift_[kMaxTileQueries];    // log2(e) times lse
   alignas(64) float row_sum_[kMaxTileQueries];  // dO·O - dlse
   alignas(64) float query_[kMaxHeadDim * kMaxTileQueries], grad_[kMaxHeadDim * kMaxTileQueries];  // columns
@@ -156,7 +191,7 @@ void compute(const BlockAttentionBackwardParams& p, const Work& work) {
   }
 
   for (int t = work.first_tile; t < work.last_tile; t++) {
-    const TileItem at{tile_rows(t, group, f.q_len), work.batch, work.kv_head};
+    const TileItem at{tile_rows(t * kGradientTileRows, kGradientTileRows, group, f.q_len), work.batch, work.kv_head};
     const TileSpans spans({f.spans, at.batch, f.kv_len}, at.rows);
     bool loaded = false;
     for (KeyRange keys = spans.next(work.first_key, limit); keys.begin < keys.end && keys.begin < work.last_key;
@@ -170,10 +205,9 @@ void compute(const BlockAttentionBackwardParams& p, const Work& work) {
       const float* k = float_rows<T>(k_row, dense, keys, seen, f.head_dim, keys_buffer);
       const float* v = float_rows<T>(v_row, dense, keys, seen, f.head_dim, values_buffer);
       const int count = keys.end - keys.begin;
-      tile.compute_scores(spans, keys, k, v);
+      tile.attend(keys, k, v, work.for_queries);
       if (work.for_keys)
         tile.add_to_keys(count, k_sums(keys.begin), v_sums(keys.begin), p.sums_layout.position_stride);
-      if (work.for_queries) tile.add_to_queries(count, k);
     }
     if (!work.for_queries) continue;
     if (loaded) tile.template store_grad_query<T>(at);

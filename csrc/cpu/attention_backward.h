@@ -10,14 +10,17 @@
 namespace dllm::cpu {
 
 constexpr int kGradientRowMultiple = 32;
+constexpr int kGradientTileRows = 128;
 
 inline __attribute__((always_inline)) int64_t key_ranges(const BlockAttentionBackwardParams& p) {
   return (p.forward.kv_len + p.keys_per_item - 1) / p.keys_per_item;
 }
 
 inline int64_t attention_items(const BlockAttentionBackwardParams& p) {
-  const int64_t heads = static_cast<int64_t>(p.forward.batch) * p.forward.kv_heads;
-  return p.keys_per_item == 0 ? heads : heads * key_ranges(p) + attention_items(p.forward);
+  const BlockAttentionParams& f = p.forward;
+  const int64_t heads = static_cast<int64_t>(f.batch) * f.kv_heads;
+  const int64_t tiles = attention_tiles(kGradientTileRows, f.q_heads / f.kv_heads, f.q_len);
+  return p.keys_per_item == 0 ? heads : heads * (key_ranges(p) + tiles);
 }
 
 }  // namespace dllm::cpu

@@ -54,18 +54,17 @@ struct TileItem {
 
 DLLM_SIMD int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 
-// Tile number `tile` of the rows of a sequence and kv head.
-DLLM_SIMD TileRows tile_rows(int tile, int group, int q_len) {
-  const int size = attention_tile_rows(group), first = tile * size;
+// At most `size` rows from `first` on, of q_len * group.
+DLLM_SIMD TileRows tile_rows(int first, int size, int group, int q_len) {
   return {first, clamp(q_len * group - first, 0, size), group};
 }
 
 // The longest tiles of causal patterns are the last ones: they are handed out first.
 DLLM_SIMD TileItem tile_item(int64_t item, int q_heads, int kv_heads, int q_len) {
-  const int group = q_heads / kv_heads, tiles = static_cast<int>(attention_tiles(group, q_len));
-  const int sequence_head = static_cast<int>(item / tiles);
-  return {tile_rows(tiles - 1 - static_cast<int>(item % tiles), group, q_len), sequence_head / kv_heads,
-          sequence_head % kv_heads};
+  const int group = q_heads / kv_heads, size = attention_tile_rows(group);
+  const int tiles = static_cast<int>(attention_tiles(size, group, q_len));
+  const int sequence_head = static_cast<int>(item / tiles), tile = tiles - 1 - static_cast<int>(item % tiles);
+  return {tile_rows(tile * size, size, group, q_len), sequence_head / kv_heads, sequence_head % kv_heads};
 }
 
 // The spans of one sequence; keys from `key_count` on are seen by nobody.
@@ -86,6 +85,7 @@ struct SequenceSpans {
 // What the queries of a tile see: the walk over the keys, chunk by chunk.
 class TileSpans {
  public:
+  TileSpans() = default;
   TileSpans(const SequenceSpans& spans, TileRows rows) : spans_(spans), rows_(rows) {
     count_ = spans.table.count < kMaxSpanBounds ? spans.table.count : kMaxSpanBounds;
     for (int r = 0; r < count_; r++) bounds_[r] = no_rows();
