@@ -116,10 +116,8 @@ class GradientTile {
   void store_grad_query(const TileItem& at) {
     for (int first = 0; first < columns_; first += kPanel)
       transpose(grad_query_ + first * dim_, kPanel, dim_, kPanel, query_rows_ + first * padded(dim_), padded(dim_));
-    for (int i = 0; i < rows_.count; i++) {
-      T* to = at.row<T>(p_.grad_q, p_.grad_q_layout, i);
-      for (int d = 0; d < dim_; d++) narrow(query_rows_[i * padded(dim_) + d] * p_.forward.scale, to[d]);
-    }
+    for (int i = 0; i < rows_.count; i++)
+      narrow_row(query_rows_ + i * padded(dim_), at.row<T>(p_.grad_q, p_.grad_q_layout, i), dim_, p_.forward.scale);
   }
 
  private:
@@ -216,12 +214,8 @@ void compute(const BlockAttentionBackwardParams& p, const Work& work) {
 
   if (!work.for_keys || p.k_sums == p.grad_k) return;
   for (int key = work.first_key; key < work.last_key; key++) {
-    T* to_k = sequence.key<T>(p.grad_k, p.grad_kv_layout, key);
-    T* to_v = sequence.key<T>(p.grad_v, p.grad_kv_layout, key);
-    for (int d = 0; d < f.head_dim; d++) {
-      narrow(k_sums(key)[d], to_k[d]);
-      narrow(v_sums(key)[d], to_v[d]);
-    }
+    narrow_row(k_sums(key), sequence.key<T>(p.grad_k, p.grad_kv_layout, key), f.head_dim);
+    narrow_row(v_sums(key), sequence.key<T>(p.grad_v, p.grad_kv_layout, key), f.head_dim);
   }
 }
 

@@ -167,15 +167,15 @@ DLLM_SIMD const float* float_rows(Row row, bool dense, KeyRange keys, const bool
   return buffer - (keys.end - keys.begin) * dim;
 }
 
-// Rows of a tile, times `factor`: row(i) finds row i. rows [panels * kPanel][padded(dim)].
+// Rows of a tile, times `factor`: row(i) finds row i. rows [whole panels][padded(dim)].
 template <typename T, typename Row>
 DLLM_SIMD void widen_rows(Row row, int count, int dim, float factor, float* rows) {
   const int stride = padded(dim);
-  memset(rows, 0, sizeof(float) * (count + kPanel - 1) / kPanel * kPanel * stride);
   for (int i = 0; i < count; i++) {
-    const T* from = row(i);
-    for (int d = 0; d < dim; d++) rows[i * stride + d] = widen(from[d]) * factor;
+    widen_row(row(i), rows + i * stride, dim, factor);
+    if (dim < stride) memset(rows + i * stride + dim, 0, sizeof(float) * (stride - dim));
   }
+  memset(rows + count * stride, 0, sizeof(float) * (-count & (kPanel - 1)) * stride);
 }
 
 }  // namespace dllm::cpu::DLLM_ISA

@@ -11,7 +11,7 @@ void attend_item(const CachedAttentionParams& p, int64_t item) {
   const int length = p.q_lengths ? p.q_lengths[at.batch] : p.q_len;
   const int live = clamp(length * at.rows.group - at.rows.first, 0, at.rows.count);
   QueryTile tile({at.rows.first, live, at.rows.group}, p.head_dim, p.scale);
-  for (int i = 0; i < live; i++) tile.set_query(i, at.row<const T>(p.q, p.q_layout, i));
+  tile.set_queries<T>([&](int i) { return at.row<const T>(p.q, p.q_layout, i); });
 
   if (live > 0) {
     const int32_t* pages = p.page_table + at.batch * p.page_table_stride;
@@ -29,15 +29,12 @@ void attend_item(const CachedAttentionParams& p, int64_t item) {
         [&](int key) { return at.key<const T>(p.v, p.v_layout, key); });
   }
 
-  for (int i = 0; i < at.rows.count; i++) {
-    T* out = at.row<T>(p.out, p.out_layout, i);
-    float* lse = p.lse + at.lse_index(i, p.q_heads, p.q_len);
-    if (i < live) {
-      tile.get_output(i, out, lse);
-    } else {
-      memset(out, 0, sizeof(T) * p.head_dim);
-      *lse = -kInfinity;
-    }
+  const auto out = [&](int i) { return at.row<T>(p.out, p.out_layout, i); };
+  const auto lse = [&](int i) { return p.lse + at.lse_index(i, p.q_heads, p.q_len); };
+  tile.store_outputs<T>(out, lse);
+  for (int i = live; i < at.rows.count; i++) {
+    memset(out(i), 0, sizeof(T) * p.head_dim);
+    *lse(i) = -kInfinity;
   }
 }
 

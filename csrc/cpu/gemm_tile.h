@@ -10,7 +10,7 @@ namespace dllm::cpu::DLLM_ISA {
 constexpr int kPanelVectors = 2;
 constexpr int kPanel = kPanelVectors * kLanes;
 // Rows of a register tile: accumulators, a panel row and a broadcast fill the register file.
-constexpr int kTileRows = kLanes == 16 ? 8 : 4;
+constexpr int kTileRows = kLanes == 16 ? 8 : 6;
 
 // A(m, s) = data[m * row + s * step]; a transposed product swaps the two strides.
 struct Left {
@@ -69,7 +69,7 @@ void gemm(Left a, Right b, Result c, int rows, int steps, const Floats* keep) {
     c.data += kRows * c.row;
   }
   if constexpr (kRows > 1) {
-    if (rows > 0) gemm<kRows / 2>(a, b, c, rows, steps, keep);
+    if (rows > 0) gemm<(kRows > 4 ? 4 : kRows / 2)>(a, b, c, rows, steps, keep);
   }
 }
 

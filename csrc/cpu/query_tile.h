@@ -12,7 +12,6 @@ class QueryTile {
  public:
   QueryTile(TileRows rows, int head_dim, float scale) : rows_(rows), dim_(head_dim), scale_(scale) {
     const int columns = rows.panels() * kPanel;
-    memset(query_, 0, sizeof(float) * columns * dim_);
     memset(output_, 0, sizeof(float) * columns * dim_);
     for (int i = 0; i < columns; i++) {
       max_[i] = -kInfinity;
@@ -20,11 +19,14 @@ class QueryTile {
     }
   }
 
-  template <typename T>
-  void set_query(int row, const T* from) {
-    float* to = query_ + (row / kPanel) * kPanel * dim_ + row % kPanel;
-    const float factor = scale_ * kLog2E;
-    for (int d = 0; d < dim_; d++) to[d * kPanel] = widen(from[d]) * factor;
+  // row(i) finds row i of the tile.
+  template <typename T, typename Row>
+  void set_queries(Row row) {
+    for (int first = 0; first < rows_.count; first += kPanel) {
+      const auto panel_row = [&](int i) { return row(first + i); };
+      widen_rows<T>(panel_row, clamp(rows_.count - first, 0, kPanel), dim_, scale_ * kLog2E, panel_rows_);
+      transpose(panel_rows_, padded(dim_), kPanel, dim_, query_ + first * dim_, kPanel);
+    }
   }
 
   // k_row(key) and v_row(key) find the rows of a key and its value; `dense`: neighbours follow each other.
@@ -40,13 +42,18 @@ class QueryTile {
     }
   }
 
-  template <typename T>
-  void get_output(int row, T* to, float* lse) const {
-    const SoftmaxState state{max_[row], sum_[row]};
-    const float* from = output_ + (row / kPanel) * kPanel * dim_ + row % kPanel;
-    const float factor = state.inverse_sum();
-    for (int d = 0; d < dim_; d++) narrow(state.sum == 0.0f ? 0.0f : from[d * kPanel] * factor, to[d]);
-    *lse = state.log_sum_exp();
+  // row(i) and lse(i) find where the results of row i belong.
+  template <typename T, typename Row, typename Lse>
+  void store_outputs(Row row, Lse lse) {
+    for (int first = 0; first < rows_.count; first += kPanel) {
+      transpose(output_ + first * dim_, kPanel, dim_, kPanel, panel_rows_, padded(dim_));
+      for (int i = first; i < clamp(first + kPanel, 0, rows_.count); i++) {
+        const SoftmaxState state{max_[i], sum_[i]};
+        *lse(i) = state.log_sum_exp();
+        if (state.sum == 0.0f) memset(row(i), 0, sizeof(T) * dim_);
+        else narrow_row(panel_rows_ + (i - first) * padded(dim_), row(i), dim_, state.inverse_sum());
+      }
+    }
   }
 
  private:
@@ -105,7 +112,8 @@ class QueryTile {
   alignas(64) int32_t visible_[kMaxChunk * kPanel];          // [key][query], -1 or 0
   alignas(64) float query_[kMaxTileQueries * kMaxHeadDim];   // [panel][dim][query]
   alignas(64) float output_[kMaxTileQueries * kMaxHeadDim];  // [panel][dim][query]
-  alignas(64) float keys_[kMaxChunk * kMaxHeadDim], values_[kMaxChunk * kMaxHeadDim];
+  alignas(64) float panel_rows_[kPanel * kMaxHeadDim];       // queries or outputs of a panel
+  alignas(64) float keys_[kMaxChunkFloats], values_[kMaxChunkFloats];
 };
 
 }  // namespace dllm::cpu::DLLM_ISA

@@ -155,9 +155,14 @@ DLLM_SIMD void narrow(float x, Float16& to) {
   to.bits = static_cast<uint16_t>(half | (sign >> 16));
 }
 
+// Rows of `count` numbers, times `factor`.
 template <typename T>
-DLLM_SIMD void widen_row(const T* from, float* to, int count) {
-  for (int i = 0; i < count; i++) to[i] = widen(from[i]);
+DLLM_SIMD void widen_row(const T* __restrict from, float* __restrict to, int count, float factor = 1.0f) {
+  for (int i = 0; i < count; i++) to[i] = widen(from[i]) * factor;
+}
+template <typename T>
+DLLM_SIMD void narrow_row(const float* __restrict from, T* __restrict to, int count, float factor = 1.0f) {
+  for (int i = 0; i < count; i++) narrow(from[i] * factor, to[i]);
 }
 
 }  // namespace dllm::cpu::DLLM_ISA
