@@ -57,6 +57,17 @@ def gumbel_statistics(logits: Tensor, temperature: float) -> tuple[Tensor, Tenso
     return token, probabilities.gather(-1, token[:, None])[:, 0]
 
 
+def filtered_statistics(logits: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
+    """Token and its probability after top-p and top-k by sorting, as Dream's sampler takes them."""
+    ordered, ids = logits.sort(dim=-1, descending=True)
+    cumulated = F.softmax(ordered, dim=-1).cumsum(dim=-1)
+    removed = F.pad(cumulated[:, :-1] > top_p, (1, 0))
+    logits = logits.masked_fill(removed.scatter(-1, ids, removed), -math.inf)
+    logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    probability, token = F.softmax(logits, dim=-1).max(dim=-1)
+    return token, probability
+
+
 def projected_statistics(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """softmax_statistics of a vocabulary projection."""
     return softmax_statistics(F.linear(hidden, weight))

@@ -1,6 +1,6 @@
 """Fixtures of the benchmarks: `compare` measures ours beside what a user would otherwise run.
 
-pytest benchmarks -k attention            # a table, and benchmarks/results/<suite>.<device>.json
+pytest benchmarks -k attention            # a table, and benchmarks/results/<device>.json and .svg
 pytest benchmarks --smoke                 # tiny sizes, one round, nothing written
 pytest benchmarks -m gpu --results DIR    # the GPU suites, results elsewhere
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import machine, report
 from dllm_kernels import _library
 
 L2_MULTIPLE = 3  # rotating inputs cover the last-level cache of the GPU this many times
@@ -30,7 +30,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU; timed with CUDA events")
     config.option.benchmark_quiet = True  # our table stands in for the one of pytest-benchmark
     config.stash[report.ROWS] = []
-    report.commit()  # read now: the checkout may change while benchmarks run
+    machine.commit()  # read now: the checkout may change while benchmarks run
 
 
 def pytest_collection_modifyitems(items):
@@ -59,17 +59,29 @@ def pick(smoke):
 
 @pytest.fixture
 def compare(benchmark, request, smoke):
-    """compare(ours, baselines, inputs=..., flops=..., bytes=..., tolerance=...) measures and records.
+    """compare(ours, baselines, inputs=..., flops=..., bytes=..., tolerance=..., ...) measures and records.
 
     ours, baselines[name]: called as f(*inputs()); they take turns within every round. On a GPU `inputs` is
     called until its tensors cover the last-level cache several times, and the sets rotate.
     flops: useful ones, of visible pairs only; dense_flops: of the whole rectangle; bytes: read and written.
     tolerance: atol and rtol with which every baseline's result must equal ours.
+    size: the case's place on the scaling plot. memory: also records the peak memory of every function.
     """
     on_gpu = request.node.get_closest_marker("gpu") is not None
     clock = CudaTime if on_gpu else time.perf_counter
 
-    def compare(ours, baselines, *, inputs=tuple, flops=None, dense_flops=None, bytes=None, tolerance=None):
+    def compare(
+        ours,
+        baselines,
+        *,
+        inputs=tuple,
+        flops=None,
+        dense_flops=None,
+        bytes=None,
+        tolerance=None,
+        size=None,
+        memory=False,
+    ):
         rotation = itertools.cycle(_input_sets(inputs, on_gpu and not smoke))
         seconds = {name: [] for name in baselines}
 
@@ -100,6 +112,8 @@ def compare(benchmark, request, smoke):
             ours=list(benchmark.stats.stats.data),
             baselines={name: values[-rounds:] for name, values in seconds.items()},
             work={"flops": flops, "dense_flops": dense_flops, "bytes": bytes},
+            size=size,
+            memory=_peak_memory({"ours": ours, **baselines}, next(rotation), on_gpu) if memory else {},
         )
         benchmark.extra_info.update(measured.summary())
         request.config.stash[report.ROWS].append(measured)
@@ -117,6 +131,14 @@ class CudaTime:
     def __sub__(self, start: "CudaTime") -> float:
         self.event.synchronize()
         return start.event.elapsed_time(self.event) / 1e3
+
+
+def _peak_memory(functions: dict, arguments: tuple, on_gpu: bool) -> dict[str, int | None]:
+    where = "cuda" if on_gpu else "cpu"
+    return {
+        name: machine.peak_memory(lambda function=function: function(*arguments), where)
+        for name, function in functions.items()
+    }
 
 
 def _start(clock):

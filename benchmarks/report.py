@@ -1,22 +1,16 @@
-"""Results of the benchmarks: one JSON file per suite and device, and a table at the end of the run."""
+"""Results of the benchmarks: a JSON file and a plot per device, and a table at the end of the run."""
 
 import dataclasses
 import datetime
-import functools
 import json
-import os
-import platform
 import re
 import statistics
-import subprocess
 from pathlib import Path
 
 import numpy
 import pytest
-import torch
 
-import dllm_kernels
-from dllm_kernels import _library  # noqa: F401  (loads the operators)
+from benchmarks import machine, plot
 
 ROWS = pytest.StashKey[list]()
 FOLDER = Path(__file__).parent / "results"
@@ -32,24 +26,25 @@ class Row:
     ours: list[float]
     baselines: dict[str, list[float]]
     work: dict[str, float | None]  # flops, dense_flops, bytes of one call
+    size: int | None = None  # place on the plot's axis
+    memory: dict[str, int | None] = dataclasses.field(default_factory=dict)  # peak bytes: "ours", baselines
 
     def summary(self) -> dict:
         """Medians with 20th and 80th percentile; a speed-up is taken within each round, then its median."""
         median = statistics.median(self.ours)
-        return {
-            "rounds": len(self.ours),
-            "ours_seconds": _spread(self.ours),
-            **{f"{name}_per_second": amount / median for name, amount in self.work.items() if amount},
-            "baselines": {
-                name: {
-                    "seconds": _spread(seconds),
-                    "speedup": _spread(
-                        [theirs / ours for theirs, ours in zip(seconds, self.ours, strict=True)]
-                    ),
-                }
-                for name, seconds in self.baselines.items()
-            },
-        }
+        baselines = {}
+        for name, seconds in self.baselines.items():
+            ratios = [theirs / ours for theirs, ours in zip(seconds, self.ours, strict=True)]
+            baselines[name] = {"seconds": _spread(seconds), "speedup": _spread(ratios)}
+            if self.memory.get(name) is not None:
+                baselines[name]["peak_bytes"] = self.memory[name]
+        summary = {"rounds": len(self.ours), "ours_seconds": _spread(self.ours)}
+        summary |= {f"{name}_per_second": amount / median for name, amount in self.work.items() if amount}
+        if self.size is not None:
+            summary["size"] = self.size
+        if self.memory.get("ours") is not None:
+            summary["peak_bytes"] = self.memory["ours"]
+        return summary | {"baselines": baselines}
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -57,88 +52,65 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": median, "p20": p20, "p80": p80}
 
 
-def machine(device: str) -> dict:
-    """What the figures depend on."""
-    return {
-        "device": device,
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": torch.ops.dllm_kernels.isa_active(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "dllm_kernels": dllm_kernels.__version__,
-        "commit": commit(),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor()
-
-
-@functools.cache
-def commit() -> str:
-    """Short hash, with a + when files other than results differ from it; or what DLLM_COMMIT says."""
-    if os.environ.get("DLLM_COMMIT"):
-        return os.environ["DLLM_COMMIT"]
-    git = ["git", "-C", str(FOLDER.parent.parent)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"], capture_output=True, text=True
-    )
-    return head.stdout.strip() + "+" * bool(changed.stdout.strip()) if head.returncode == 0 else "unknown"
-
-
 def finish(terminal, config) -> None:
     """Writes the results (not those of a smoke run) and prints the table."""
     rows: list[Row] = config.stash[ROWS]
     if not rows:
         return
-    folder = config.getoption("--results") or (None if config.getoption("--smoke") else FOLDER)
+    smoke = config.getoption("--smoke")
+    folder = config.getoption("--results") or (None if smoke else FOLDER)
     terminal.section("benchmarks")
     for device in dict.fromkeys(row.device for row in rows):
-        about = machine(device)
+        about = machine.about(device)
+        where = "cpu" if device == "cpu" else "cuda"
+        peaks = {} if smoke else {"flops": machine.peak_flops(where), "bytes": machine.peak_bandwidth(where)}
         here = [row for row in rows if row.device == device]
         terminal.write_line(", ".join(f"{name} {value}" for name, value in about.items()))
-        for line in table(here):
+        for name, unit in (("flops", "GFLOP/s in torch's square product"), ("bytes", "GB/s in a copy")):
+            if name in peaks:
+                terminal.write_line(f"peak: {peaks[name] / 1e9:.4g} {unit}")
+        for line in table(here, peaks):
             terminal.write_line(line)
-        for suite in dict.fromkeys(row.suite for row in here) if folder else ():
-            path = write(folder, about, [row for row in here if row.suite == suite])
-            terminal.write_line(f"written: {path}")
+        if folder:
+            for path in write(folder, about, peaks, here):
+                terminal.write_line(f"written: {path}")
 
 
-def write(folder: Path, about: dict, rows: list[Row]) -> Path:
-    """Merges rows of one suite into its file; rows of another machine, version or commit are dropped."""
+def write(folder: Path, about: dict, peaks: dict, rows: list[Row]) -> list[Path]:
+    """Merges rows into the device's file and draws its plot. Other suites stay; of a suite that is measured
+    again only cases of the same machine, versions and commit do."""
     folder.mkdir(parents=True, exist_ok=True)
-    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
-    path = folder / f"{rows[0].suite}.{device}.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    cases = before["cases"] if before.get("machine") == about else {}
-    cases |= {row.case: row.summary() for row in rows}
+    path = folder / (re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-") + ".json")
+    results = json.loads(path.read_text()) if path.exists() else {}
     today = datetime.date.today().isoformat()
+    for suite in dict.fromkeys(row.suite for row in rows):
+        before = results.get(suite, {})
+        cases = before["cases"] if before.get("machine") == about else {}
+        cases |= {row.case: row.summary() for row in rows if row.suite == suite}
+        results[suite] = {"date": today, "machine": about, "peaks": peaks, "cases": cases}
     partial = path.with_suffix(".new")
-    partial.write_text(json.dumps({"date": today, "machine": about, "cases": cases}, indent=1) + "\n")
+    partial.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     partial.replace(path)
-    return path
+    return [path, *plot.draw(results, path.with_suffix(".svg"))]
 
 
-def table(rows: list[Row]) -> list[str]:
-    width = max(len(row.case) for row in rows)
+def table(rows: list[Row], peaks: dict[str, float]) -> list[str]:
+    """Lines of text: time, rates and their share of the peak; below, every baseline with the ratio."""
+    width = max(len(name) for row in rows for name in (row.case, *(f"vs {other}" for other in row.baselines)))
     lines = []
     for row in rows:
         summary = row.summary()
-        rates = "".join(
-            f"  {summary[f'{name}_per_second'] / 1e9:.4g} {unit}"
-            for name, unit in (("flops", "GFLOP/s"), ("bytes", "GB/s"))
-            if row.work.get(name)
-        )
-        lines.append(f"{row.case:{width}}  {_time(summary['ours_seconds'])}{rates}")
+        line = f"{row.case:{width}}  {_time(summary['ours_seconds'])}"
+        for name, unit in (("flops", "GFLOP/s"), ("bytes", "GB/s")):
+            if row.work.get(name):
+                rate = summary[f"{name}_per_second"]
+                line += f"  {rate / 1e9:.4g} {unit}"
+                line += f" ({rate / peaks[name]:.0%} of peak)" if name in peaks else ""
+        lines.append(line + _megabytes(summary))
         for name, other in summary["baselines"].items():
             ratio = other["speedup"]
             spread = f"{ratio['median']:.2f}x [{ratio['p20']:.2f}, {ratio['p80']:.2f}]"
-            lines.append(f"{'vs ' + name:>{width}}  {_time(other['seconds'])}  {spread}")
+            lines.append(f"{'vs ' + name:>{width}}  {_time(other['seconds'])}  {spread}{_megabytes(other)}")
     return lines
 
 
@@ -146,3 +118,7 @@ def _time(spread: dict[str, float]) -> str:
     low, middle, high = (spread[name] * 1e6 for name in ("p20", "median", "p80"))
     scale, unit = (1e3, "ms") if middle >= 1e3 else (1, "µs")
     return f"{middle / scale:9.2f} {unit} [{low / scale:.2f}, {high / scale:.2f}]"
+
+
+def _megabytes(figures: dict) -> str:
+    return f"  peak {figures['peak_bytes'] / 1e6:.1f} MB" if "peak_bytes" in figures else ""

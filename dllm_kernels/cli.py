@@ -112,15 +112,7 @@ def demo() -> None:
 
     from dllm_kernels.demo import run
 
-    _hide_progress_bars()
     run(Console())
-
-
-def _hide_progress_bars() -> None:
-    """Those of loading weights, in the way of the live view."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def _rule(threshold: float | None, steps: int | None) -> dict:
@@ -136,7 +128,6 @@ def _generate(operation: str, text: str, name: str, attention: str | None, view:
     import dllm_kernels as dk
     from dllm_kernels.viewer.terminal import TerminalView
 
-    _hide_progress_bars()
     console = Console(stderr=True)
     try:
         model, tokenizer = dk.load(name, attention=attention)

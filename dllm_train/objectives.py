@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from dllm_kernels import SpanMask
+from dllm_kernels import SpanMask, linear_diffusion_cross_entropy
 from dllm_train.noise import IGNORED_LABEL, Schedule, sample_noise
 
 
@@ -153,24 +153,25 @@ def _diffusion_loss(
         source = (column - 1).clamp(min=0)
         if block_size is not None:
             source = torch.where(column % block_size == 0, length + source, source)
-    logits = project(model, hidden[row, source])
-    if bar_mask_token:
-        logits = logits.index_fill(1, torch.tensor([mask_id], device=logits.device), float("-inf"))
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    ce = F.cross_entropy(logits, labels[row, column], reduction="none")
-
     scheduler_weight = schedule.weight(noise.t[row, column], eps=weight_eps)
-    weighted = ce * (scheduler_weight if loss_weight_type == "scheduler" else 1.0)
+    weights = scheduler_weight if loss_weight_type == "scheduler" else torch.ones_like(scheduler_weight)
     tokens = int(maskable.sum())
     if loss_norm_type == "token":
-        loss = weighted.sum() / max(tokens if normalizer is None else normalizer, 1)
+        weights = weights / max(tokens if normalizer is None else normalizer, 1)
     else:
-        rows = batch if normalizer is None else normalizer
+        weights = weights / (batch if normalizer is None else normalizer)
         if loss_norm_type == "sequence":
-            weighted = weighted / maskable.sum(1).clamp(min=1)[row]
-        loss = weighted.sum() / rows
-    ce = ce.detach()
+            weights = weights / maskable.sum(1).clamp(min=1)[row]
+    head = model.get_output_embeddings()
+    loss, ce = linear_diffusion_cross_entropy(
+        hidden[row, source],
+        head.weight,
+        labels[row, column],
+        weights,
+        getattr(head, "bias", None),
+        suppress_tokens=(mask_id,) if bar_mask_token else None,
+        return_ce=True,
+    )
     return LossOutput(loss, (ce * scheduler_weight).sum(), ce.sum(), tokens, len(row))
 
 

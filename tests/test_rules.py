@@ -1,7 +1,10 @@
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dllm_kernels.sampling.config import SampleConfig
 from dllm_kernels.sampling.rules import Rule, dllm_schedule, dream_schedule, llada_schedule
 
 SCHEDULES = [llada_schedule, dllm_schedule, dream_schedule]
@@ -42,17 +45,71 @@ def test_a_schedule_refuses_nonsense(schedule):
 def test_a_rule_is_a_value():
     assert Rule.threshold(0.9) == Rule.threshold(0.9)
     assert Rule.threshold(0.9) != Rule.threshold(0.9, strict=True)
-    assert Rule.quota().needs_quota and not Rule.factor(1.0).needs_quota
+    assert len({Rule.edit(0.7, 0.9), Rule.edit(0.7, 0.9), Rule.edit(0.9, 0.7)}) == 2
 
 
-def test_a_rule_refuses_nonsense():
-    with pytest.raises(ValueError, match="rule is 'best'"):
-        Rule("best")
-    with pytest.raises(ValueError, match="confidence is 'logit'"):
-        Rule.quota(confidence="logit")
-    with pytest.raises(ValueError, match="threshold is nan"):
-        Rule.threshold(float("nan"))
-    with pytest.raises(ValueError, match="alg_temp"):
-        Rule("threshold", 0.5, alg_temp=0.1)
-    with pytest.raises(ValueError, match="alg_temp is -1"):
-        Rule.quota(alg_temp=-1.0)
+def test_a_rule_says_what_it_needs():
+    assert [rule.name for rule in EVERY_RULE if rule.needs_quota] == ["quota", "quota_or_threshold"]
+    assert [rule.name for rule in EVERY_RULE if rule.needs_state] == ["confident_stable"]
+
+
+def test_comparisons_are_strict_where_the_source_is():
+    assert [rule.name for rule in EVERY_RULE if rule.strict] == [
+        "quota_or_threshold",
+        "confident_stable",
+        "edit",
+    ]
+
+
+EVERY_RULE = [
+    Rule.quota(),
+    Rule.threshold(0.9),
+    Rule.factor(1.0),
+    Rule.quota_or_threshold(0.9),
+    Rule.entropy_bound(0.5),
+    Rule.bernoulli(8),
+    Rule.confident_stable(),
+    Rule.edit(0.7, 0.9),
+]
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (
+            lambda: Rule("best"),
+            ValueError,
+            "rule is 'best'; allowed: quota, .*, bernoulli, confident_stable, edit",
+        ),
+        (lambda: Rule("threshold"), ValueError, "rule 'threshold' takes 1 numbers, got 0"),
+        (lambda: Rule.quota(confidence="logit"), ValueError, "confidence is 'logit'"),
+        (lambda: Rule.threshold(math.nan), ValueError, "threshold is nan; it must be a finite number"),
+        (lambda: Rule.threshold("0.9"), TypeError, "threshold is '0.9'; it must be a number"),
+        (lambda: Rule.threshold(True), TypeError, "threshold is True; it must be a number"),
+        (
+            lambda: Rule("threshold", (0.5,), alg_temp=0.1),
+            ValueError,
+            "alg_temp draws the positions of a quota",
+        ),
+        (lambda: Rule.quota(alg_temp=-1.0), ValueError, "alg_temp is -1.0; it must be a finite number >= 0"),
+        (lambda: Rule.bernoulli(0), ValueError, "steps must lie in 1..2147483647, got 0"),
+        (lambda: Rule.bernoulli(2.5), TypeError, "steps must be an integer, got float"),
+        (
+            lambda: Rule.bernoulli(2, eps=1.5),
+            ValueError,
+            "eps is 1.5; it must be a finite number from 0 to 1",
+        ),
+        (lambda: Rule.confident_stable(stable_steps=0), ValueError, "stable_steps must lie in 1"),
+        (lambda: Rule.confident_stable(0.9, math.inf), ValueError, "kl_threshold is inf"),
+        (lambda: Rule.edit(0.7, None), TypeError, "edit_threshold is None; it must be a number"),
+    ],
+)
+def test_a_rule_refuses_nonsense(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize("rule", EVERY_RULE[5:], ids=lambda rule: rule.name)
+def test_rules_that_the_sampler_does_not_know_yet_are_refused(rule):
+    with pytest.raises(ValueError, match=f"rule=.*{rule.name}.*not available in sampling yet"):
+        SampleConfig(rule=rule)

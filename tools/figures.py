@@ -3,7 +3,7 @@
     python tools/figures.py           rewrite README.md and docs/*.md
     python tools/figures.py --check   say which pages are out of date, exit 1 if any is
 
-NAME `cpu` is the benchmark results of that device (benchmarks/results/*.cpu.json), `tiny-python` the
+NAME `cpu` is the benchmark results of that device (benchmarks/results/cpu.json), `tiny-python` the
 evaluation of the embedded model (its evaluation.json). Nobody types a figure into a page.
 """
 
@@ -26,19 +26,39 @@ def render(page: str) -> str:
 
 
 def cpu_table() -> str:
-    """One line for each comparison: our median time and how many times as long each alternative takes."""
-    lines = ["| work | ours | how many times as fast |", "|---|---|---|"]
+    """One line for each comparison: our median time, and how many times as long each alternative takes."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    lines = ["| suite | case | ours | rate | alternatives take | memory |", "|---|---|---|---|---|---|"]
     machines = {}
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.cpu.json")):
-        result = json.loads(path.read_text())
-        machines[_machine(result["machine"]) + f", {result['date']}"] = None
-        for case, figures in result["cases"].items():
-            ours = _milliseconds(figures["ours_seconds"]["median"])
-            speedups = (
-                f"{other['speedup']['median']:.2f}× {name}" for name, other in figures["baselines"].items()
+    for suite, measured in results.items():
+        machines.setdefault(f"{_machine(measured['machine'])}, {measured['date']}", []).append(suite)
+        for case, figures in measured["cases"].items():
+            others = figures["baselines"]
+            times = (f"{other['speedup']['median']:.2f}× as long: {name}" for name, other in others.items())
+            memory = (
+                f"{figures['peak_bytes'] / other['peak_bytes']:.0%} of {name}"
+                for name, other in others.items()
+                if "peak_bytes" in figures and other.get("peak_bytes")
             )
-            lines.append(f"| {case} | {ours} | {', '.join(speedups)} |")
-    return "\n".join([*lines, "", *(f"Measured on {machine}." for machine in machines), ""])
+            cells = (
+                suite,
+                case,
+                f"{figures['ours_seconds']['median'] * 1e3:.3g} ms",
+                _rate(figures, measured["peaks"]),
+                ", ".join(times),
+                ", ".join(memory),
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    where = (f"{', '.join(suites)}: {machine}." for machine, suites in machines.items())
+    return "\n".join([*lines, "", "Medians. Measured on:", "", *(f"- {line}" for line in where), ""])
+
+
+def _rate(figures: dict, peaks: dict) -> str:
+    """Useful operations or bytes per second, and their share of the machine's peak."""
+    for name, unit in (("flops", "GFLOP/s"), ("bytes", "GB/s")):
+        if rate := figures.get(f"{name}_per_second"):
+            return f"{rate / 1e9:.3g} {unit}" + (f" ({rate / peaks[name]:.0%})" if name in peaks else "")
+    return ""
 
 
 def tiny_python() -> str:
@@ -64,10 +84,6 @@ Tokens per forward by the threshold of the rule:
 Measured on {where["machine"]}, {where["cores"]} cores, torch {where["versions"]["torch"]}, commit \
 {where["commit"]}. More in the [model card](dllm_kernels/assets/tiny-python/README.md).
 """
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
 
 
 def _machine(machine: dict) -> str:

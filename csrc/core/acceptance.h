@@ -2,11 +2,14 @@
 //
 // A candidate is a listed position that still holds the mask and whose proposal is not the mask token.
 // Candidates are ordered by a key, the surest first, ties to the lower position; a rule accepts them in
-// this order until the first one that it does not keep. So a rule is one line in `keeps`.
+// this order until the first one that it does not keep. So a rule is one line in `keeps`, and for rules
+// that judge each candidate by itself one in `chooses`: those they choose come first. Listed positions that
+// hold no mask are no candidates; `edits` says whether they change.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "core/gumbel.h"
 #include "core/host_device.h"
@@ -14,16 +17,50 @@
 
 namespace dllm {
 
-enum class RuleName : int { quota, threshold, factor, quota_or_threshold, entropy_bound };
-constexpr const char* kRuleNames[] = {"quota", "threshold", "factor", "quota_or_threshold", "entropy_bound"};
+enum class RuleName : int {
+  quota,
+  threshold,
+  factor,
+  quota_or_threshold,
+  entropy_bound,
+  bernoulli,
+  confident_stable,
+  edit
+};
 
 enum class Confidence : int { prob, margin, entropy, random };
 constexpr const char* kConfidenceNames[] = {"prob", "margin", "entropy", "random"};
 
+// What a rule is called, what it needs besides the statistics and the canvas, and its numbers.
+enum class Needs : int { nothing, quota, step, stability };
+struct RuleParameter {
+  const char* name = nullptr;
+  double least = -HUGE_VAL, most = HUGE_VAL;
+  bool whole = false;
+};
+struct RuleSignature {
+  const char* name;
+  Needs needs;
+  RuleParameter parameters[3];  // those without a name do not exist
+};
+constexpr double kMostSteps = std::numeric_limits<int32_t>::max();
+constexpr RuleSignature kRules[] = {
+    {"quota", Needs::quota, {}},
+    {"threshold", Needs::nothing, {{"threshold"}}},
+    {"factor", Needs::nothing, {{"factor"}}},
+    {"quota_or_threshold", Needs::quota, {{"threshold"}}},
+    {"entropy_bound", Needs::nothing, {{"entropy_bound"}}},
+    {"bernoulli", Needs::step, {{"steps", 1, kMostSteps, true}, {"eps", 0, 1}}},
+    {"confident_stable",
+     Needs::stability,
+     {{"threshold"}, {"kl_threshold"}, {"stable_steps", 1, kMostSteps, true}}},
+    {"edit", Needs::nothing, {{"threshold"}, {"edit_threshold"}}},
+};
+
 struct Rule {
   RuleName name;
-  double parameter;  // threshold τ, factor f, bound γ; unused by quota
-  bool strict;       // > in place of ≥
+  double parameters[3];  // as in kRules
+  bool strict;           // > in place of ≥
   Confidence confidence;
   double alg_temp;  // > 0: draw in place of rank
 };
@@ -34,6 +71,7 @@ struct Candidate {
   Real confidence;
   Real key;
   int32_t position;
+  bool chosen;
 };
 
 template <class Real>
@@ -52,37 +90,79 @@ struct DrawId {
   }
 };
 
-// `entropy` in nats: its confidence is −entropy. NaN counts as the least sure.
+template <class Real>
+DLLM_HOST_DEVICE bool reaches(const Rule& rule, Real value, double bound) {
+  return rule.strict ? value > Real(bound) : value >= Real(bound);
+}
+
+// Rule bernoulli: with probability 1 − s/t, where t and s are numbers `step` and `step + 1` of
+// linspace(1, eps, steps + 1); in the last step always. Written without a product that a sum could absorb,
+// so that host and device agree to the bit.
+DLLM_HOST_DEVICE bool drawn_by_time(const Rule& rule, const DrawId& id) {
+  const double steps = rule.parameters[0], eps = rule.parameters[1];
+  if (id.step >= steps - 1) return true;
+  const double probability = 1 / (steps / (1 - eps) - id.step);
+  return id.word(kUnmaskDraw) + 0.5 < probability * 0x1p32;
+}
+
+// The counter of a masked position: steps in a row whose divergence lay below the rule's bound. NaN, as of
+// a first step, does not.
+template <class Real>
+DLLM_HOST_DEVICE int32_t stable_steps(const Rule& rule, Real divergence, int32_t before) {
+  if (!(divergence < Real(rule.parameters[1]))) return 0;
+  return before < std::numeric_limits<int32_t>::max() ? before + 1 : before;
+}
+
+template <class Real>
+DLLM_HOST_DEVICE bool chooses(const Rule& rule, Real confidence, int32_t stable, const DrawId& id) {
+  if (rule.name == RuleName::bernoulli) return drawn_by_time(rule, id);
+  if (rule.name == RuleName::confident_stable)
+    return stable >= rule.parameters[2] && reaches(rule, confidence, rule.parameters[0]);
+  return false;
+}
+
+// `entropy` in nats: its confidence is −entropy. NaN counts as the least sure. `stable`: the counter above.
 template <class Real>
 DLLM_HOST_DEVICE Candidate<Real> make_candidate(const Rule& rule, Real prob, Real margin, Real entropy,
-                                                const DrawId& id) {
+                                                int32_t stable, const DrawId& id) {
   Real confidence = prob;
   if (rule.confidence == Confidence::margin) confidence = margin;
   if (rule.confidence == Confidence::entropy) confidence = -entropy;
   if (rule.confidence == Confidence::random)
     confidence = uniform<OneLane>(id.word(kRandomConfidenceDraw)).value;
   if (!(confidence == confidence)) confidence = -HUGE_VALF;
+  const bool chosen = chooses(rule, confidence, stable, id);
+  Real key = confidence;
   // Drawing without replacement from softmax(confidence / alg_temp) is sorting by it plus Gumbel noise.
-  const Real key = rule.alg_temp > 0 ? confidence / Real(rule.alg_temp) +
-                                           Real(gumbel<OneLane>(id.word(kPositionDraw)).value)
-                                     : confidence;
-  return {confidence, key, id.position};
+  if (rule.alg_temp > 0)
+    key = Real(confidence / rule.alg_temp) + Real(gumbel<OneLane>(id.word(kPositionDraw)).value);
+  constexpr Real largest = std::numeric_limits<Real>::max();
+  if (chosen || key > largest) key = chosen ? Real(HUGE_VALF) : largest;
+  return {confidence, key, id.position, chosen};
 }
 
 // rank counts from 0; entropy_before is the sum of the entropies of the candidates that precede this one.
 template <class Real>
-DLLM_HOST_DEVICE bool keeps(const Rule& rule, int rank, Real confidence, Real entropy_before, int quota) {
-  const auto reaches = [&](double bound) {
-    return rule.strict ? confidence > Real(bound) : confidence >= Real(bound);
-  };
+DLLM_HOST_DEVICE bool keeps(const Rule& rule, int rank, const Candidate<Real>& candidate, Real entropy_before,
+                            int quota) {
+  const double bound = rule.parameters[0];
   switch (rule.name) {
     case RuleName::quota: return rank < quota;
-    case RuleName::threshold: return rank == 0 || reaches(rule.parameter);
-    case RuleName::factor: return rank == 0 || reaches(1 - rule.parameter / (rank + 2));
-    case RuleName::quota_or_threshold: return rank < quota || reaches(rule.parameter);
-    case RuleName::entropy_bound: return rank == 0 || entropy_before <= Real(rule.parameter);
+    case RuleName::threshold:
+    case RuleName::edit: return rank == 0 || reaches(rule, candidate.confidence, bound);
+    case RuleName::factor: return rank == 0 || reaches(rule, candidate.confidence, 1 - bound / (rank + 2));
+    case RuleName::quota_or_threshold: return rank < quota || reaches(rule, candidate.confidence, bound);
+    case RuleName::entropy_bound: return rank == 0 || entropy_before <= Real(bound);
+    case RuleName::bernoulli: return candidate.chosen;
+    case RuleName::confident_stable: return rank == 0 || candidate.chosen;
   }
   return false;
+}
+
+// Whether a proposal that differs from the token a listed position holds takes its place.
+template <class Real>
+DLLM_HOST_DEVICE bool edits(const Rule& rule, Real prob) {
+  return rule.name == RuleName::edit && reaches(rule, prob, rule.parameters[1]);
 }
 
 }  // namespace dllm

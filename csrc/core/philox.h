@@ -17,9 +17,11 @@ struct Philox {
   static constexpr int kRounds = 10;
 };
 
-// First counter word of the draws made once per candidate: `random` confidence, and alg_temp's noise.
+// First counter word of the draws made once per candidate: `random` confidence, alg_temp's noise, and
+// whether rule bernoulli takes it.
 constexpr uint32_t kRandomConfidenceDraw = 0xFFFFFFFF;
 constexpr uint32_t kPositionDraw = 0xFFFFFFFE;
+constexpr uint32_t kUnmaskDraw = 0xFFFFFFFD;
 
 struct RandomWords {
   uint32_t word[4];

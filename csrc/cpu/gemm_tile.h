@@ -31,32 +31,38 @@ struct Result {
 constexpr const Floats* kOverwrite = nullptr;
 constexpr Floats kAccumulate[kPanelVectors] = {Floats{} + 1.0f, Floats{} + 1.0f};
 
-// C[kRows, kPanel] = keep * C + A · B. Every element is one chain of multiply-adds in the order of the
-// steps: how rows and steps are cut into tiles does not change a bit of it.
-template <int kRows>
-DLLM_SIMD void gemm_tile(Left a, Right b, Result c, int steps, const Floats* keep) {
-  Floats sum[kRows][kPanelVectors];
-#pragma GCC unroll 8
+struct FetchNothing {
+  DLLM_SIMD void operator()(int) const {}
+};
+
+// C[kRows, kVectors * kLanes] = keep * C + A · B. Every element is one chain of multiply-adds in the order of
+// the steps: how rows and steps are cut into tiles does not change a bit of it. fetch(s) is called once a
+// step: it may prefetch.
+template <int kRows = kTileRows, int kVectors = kPanelVectors, class Fetch = FetchNothing>
+DLLM_SIMD void gemm_tile(Left a, Right b, Result c, int steps, const Floats* keep, const Fetch& fetch = {}) {
+  Floats sum[kRows][kVectors];
+#pragma GCC unroll 16
   for (int m = 0; m < kRows; m++) {
 #pragma GCC unroll 2
-    for (int n = 0; n < kPanelVectors; n++)
+    for (int n = 0; n < kVectors; n++)
       sum[m][n] = keep ? load(c.data + m * c.row + n * kLanes) * keep[n] : Floats{};
   }
   for (int s = 0; s < steps; s++) {
-    Floats row[kPanelVectors];
+    fetch(s);
+    Floats row[kVectors];
 #pragma GCC unroll 2
-    for (int n = 0; n < kPanelVectors; n++) row[n] = load(b.data + s * b.row + n * kLanes);
-#pragma GCC unroll 8
+    for (int n = 0; n < kVectors; n++) row[n] = load(b.data + s * b.row + n * kLanes);
+#pragma GCC unroll 16
     for (int m = 0; m < kRows; m++) {
       const Floats x = broadcast(a.data[m * a.row + s * a.step]);
 #pragma GCC unroll 2
-      for (int n = 0; n < kPanelVectors; n++) sum[m][n] += x * row[n];
+      for (int n = 0; n < kVectors; n++) sum[m][n] += x * row[n];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int m = 0; m < kRows; m++) {
 #pragma GCC unroll 2
-    for (int n = 0; n < kPanelVectors; n++) store(c.data + m * c.row + n * kLanes, sum[m][n]);
+    for (int n = 0; n < kVectors; n++) store(c.data + m * c.row + n * kLanes, sum[m][n]);
   }
 }
 

@@ -8,17 +8,9 @@
 #include <optional>
 
 #include "core/params.h"
-#include "torch/checks.h"
+#include "torch/storage_type.h"
 
 namespace dllm {
-
-inline DType storage_type(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::BFloat16: return DType::bfloat16;
-    case ScalarType::Half: return DType::float16;
-    default: return DType::float32;
-  }
-}
 
 inline HeadsLayout heads_layout(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};

@@ -1,103 +1,60 @@
-// Arguments of token_stats, commit_ and unmask_, checked once for CPU and CUDA.
+// Arguments of commit_ and unmask_, checked once for CPU and CUDA.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
+#include <functional>
+#include <iterator>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
-
 #include "core/acceptance.h"
-#include "torch/checks.h"
+#include "torch/token_stats.h"
 
 namespace dllm {
 
-using TokenStatsTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, dtype);
-}
-
-inline std::vector<int64_t> leading_shape(const Tensor& logits) {
-  const auto sizes = logits.sizes();
-  return {sizes.begin(), sizes.end() - 1};
-}
-
-// Rows of logits without a copy where their strides allow it: row r starts at
-// (r / inner) · outer_stride + (r % inner) · inner_stride.
-struct LogitsRows {
-  Tensor tensor;
-  int64_t rows, inner, outer_stride, inner_stride;
-  int32_t vocabulary;
-
-  LogitsRows(const char* op, const Tensor& logits) : tensor(logits) {
-    check(logits.dim() >= 1, op, ": logits must be [..., vocabulary], got shape ", shape_text(logits));
-    check_float(op, "logits", logits);
-    vocabulary = check_int(op, "the vocabulary of logits", logits.size(-1));
-    check(vocabulary > 0, op, ": logits must have a vocabulary, got shape ", shape_text(logits));
-    rows = logits.numel() / vocabulary;
-    if (logits.dim() > 3 || logits.stride(-1) != 1) tensor = torch::stable::contiguous(logits);
-    const int64_t dim = tensor.dim();
-    const bool flat = dim > 3 || dim == 1;
-    inner = dim == 3 ? std::max<int64_t>(tensor.size(1), 1) : std::max<int64_t>(rows, 1);
-    inner_stride = flat ? vocabulary : tensor.stride(dim - 2);
-    outer_stride = dim == 3 ? tensor.stride(0) : 0;
-  }
+// What a commit reads of token statistics.
+struct CommitStats {
+  Tensor token, prob, margin, entropy;
+  std::optional<Tensor> divergence;
 };
 
-// Ascending and distinct, inside the vocabulary.
-inline std::vector<int32_t> token_ids(const char* op, const char* name, const std::vector<int64_t>& ids,
-                                      int32_t vocabulary) {
-  for (const int64_t id : ids)
-    check(id >= 0 && id < vocabulary, op, ": ", name, " must lie between 0 and ", vocabulary - 1, ", got ",
-          id);
-  std::vector<int32_t> sorted(ids.begin(), ids.end());
-  std::sort(sorted.begin(), sorted.end());
-  sorted.erase(std::unique(sorted.begin(), sorted.end()), sorted.end());
-  return sorted;
-}
-
-// The lowest id that may be proposed.
-inline int32_t lowest_allowed(const char* op, const std::vector<int32_t>& suppress,
-                              const std::vector<int32_t>& exclude, int32_t vocabulary) {
-  int32_t id = 0;
-  while (std::binary_search(suppress.begin(), suppress.end(), id) ||
-         std::binary_search(exclude.begin(), exclude.end(), id))
-    id++;
-  check(id < vocabulary, op, ": suppress_tokens and proposal_exclude leave no token to propose (vocabulary ",
-        vocabulary, ")");
-  return id;
-}
-
-inline void check_temperatures(const char* op, double temperature, double confidence_temperature) {
-  check(std::isfinite(temperature) && temperature >= 0, op,
-        ": temperature must be a finite number >= 0, got ", temperature);
-  check(std::isfinite(confidence_temperature) && confidence_temperature > 0, op,
-        ": confidence_temperature must be a finite number > 0, got ", confidence_temperature);
-}
-
-template <size_t n>
-int name_index(const char* op, const char* argument, const std::string& name, const char* const (&names)[n]) {
+// The place of `name` in `table`; `name_of` an entry.
+template <class Table, class Name>
+int name_index(const char* op, const char* argument, const std::string& name, const Table& table,
+               Name name_of) {
   std::string allowed;
-  for (size_t i = 0; i < n; i++) {
-    if (name == names[i]) return static_cast<int>(i);
-    allowed += std::string(i ? ", " : "") + names[i];
+  for (const auto& entry : table) {
+    if (name == name_of(entry)) return static_cast<int>(&entry - table);
+    allowed += (allowed.empty() ? "" : ", ") + std::string(name_of(entry));
   }
   check(false, op, ": ", argument, " is '", name, "'; allowed: ", allowed);
   return 0;
 }
 
-inline Rule make_rule(const char* op, const std::string& name, double parameter, bool strict,
-                      const std::string& confidence, double alg_temp) {
-  const Rule rule{static_cast<RuleName>(name_index(op, "rule", name, kRuleNames)), parameter, strict,
-                  static_cast<Confidence>(name_index(op, "confidence", confidence, kConfidenceNames)),
-                  alg_temp};
-  check(std::isfinite(parameter), op, ": the rule's parameter must be finite, got ", parameter);
-  check(std::isfinite(alg_temp) && alg_temp >= 0, op, ": alg_temp must be a finite number >= 0, got ",
-        alg_temp);
+inline const RuleSignature& signature(const Rule& rule) { return kRules[static_cast<int>(rule.name)]; }
+
+inline Rule make_rule(const char* op, const std::string& name, const std::vector<double>& parameters,
+                      bool strict, const std::string& confidence, double alg_temp) {
+  const int rule_index = name_index(op, "rule", name, kRules, [](const RuleSignature& r) { return r.name; });
+  const int kind = name_index(op, "confidence", confidence, kConfidenceNames, std::identity());
+  Rule rule{static_cast<RuleName>(rule_index), {}, strict, static_cast<Confidence>(kind), alg_temp};
+
+  const RuleParameter* expected = signature(rule).parameters;
+  size_t count = 0;
+  std::string names;
+  for (; count < std::size(rule.parameters) && expected[count].name; count++)
+    names += std::string(count ? ", " : "") + expected[count].name;
+  check(parameters.size() == count, op, ": rule '", name, "' takes ", count, " numbers",
+        count ? " (" + names + ")" : "", ", got ", parameters.size());
+  for (size_t i = 0; i < count; i++) {
+    const double value = rule.parameters[i] = parameters[i];
+    const auto& [parameter, least, most, whole] = expected[i];
+    check(std::isfinite(value), op, ": ", parameter, " is ", value, "; it must be a finite number");
+    check(least <= value && value <= most && (!whole || value == std::floor(value)), op, ": ", parameter,
+          " is ", value, "; it must be ", whole ? "an integer " : "", "from ", least, " to ", most);
+  }
+  check(std::isfinite(alg_temp) && alg_temp >= 0, op, ": alg_temp is ", alg_temp,
+        "; it must be a finite number >= 0");
   check(alg_temp == 0 || rule.name == RuleName::quota, op,
         ": alg_temp draws the positions of a quota; rule '", name, "' has none");
   return rule;
@@ -114,26 +71,11 @@ inline std::optional<Tensor> per_row(const char* op, const char* name, const std
   return torch::stable::contiguous(*tensor);
 }
 
-inline const int32_t* int32_data(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const int32_t*>(tensor->data_ptr()) : nullptr;
-}
-
-// int32 [..., 3] for every row of logits: sequence, position, step.
-inline std::optional<Tensor> checked_noise_ids(const char* op, const std::optional<Tensor>& noise_ids,
-                                               const Tensor& logits, int64_t rows) {
-  if (!noise_ids) return std::nullopt;
-  check_dtype(op, "noise_ids", *noise_ids, {ScalarType::Int});
-  check_same_device(op, "noise_ids", *noise_ids, "logits", logits);
-  check(noise_ids->dim() >= 1 && noise_ids->size(-1) == 3 && noise_ids->numel() == 3 * rows, op,
-        ": noise_ids must be [", rows, ", 3] (sequence, position, step of each row of logits), got shape ",
-        shape_text(*noise_ids));
-  return torch::stable::contiguous(*noise_ids);
-}
-
 // The statistics as commit kernels read them: contiguous, one entry for each listed position.
-inline TokenStatsTensors checked_stats(const char* op, const Tensor& canvas, const Tensor& positions,
-                                       const Tensor& token, const Tensor& prob, const Tensor& margin,
-                                       const Tensor& entropy) {
+inline CommitStats checked_stats(const char* op, const Rule& rule, const Tensor& canvas,
+                                 const Tensor& positions, const Tensor& token, const Tensor& prob,
+                                 const Tensor& margin, const Tensor& entropy,
+                                 const std::optional<Tensor>& divergence) {
   check_dims(op, "positions", positions, 2, "[batch, candidates]");
   check_dtype(op, "positions", positions, {ScalarType::Int});
   check_same_device(op, "positions", positions, "canvas", canvas);
@@ -148,8 +90,17 @@ inline TokenStatsTensors checked_stats(const char* op, const Tensor& canvas, con
           positions.numel(), " positions, got shape ", shape_text(tensor));
     return torch::stable::contiguous(tensor);
   };
-  return {contiguous("stats.token", token), contiguous("stats.prob", prob),
-          contiguous("stats.margin", margin), contiguous("stats.entropy", entropy), prob};
+  CommitStats stats{contiguous("stats.token", token), contiguous("stats.prob", prob),
+                    contiguous("stats.margin", margin), contiguous("stats.entropy", entropy), std::nullopt};
+  const bool needs_divergence = signature(rule).needs == Needs::stability;
+  check(divergence.has_value() == needs_divergence, op, ": rule '", signature(rule).name,
+        needs_divergence ? "' needs stats.divergence, which token_stats(previous=...) gives"
+                         : "' takes no stats.divergence");
+  if (divergence) {
+    check_same_dtype(op, "stats.divergence", *divergence, "stats.prob", prob);
+    stats.divergence = contiguous("stats.divergence", *divergence);
+  }
+  return stats;
 }
 
 // Shapes of unmask_; returns block_start, contiguous.
@@ -172,36 +123,62 @@ inline void bar_mask(const char* op, int64_t mask_id, int32_t vocabulary,
     suppress_tokens.push_back(mask_id);
 }
 
+// Rows of a canvas, or of what lies beside it, are written in place.
+inline void check_writable_rows(const char* op, const char* name, const Tensor& tensor) {
+  check(tensor.size(1) <= 1 || tensor.stride(1) == 1, op, ": ", name, " must be contiguous along its length");
+  check(tensor.size(0) <= 1 || tensor.stride(0) >= tensor.size(1), op, ": rows of ", name,
+        " must not overlap");
+}
+
+// Rules that judge more than one step's logits of masked positions.
+inline void check_block_rule(const char* op, const Rule& rule) {
+  check(rule.name != RuleName::edit, op, ": rule 'edit' must not list the prompt, and a block may hold some ",
+        "of it; use token_stats and commit_");
+  check(signature(rule).needs != Needs::stability, op, ": rule '", signature(rule).name,
+        "' compares with the logits of the step before; use token_stats(previous=...) and commit_");
+}
+
 // What commit_ and unmask_ share.
 struct CommitArguments {
   Rule rule;
   int64_t mask_id;
   uint64_t seed;
-  std::optional<Tensor> quota, step, sequence_ids, progress;
+  std::optional<Tensor> quota, step, sequence_ids, progress, state;
 
   CommitArguments(const char* op, const Tensor& canvas, const Rule& rule, int64_t mask_id,
                   const std::optional<Tensor>& quota, const std::optional<Tensor>& step,
                   const std::optional<Tensor>& sequence_ids, int64_t seed,
-                  const std::optional<Tensor>& progress)
-      : rule(rule), mask_id(mask_id), seed(static_cast<uint64_t>(seed)), progress(progress) {
+                  const std::optional<Tensor>& progress, const std::optional<Tensor>& state)
+      : rule(rule), mask_id(mask_id), seed(static_cast<uint64_t>(seed)), progress(progress), state(state) {
     check_dims(op, "canvas", canvas, 2, "[batch, length]");
     check_dtype(op, "canvas", canvas, {ScalarType::Long, ScalarType::Int});
     check_int(op, "the length of canvas", canvas.size(1));
-    check(canvas.size(1) <= 1 || canvas.stride(1) == 1, op, ": canvas must be contiguous along its length");
-    check(canvas.size(0) <= 1 || canvas.stride(0) >= canvas.size(1), op, ": rows of canvas must not overlap");
+    check_writable_rows(op, "canvas", canvas);
     check_int(op, "mask_id", mask_id);
     this->quota = per_row(op, "quota", quota, canvas);
     this->step = per_row(op, "step", step, canvas);
     this->sequence_ids = per_row(op, "sequence_ids", sequence_ids, canvas);
-    const bool needs_quota = rule.name == RuleName::quota || rule.name == RuleName::quota_or_threshold;
-    check(quota.has_value() == needs_quota, op, ": rule '", kRuleNames[static_cast<int>(rule.name)],
+    const auto& [name, needs, parameters] = signature(rule);
+    const bool needs_quota = needs == Needs::quota, needs_state = needs == Needs::stability;
+    check(quota.has_value() == needs_quota, op, ": rule '", name,
           needs_quota ? "' needs quota, int32 [batch]" : "' takes no quota");
-    if (!progress) return;
-    check_dtype(op, "progress", *progress, {ScalarType::Int});
-    check_same_device(op, "progress", *progress, "canvas", canvas);
-    check(progress->dim() == 2 && progress->size(0) == canvas.size(0) && progress->size(1) == 2 &&
-              progress->is_contiguous(),
-          op, ": progress must be contiguous [", canvas.size(0), ", 2], got shape ", shape_text(*progress));
+    check(step || needs != Needs::step, op, ": rule '", name, "' needs step, int32 [batch]");
+    check(state.has_value() == needs_state, op, ": rule '", name,
+          needs_state ? "' needs state, int32 [batch, length]" : "' keeps no state; leave state None");
+    if (progress) {
+      check_dtype(op, "progress", *progress, {ScalarType::Int});
+      check_same_device(op, "progress", *progress, "canvas", canvas);
+      check(progress->dim() == 2 && progress->size(0) == canvas.size(0) && progress->size(1) == 2 &&
+                progress->is_contiguous(),
+            op, ": progress must be contiguous [", canvas.size(0), ", 2], got shape ", shape_text(*progress));
+    }
+    if (state) {
+      check_dtype(op, "state", *state, {ScalarType::Int});
+      check_same_device(op, "state", *state, "canvas", canvas);
+      check(state->dim() == 2 && state->size(0) == canvas.size(0) && state->size(1) == canvas.size(1), op,
+            ": state must have the shape of canvas (", shape_text(canvas), "), got ", shape_text(*state));
+      check_writable_rows(op, "state", *state);
+    }
   }
 };
 

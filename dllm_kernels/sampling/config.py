@@ -222,6 +222,8 @@ def _rule(name, value):
         return _one_of(*_RULES)(name, value)
     if not isinstance(value, Rule):
         raise TypeError(f"{name} is {value!r}; it must be a dk.Rule, or one of {', '.join(_RULES)}")
+    if value.name not in _RULES:
+        raise ValueError(f"{name}={value} is not available in sampling yet; allowed: {', '.join(_RULES)}")
     return value
 
 

@@ -117,11 +117,11 @@ def _near_ties_of_acceptance(rule, stats, accepted: list[bool]) -> int:
     gaps = (confidence[accepted][:, None] - confidence[~accepted]).abs()
     count = int((gaps < 1e-5).sum())
     bounds = {
-        "threshold": torch.full_like(confidence, rule.parameter),
-        "quota_or_threshold": torch.full_like(confidence, rule.parameter),
-        "factor": 1 - rule.parameter / torch.arange(2, len(confidence) + 2),
+        "threshold": lambda threshold: torch.full_like(confidence, threshold),
+        "quota_or_threshold": lambda threshold: torch.full_like(confidence, threshold),
+        "factor": lambda factor: 1 - factor / torch.arange(2, len(confidence) + 2),
     }
     if rule.name in bounds:
         ranked = confidence.sort(descending=True).values
-        count += int(((ranked - bounds[rule.name]).abs() < 1e-5).sum())
+        count += int(((ranked - bounds[rule.name](*rule.parameters)).abs() < 1e-5).sum())
     return count

@@ -6,8 +6,11 @@ there, once, for CPU and CUDA. A schedule spreads the masks of a block over its 
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
+
+from dllm_kernels._arguments import integer
 
 CONFIDENCES = ("prob", "margin", "entropy", "random")
 
@@ -16,13 +19,14 @@ CONFIDENCES = ("prob", "margin", "entropy", "random")
 class Rule:
     """An acceptance rule over the masked candidates of a row, surest first, ties to the lower position.
 
-    Use the constructors below. `confidence` says what "sure" means: `prob` p(x0) [low_confidence of
-    LLaDA, maskgit_plus of Dream], `margin` p1 − p2 [topk_margin], `entropy` Σ p·ln p, minus the entropy
-    in nats, so that larger is surer, `random` a uniform draw. `strict` turns ≥ into >.
+    Use the constructors below; `parameters` are their numbers, in that order. `confidence` says what "sure"
+    means: `prob` p(x0) [low_confidence of LLaDA, maskgit_plus of Dream], `margin` p1 − p2 [topk_margin],
+    `entropy` Σ p·ln p, minus the entropy in nats, so that larger is surer, `random` a uniform draw.
+    `strict` turns ≥ into >.
     """
 
     name: str
-    parameter: float = 0.0
+    parameters: tuple[float, ...] = ()
     strict: bool = False
     confidence: str = "prob"
     alg_temp: float = 0.0
@@ -32,11 +36,12 @@ class Rule:
             raise ValueError(f"rule is {self.name!r}; allowed: {', '.join(_PARAMETERS)}")
         if self.confidence not in CONFIDENCES:
             raise ValueError(f"confidence is {self.confidence!r}; allowed: {', '.join(CONFIDENCES)}")
-        parameter = _PARAMETERS[self.name]
-        if parameter and not math.isfinite(self.parameter):
-            raise ValueError(f"{parameter} is {self.parameter}; it must be a finite number")
-        if not (math.isfinite(self.alg_temp) and self.alg_temp >= 0):
-            raise ValueError(f"alg_temp is {self.alg_temp}; it must be a finite number >= 0")
+        names = _PARAMETERS[self.name]
+        if len(self.parameters) != len(names):
+            raise ValueError(f"rule {self.name!r} takes {len(names)} numbers, got {len(self.parameters)}")
+        for name, value in zip(names, self.parameters, strict=True):
+            _CHECKS.get(name, _check_number)(name, value)
+        _check_number("alg_temp", self.alg_temp, 0.0)
         if self.alg_temp > 0 and self.name != "quota":
             raise ValueError(f"alg_temp draws the positions of a quota; rule {self.name!r} has none")
 
@@ -44,6 +49,11 @@ class Rule:
     def needs_quota(self) -> bool:
         """Whether each step must say how many tokens it commits."""
         return self.name in ("quota", "quota_or_threshold")
+
+    @property
+    def needs_state(self) -> bool:
+        """Whether `commit_` needs counters that live from step to step, and `TokenStats.divergence`."""
+        return self.name == "confident_stable"
 
     @classmethod
     def quota(cls, *, confidence: str = "prob", alg_temp: float = 0.0) -> "Rule":
@@ -53,31 +63,87 @@ class Rule:
     @classmethod
     def threshold(cls, threshold: float, *, strict: bool = False, confidence: str = "prob") -> "Rule":
         """Every candidate with conf ≥ threshold, at least the surest one [Fast-dLLM]."""
-        return cls("threshold", threshold, strict, confidence)
+        return cls("threshold", (threshold,), strict, confidence)
 
     @classmethod
     def factor(cls, factor: float, *, strict: bool = False, confidence: str = "prob") -> "Rule":
         """The surest; then rank r ≥ 2 while conf_r ≥ 1 − factor/(r+1) [Fast-dLLM as in dLLM]."""
-        return cls("factor", factor, strict, confidence)
+        return cls("factor", (factor,), strict, confidence)
 
     @classmethod
     def quota_or_threshold(cls, threshold: float, *, strict: bool = True, confidence: str = "prob") -> "Rule":
         """All with conf > threshold if at least n_i of them, else the n_i surest [LLaDA2]."""
-        return cls("quota_or_threshold", threshold, strict, confidence)
+        return cls("quota_or_threshold", (threshold,), strict, confidence)
 
     @classmethod
     def entropy_bound(cls, bound: float) -> "Rule":
         """In ascending entropy while the entropies before this one sum to ≤ bound [EB-Sampler]."""
-        return cls("entropy_bound", bound, confidence="entropy")
+        return cls("entropy_bound", (bound,), confidence="entropy")
+
+    @classmethod
+    def bernoulli(cls, steps: int, *, eps: float = 1e-3) -> "Rule":
+        """Each with probability 1 − s/t, all in the last step [MDLM; origin of Dream].
+
+        In step j of `steps`, t and s are entries j and j + 1 of linspace(1, eps, steps + 1). j is the `step`
+        of `commit_`; a step may draw nothing.
+        """
+        return cls("bernoulli", (steps, eps))
+
+    @classmethod
+    def confident_stable(
+        cls,
+        threshold: float = 0.9,
+        kl_threshold: float = 0.01,
+        stable_steps: int = 2,
+        *,
+        strict: bool = True,
+        confidence: str = "prob",
+    ) -> "Rule":
+        """All with conf > threshold whose KL(p_t ‖ p_t−1) was < kl_threshold in each of the last
+        `stable_steps` steps; if there are none, the surest one [KLASS, arXiv 2511.05664].
+
+        A position's first step has nothing to compare with and is not stable.
+        """
+        return cls("confident_stable", (threshold, kl_threshold, stable_steps), strict, confidence)
+
+    @classmethod
+    def edit(
+        cls, threshold: float, edit_threshold: float, *, strict: bool = True, confidence: str = "prob"
+    ) -> "Rule":
+        """Masked candidates as in `threshold`; and a listed position that holds another token than the
+        proposal takes the proposal if its p > edit_threshold [LLaDA2.1].
+
+        Done when a step leaves no masks and changes nothing; a model may go back and forth, so that the
+        caller limits the steps without masks (LLaDA2.1: to 16).
+        """
+        return cls("edit", (threshold, edit_threshold), strict, confidence)
 
 
-# What the number of each rule is called; None: the rule has no number.
+def _check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+    if not (math.isfinite(value) and low <= value <= high):
+        bounds = (
+            "" if low == -math.inf else f" >= {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
+        )
+        raise ValueError(f"{name} is {value}; it must be a finite number{bounds}")
+
+
+# The numbers of each rule, as in csrc/core/acceptance.h.
 _PARAMETERS = {
-    "quota": None,
-    "threshold": "threshold",
-    "factor": "factor",
-    "quota_or_threshold": "threshold",
-    "entropy_bound": "entropy_bound",
+    "quota": (),
+    "threshold": ("threshold",),
+    "factor": ("factor",),
+    "quota_or_threshold": ("threshold",),
+    "entropy_bound": ("entropy_bound",),
+    "bernoulli": ("steps", "eps"),
+    "confident_stable": ("threshold", "kl_threshold", "stable_steps"),
+    "edit": ("threshold", "edit_threshold"),
+}
+_CHECKS = {
+    "steps": lambda name, value: integer(name, value, 1),
+    "eps": lambda name, value: _check_number(name, value, 0.0, 1.0),
+    "stable_steps": lambda name, value: integer(name, value, 1),
 }
 
 

@@ -27,20 +27,31 @@ from dllm_train.recipes.tiny_python_export import ATTENTION, model_card
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 ROW_LENGTH = 512
+ROWS_AT_ONCE = 50  # in one call of dk.infill
 
 
 def evaluate(
-    folder: Path | str, training: dict, *, sources=None, noise_draws=4, prompts=32, lines=200
+    folder: Path | str,
+    training: dict,
+    *,
+    sources=None,
+    noise_draws=4,
+    prompts=32,
+    lines=1500,
+    threshold_lines=150,
 ) -> dict:
-    """All figures of the checkpoint in `folder`, as `model_card` shows them; `training` is taken over."""
+    """All figures of the checkpoint in `folder`, as `model_card` shows them; `training` is taken over.
+
+    Infilled lines are few that come back exactly, so `lines` of them are filled at one token per step, and
+    `threshold_lines` at every threshold.
+    """
     models = {}
     for kind in ATTENTION:
         models[kind], tokenizer = dk.load(folder, attention=kind, dtype=torch.float32)
     train, held_out = data.split(data.collect_sources(sources))
     encoded = data.encode_documents(held_out, tokenizer)
     model = models["block_causal"]
-    chosen_lines = [gap for ids in encoded for gap in line_gaps(ids, tokenizer)]
-    chosen_lines = spread(chosen_lines, lines)
+    gaps = [gap for ids in encoded for gap in line_gaps(ids, tokenizer)]
     return {
         "model": {
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -61,20 +72,29 @@ def evaluate(
         "training": training,
         "bound": bounds(model, tokenizer, held_out, encoded, noise_draws),
         "thresholds": list(THRESHOLDS),
-        "additions": {"pairs": len(arithmetic.held_out_pairs())} | by_threshold(additions, model, tokenizer),
-        "completion": by_threshold(
+        "additions": {"pairs": len(arithmetic.held_out_pairs())} | at_every_rule(additions, model, tokenizer),
+        "completion": at_every_rule(
             completions, model, tokenizer, spread(code_prompts(encoded, tokenizer), prompts)
         ),
-        "infill": {"lines": len(chosen_lines)}
-        | {kind: by_threshold(infilled_lines, models[kind], tokenizer, chosen_lines) for kind in ATTENTION},
+        "infill": {"lines": min(lines, len(gaps)), "threshold_lines": min(threshold_lines, len(gaps))}
+        | {
+            kind: {
+                "one_per_step": infilled_lines(models[kind], tokenizer, spread(gaps, lines)),
+                **by_threshold(infilled_lines, models[kind], tokenizer, spread(gaps, threshold_lines)),
+            }
+            for kind in ATTENTION
+        },
         "environment": environment(),
     }
 
 
-def by_threshold(measure, *arguments) -> dict:
+def at_every_rule(measure, *arguments) -> dict:
     """Figures at one token per step, and at every threshold."""
-    figures = {"one_per_step": measure(*arguments)}
-    return figures | {str(t): measure(*arguments, threshold=t) for t in THRESHOLDS}
+    return {"one_per_step": measure(*arguments)} | by_threshold(measure, *arguments)
+
+
+def by_threshold(measure, *arguments) -> dict:
+    return {str(t): measure(*arguments, threshold=t) for t in THRESHOLDS}
 
 
 def additions(model, tokenizer, **rule) -> dict:
@@ -109,15 +129,16 @@ def completions(model, tokenizer, prompts, **rule) -> dict:
 
 def infilled_lines(model, tokenizer, gaps, **rule) -> dict:
     """Each gap (ids, start, end): as many masks as the line has tokens; exact when all of them are back."""
-    canvases = []
-    for ids, start, end in gaps:
-        canvases.append([*ids[:start], *[tokenizer.mask_token_id] * (end - start), *ids[end:]])
-    output = dk.infill(model, canvases, **rule)
     exact = tokens = forwards = 0
-    for row, (ids, start, end) in enumerate(gaps):
-        exact += output.sequences[row, start:end].tolist() == ids[start:end]
-        tokens += end - start
-        forwards += int(output.unmask_step[row, start:end].max()) + 1
+    for part in (gaps[first : first + ROWS_AT_ONCE] for first in range(0, len(gaps), ROWS_AT_ONCE)):
+        canvases = []
+        for ids, start, end in part:
+            canvases.append([*ids[:start], *[tokenizer.mask_token_id] * (end - start), *ids[end:]])
+        output = dk.infill(model, canvases, **rule)
+        for row, (ids, start, end) in enumerate(part):
+            exact += output.sequences[row, start:end].tolist() == ids[start:end]
+            tokens += end - start
+            forwards += int(output.unmask_step[row, start:end].max()) + 1
     return {"exact": exact / len(gaps), "tokens_per_forward": tokens / forwards}
 
 

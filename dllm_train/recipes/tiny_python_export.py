@@ -87,7 +87,8 @@ def model_card(evaluation: dict) -> str:
             ),
         ),
         "An addition is a prompt `assert 37 + 85 ==`; its answer is cut at the line's end, and every forward "
-        "counts, the prompt's included. Tokens per forward by threshold, without those after an end token:",
+        "counts, the prompt's included. Tokens per forward by threshold, without those after an end token "
+        f"(infilled lines at a threshold: {infill['threshold_lines']} of them):",
         threshold_table(evaluation),
         f"Corpus sha256 `{corpus['sha256'][:16]}`. Measured on {environment['machine']} "
         f"({environment['cores']} cores) at commit `{environment['commit']}` with {versions}. All of it is "

@@ -1,6 +1,7 @@
 """token_stats, commit_ and unmask_ on the GPU against the CPU operators: same Philox, equal tokens."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -100,7 +101,22 @@ RULES = [
     dk.Rule.factor(1.0),
     dk.Rule.quota_or_threshold(0.75),
     dk.Rule.entropy_bound(2.25),
+    dk.Rule.bernoulli(7),
+    dk.Rule.confident_stable(0.5, 0.25, 2),
+    dk.Rule.confident_stable(0.25, 0.75, 1, strict=False, confidence="margin"),
+    dk.Rule.edit(0.5, 0.75),
 ]
+
+
+class StatsWithDivergence(NamedTuple):
+    """What token_stats(previous=...) gives."""
+
+    token: torch.Tensor
+    prob: torch.Tensor
+    margin: torch.Tensor
+    entropy: torch.Tensor
+    logsumexp: torch.Tensor
+    divergence: torch.Tensor
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -115,8 +131,10 @@ def test_commit_agrees_with_the_cpu(rule, candidates, ids, reals):
     positions = torch.stack([torch.randperm(length, generator=g)[:candidates] for _ in range(batch)]).int()
     positions[torch.rand(batch, candidates, generator=g) < 0.1] = -1
     token = torch.randint(0, 7, (batch, candidates), generator=g)
-    eighths = torch.randint(0, 9, (3, batch, candidates), generator=g).to(reals) / 8
-    arguments = [canvas.to(ids), positions, dk.TokenStats(token, *eighths, eighths[0]), rule]
+    eighths = torch.randint(0, 9, (5, batch, candidates), generator=g).to(reals) / 8
+    eighths[4][eighths[4] == 1] = math.nan
+    counters = torch.randint(0, 3, (batch, length), generator=g, dtype=torch.int32)
+    arguments = [canvas.to(ids), positions, StatsWithDivergence(token, *eighths), rule]
     row = torch.arange(batch, dtype=torch.int32)
     options = {
         "quota": row + 3 if rule.needs_quota else None,
@@ -128,14 +146,32 @@ def test_commit_agrees_with_the_cpu(rule, candidates, ids, reals):
     def run(device):
         moved = [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
         moved[0] = moved[0].clone()
-        moved[2] = dk.TokenStats(*(field.to(device) for field in moved[2]))
+        moved[2] = StatsWithDivergence(*(field.to(device) for field in moved[2]))
+        state = counters.clone().to(device) if rule.needs_state else None
         progress = torch.zeros(batch, 2, dtype=torch.int32, device=device)
         keyed = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-        accepted = dk.commit_(*moved, mask_id=MASK, progress=progress, **keyed)
-        return moved[0].cpu(), accepted.cpu(), progress.cpu()
+        accepted = dk.commit_(*moved, mask_id=MASK, progress=progress, state=state, **keyed)
+        return moved[0].cpu(), accepted.cpu(), progress.cpu(), counters if state is None else state.cpu()
 
     for got, expected in zip(run("cuda"), run("cpu"), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_bernoulli_draws_agree_with_the_cpu():
+    """Steps of a schedule, 4,000 draws each: the probabilities agree to the bit."""
+    steps, n = 1000, 4000
+    positions, stats = (
+        torch.arange(n, dtype=torch.int32)[None],
+        dk.TokenStats(torch.zeros(1, n, dtype=torch.int64), *torch.zeros(4, 1, n)),
+    )
+    for step in range(0, steps, 37):
+        rows = []
+        for device in ("cpu", "cuda"):
+            canvas = torch.full((1, n), MASK, device=device)
+            moved = dk.TokenStats(*(field.to(device) for field in stats))
+            dk.commit_(canvas, positions.to(device), moved, dk.Rule.bernoulli(steps), mask_id=MASK, step=step)
+            rows.append(canvas.cpu())
+        assert torch.equal(*rows)
 
 
 def step(canvas, logits, start, **options):
@@ -225,7 +261,9 @@ def test_opcheck():
     logits = torch.randn(2, 4, 100).cuda()
     torch.library.opcheck(torch.ops.dllm_kernels.token_stats, (logits,), {"temperature": 1.0})
     args = (torch.full((2, 6), MASK).cuda(), logits, torch.ones(2, dtype=torch.int32).cuda())
-    torch.library.opcheck(torch.ops.dllm_kernels.unmask_, (*args, "threshold", 0.5, False, "prob", 0.0, MASK))
+    torch.library.opcheck(
+        torch.ops.dllm_kernels.unmask_, (*args, "threshold", [0.5], False, "prob", 0.0, MASK)
+    )
 
 
 def test_bad_input_is_named():

@@ -45,6 +45,18 @@ def uninterrupted(settings, tmp_path_factory):
     return weights(out)
 
 
+def test_a_run_begins_with_an_exported_checkpoint(settings, uninterrupted, tmp_path):
+    out, exported = tmp_path / "out", tmp_path / "exported"
+    tokenizer = tiny_python.prepare_tokenizer(settings, out)
+    model = tiny_python.build_model(settings, tokenizer)
+    model.load_state_dict(uninterrupted)
+    tiny_python.export(model, tokenizer, exported, tiny_python.BLOCK_SIZE)
+    again = tiny_python.Run(replace(settings, init=str(exported)), tmp_path / "again", "cpu")
+    assert again.tokenizer.get_vocab() == tokenizer.get_vocab()
+    for name, weight in again.model.state_dict().items():
+        assert torch.equal(weight, uninterrupted[name].half().float())
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(settings, uninterrupted, tmp_path, monkeypatch):
     class Interrupted(tiny_python.JsonLines):
         def write(self, entry):

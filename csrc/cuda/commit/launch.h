@@ -21,11 +21,14 @@ struct CommitParams {
   const int32_t* block_start;           // [batch]: candidate c is position block_start[b] + c
   const int64_t* token;                 // statistics, row b·candidates + c
   const void *prob, *margin, *entropy;  // float, or double as `float64` says
+  const void* divergence;               // or null when the rule needs no stability
   bool float64;
   const int32_t* quota;         // [batch], or null when the rule has no quota
   const int32_t* step;          // [batch], null: 0
   const int32_t* sequence_ids;  // [batch], null: b
   uint64_t seed;
+  int32_t* state;  // in and out [batch, length]: steps in a row that were stable; or null like divergence
+  int64_t state_stride;
   bool* accepted;     // out [batch, candidates]
   int32_t* progress;  // out [batch, 2]: masks left among the listed positions, tokens changed; or null
 };

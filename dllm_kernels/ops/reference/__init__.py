@@ -7,11 +7,21 @@ from .attention import (
     kv_write_,
     visible_keys,
 )
+from .loss import (
+    diffusion_cross_entropy,
+    diffusion_cross_entropy_backward,
+    diffusion_cross_entropy_gradient_,
+    linear_diffusion_cross_entropy,
+)
 
 __all__ = [
     "block_attention",
     "block_attention_backward",
     "cached_block_attention",
+    "diffusion_cross_entropy",
+    "diffusion_cross_entropy_backward",
+    "diffusion_cross_entropy_gradient_",
     "kv_write_",
+    "linear_diffusion_cross_entropy",
     "visible_keys",
 ]

@@ -1,6 +1,8 @@
 """Unmasking in plain PyTorch, NumPy and Python: softmax in float64, sorted lists, its own Philox."""
 
+import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +62,21 @@ def scores(
     return x
 
 
+def kept(x: Tensor, top_p: float | None = None, top_k: int | None = None) -> Tensor:
+    """What top-p and then top-k keep of x [N, V], bool, as Dream's top_p_logits and top_k_logits do."""
+    result = x > -math.inf
+    if top_p is not None and top_p < 1:
+        ordered = x.sort(dim=-1, descending=True, stable=True)
+        above = ordered.values.softmax(-1).cumsum(-1) > top_p
+        removed = above.roll(1, -1)  # the first above top_p stays
+        removed[:, 0] = False
+        result &= ~torch.zeros_like(result).scatter(-1, ordered.indices, removed)
+    if top_k is not None:
+        left = x.masked_fill(~result, -math.inf)
+        result &= x >= left.topk(min(top_k, x.shape[1])).values[:, -1:]
+    return result
+
+
 def token_stats(
     logits: Tensor,
     *,
@@ -69,19 +86,28 @@ def token_stats(
     suppress_tokens=(),
     proposal_exclude=(),
     confidence_exclude=(),
+    top_p: float | None = None,
+    top_k: int | None = None,
     confidence_temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """token, prob, margin, entropy, logsumexp of each row; see `dllm_kernels.token_stats`."""
     leading, vocabulary = logits.shape[:-1], logits.shape[-1]
-    proposal = scores(logits, temperature, seed, noise_ids)
-    proposal[:, [*suppress_tokens, *proposal_exclude]] = -math.inf
-    allowed = [v for v in range(vocabulary) if v not in {*suppress_tokens, *proposal_exclude}]
-    x = _tame(logits.reshape(-1, vocabulary).double()) / confidence_temperature
-    x[:, [*suppress_tokens, *confidence_exclude]] = -math.inf
+    clean = _tame(logits.reshape(-1, vocabulary).double())
+    barred = [*suppress_tokens, *proposal_exclude]
+    x = clean / confidence_temperature
+    x[:, list(suppress_tokens)] = -math.inf
+    dropped = ~kept(x, top_p, top_k)
+    x[dropped] = -math.inf
+    x[:, list(confidence_exclude)] = -math.inf
+    proposal = scores(logits, temperature, seed, noise_ids).masked_fill(dropped, -math.inf)
+    for values in (proposal, clean):
+        values[:, barred] = -math.inf
+    allowed = [v for v in range(vocabulary) if v not in set(barred)]
     rows = []
-    for score, row in zip(proposal, x, strict=True):
+    for score, row, unfiltered in zip(proposal, x, clean, strict=True):
         found = bool((score > -math.inf).any())
-        token = int(score.argmax()) if found else allowed[0]
+        choice = score if found else unfiltered
+        token = int(choice.argmax()) if bool((choice > -math.inf).any()) else allowed[0]
         if not (row > -math.inf).any():
             rows.append((token, 0.0, 0.0, math.log(vocabulary), -math.inf))
             continue
@@ -102,6 +128,30 @@ def token_stats(
     return tuple(torch.tensor(c, dtype=d).reshape(leading) for c, d in zip(columns, dtypes, strict=True))
 
 
+def token_divergence(
+    logits: Tensor,
+    previous: Tensor,
+    *,
+    suppress_tokens=(),
+    confidence_exclude=(),
+    confidence_temperature: float = 1.0,
+) -> Tensor:
+    """Σ p·(ln p − ln q), float64, p and q the softmax of the rows of logits and previous."""
+    log_p, log_q = (_tame(x.double()) / confidence_temperature for x in (logits, previous))
+    for x in (log_p, log_q):
+        x[..., [*suppress_tokens, *confidence_exclude]] = -math.inf
+    empty = (log_p.amax(-1) == -math.inf) | (log_q.amax(-1) == -math.inf)
+    log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
+    terms = torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), 0.0)
+    return terms.sum(-1).masked_fill(empty, math.inf)
+
+
+def linear_token_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **options):
+    """`token_stats` of the logits, computed in float64."""
+    logits = hidden.double() @ weight.double().T
+    return token_stats(logits if bias is None else logits + bias.double(), **options)
+
+
 def commit(
     canvas: list[list[int]],
     positions: list[list[int]],
@@ -113,61 +163,93 @@ def commit(
     step: list[int] | None = None,
     sequence_ids: list[int] | None = None,
     seed: int = 0,
+    divergence: Tensor | None = None,
+    state: list[list[int]] | None = None,
 ) -> tuple[list[list[int]], list[list[bool]], list[list[int]]]:
-    """New canvas, accepted and progress of `dllm_kernels.commit_`, by sorting each row."""
+    """New canvas, accepted and progress of `dllm_kernels.commit_`, by sorting each row; `state` in place."""
     canvas = [list(row) for row in canvas]
     accepted, progress = [], []
     shape = (len(positions), len(positions[0]) if positions else 0)
     token, prob, margin, entropy = (field.reshape(shape).tolist() for field in stats[:4])
     for b, row in enumerate(positions):
+        held = {c: canvas[b][position] for c, position in enumerate(row) if position >= 0}
+        masked = [c for c, token_id in held.items() if token_id == mask_id]
+        if rule.name == "confident_stable":
+            count_stable_steps(state[b], [row[c] for c in masked], divergence.reshape(shape)[b, masked], rule)
         candidates = []
-        masks = 0
-        for c, position in enumerate(row):
-            if position < 0 or canvas[b][position] != mask_id:
-                continue
-            masks += 1
-            if token[b][c] == mask_id:
-                continue
-            draw = (position, step[b] if step else 0, sequence_ids[b] if sequence_ids else b)
+        for c in (c for c in masked if token[b][c] != mask_id):
+            draw = (row[c], step[b] if step else 0, sequence_ids[b] if sequence_ids else b)
             kinds = {"prob": prob[b][c], "margin": margin[b][c], "entropy": -entropy[b][c]}
             if rule.confidence == "random":
                 kinds["random"] = float(np.float32(uniform(_words(seed, [0xFFFFFFFF], *draw)[0, 0])))
-            confidence = kinds[rule.confidence]
+            confidence = -math.inf if math.isnan(kinds[rule.confidence]) else kinds[rule.confidence]
             key = confidence
             if rule.alg_temp > 0:
                 key = confidence / rule.alg_temp + gumbel(_words(seed, [0xFFFFFFFE], *draw)[0, 0])
-            candidates.append((-key, position, c, confidence))
+            drawn = uniform(_words(seed, [0xFFFFFFFD], *draw)[0, 0])
+            stable = state[b][row[c]] if state else 0
+            candidates.append(_Candidate(-key, row[c], c, confidence, entropy[b][c], stable, drawn))
         candidates.sort()
-        n = _accepted(
-            rule, [c[-1] for c in candidates], [entropy[b][c[2]] for c in candidates], quota and quota[b]
-        )
-        accepted.append([False] * len(row))
-        for _, position, c, _ in candidates[:n]:
-            canvas[b][position] = token[b][c]
-            accepted[b][c] = True
-        progress.append([masks - n, n])
+        unmasked = _accepted(rule, candidates, quota and quota[b], step and step[b])
+        edited = set()
+        if rule.name == "edit":
+            proposed = {c for c in held if token[b][c] not in (held[c], mask_id)}
+            edited = {c for c in proposed - {*masked} if _above(rule, prob[b][c], rule.parameters[1])}
+        for c in unmasked | edited:
+            canvas[b][row[c]] = token[b][c]
+        accepted.append([c in unmasked | edited for c in range(len(row))])
+        progress.append([len(masked) - len(unmasked), len(unmasked) + len(edited)])
     return canvas, accepted, progress
 
 
-def _accepted(rule, confidences: list[float], entropies: list[float], quota: int | None) -> int:
-    """How many of the sorted candidates a rule of SEMANTICS accepts."""
-    count = len(confidences)
-    above = [c > rule.parameter if rule.strict else c >= rule.parameter for c in confidences]
+class _Candidate(NamedTuple):
+    """In the order of acceptance; c: place in the list of positions; drawn: uniform in (0, 1)."""
+
+    key: float
+    position: int
+    c: int
+    confidence: float
+    entropy: float
+    stable: int
+    drawn: float
+
+
+def count_stable_steps(state: list[int], positions: list[int], divergence: Tensor, rule) -> None:
+    """Counts on or starts anew, in place; what is not below the bound, NaN included, starts anew."""
+    bound = rule.parameters[1]
+    for position, stable in zip(positions, (divergence < bound).tolist(), strict=True):
+        state[position] = state[position] + 1 if stable else 0
+
+
+def _above(rule, value: float, bound: float) -> bool:
+    return value > bound or (value == bound and not rule.strict)
+
+
+def _accepted(rule, candidates: list[_Candidate], quota: int | None, step: int | None) -> set[int]:
+    """Which of the sorted candidates a rule of SEMANTICS accepts."""
+    c = [candidate.c for candidate in candidates]
     if rule.name == "quota":
-        return min(quota, count)
-    if rule.name == "threshold":
-        return min(count, max(1, sum(above)))
+        return {*c[:quota]}
+    if rule.name == "bernoulli":
+        steps, eps = rule.parameters
+        t, s = (1 + (eps - 1) * j / steps for j in (step, step + 1))
+        return {x.c for x in candidates if step >= steps - 1 or x.drawn < 1 - s / t}
+    bound = rule.parameters[0]
+    above = {x.c for x in candidates if _above(rule, x.confidence, bound)}
+    if rule.name in ("threshold", "edit"):
+        return above or {*c[:1]}
     if rule.name == "quota_or_threshold":
-        return min(count, max(quota, sum(above)))
+        return above if len(above) >= quota else {*c[:quota]}
+    if rule.name == "confident_stable":
+        return {x.c for x in candidates if x.c in above and x.stable >= rule.parameters[2]} or {*c[:1]}
     if rule.name == "factor":
-        for r in range(2, count + 1):
-            bound = 1 - rule.parameter / (r + 1)
-            if confidences[r - 1] < bound or (rule.strict and confidences[r - 1] == bound):
-                return r - 1
-        return count
+        kept = lambda r: r == 1 or _above(rule, candidates[r - 1].confidence, 1 - bound / (r + 1))  # noqa: E731
+        ranks = range(1, len(candidates) + 1)
+        return {c[r - 1] for r in itertools.takewhile(kept, ranks)}
     if rule.name == "entropy_bound":
-        before = [sum(entropies[:r]) for r in range(count)]
-        return sum(1 for r in range(count) if r == 0 or before[r] <= rule.parameter)
+        before = itertools.accumulate((x.entropy for x in candidates), initial=0.0)
+        kept = itertools.takewhile(lambda pair: pair[0] <= bound, zip(before, c, strict=False))
+        return {place for _, place in kept} | {*c[:1]}
     raise ValueError(rule.name)
 
 

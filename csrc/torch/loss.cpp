@@ -1,0 +1,186 @@
+// Diffusion losses: schemas, and the CPU kernels over logits. linear_diffusion_cross_entropy is put together
+// from them and library products in dllm_kernels/ops/loss.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "cpu/cross_entropy.h"
+#include "torch/checks.h"
+#include "torch/logits_arguments.h"
+#include "torch/parallel.h"
+
+namespace dllm {
+namespace {
+
+constexpr double kOperationsPerLogit = 32;
+
+cpu::LogitsType logits_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::BFloat16: return cpu::LogitsType::bfloat16;
+    case ScalarType::Half: return cpu::LogitsType::float16;
+    case ScalarType::Double: return cpu::LogitsType::float64;
+    default: return cpu::LogitsType::float32;
+  }
+}
+
+// What the kernels work on: checked, contiguous, and in the arithmetic's precision where it is small.
+struct CrossEntropyTensors {
+  LogitsRows rows;
+  ScalarType real;
+  Tensor targets, weights;
+  std::vector<int32_t> suppressed;
+  std::vector<int64_t> shape;
+
+  CrossEntropyTensors(const char* op, const Tensor& logits, const Tensor& targets, const Tensor& weights,
+                      const std::vector<int64_t>& suppress_tokens)
+      : rows(op, logits, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double}),
+        real(logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
+        targets(targets),
+        weights(weights),
+        suppressed(token_ids(op, "suppress_tokens", suppress_tokens, rows.vocabulary)),
+        shape(leading_shape(logits)) {
+    check_dtype(op, "targets", targets, {ScalarType::Long});
+    check_dtype(op, "weights", weights,
+                {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
+    check_per_row(op, "targets", targets, logits);
+    check_per_row(op, "weights", weights, logits);
+    this->targets = torch::stable::contiguous(targets);
+    this->weights = torch::stable::contiguous(torch::stable::to(weights, real));
+    real == ScalarType::Double ? check_targets<double>(op) : check_targets<float>(op);
+  }
+
+  cpu::CrossEntropyParams params() const {
+    cpu::CrossEntropyParams p{};
+    p.logits = rows.tensor.data_ptr();
+    p.type = logits_type(rows.tensor.scalar_type());
+    p.inner = rows.inner, p.outer_stride = rows.outer_stride, p.inner_stride = rows.inner_stride;
+    p.vocabulary = rows.vocabulary;
+    p.targets = static_cast<const int64_t*>(targets.data_ptr());
+    p.weights = weights.data_ptr();
+    p.suppressed = suppressed.data();
+    p.suppressed_count = static_cast<int>(suppressed.size());
+    return p;
+  }
+
+  template <class Kernel>
+  void run(const Kernel& kernel) const {
+    run_items(rows.rows, kOperationsPerLogit * rows.rows * rows.vocabulary, kernel);
+  }
+
+  Tensor per_row() const { return new_tensor(weights, shape, real); }
+
+  // Scalar Σ weight · ce, summed in one order.
+  Tensor weighted_sum(const Tensor& ce) const {
+    Tensor loss = new_tensor(weights, {}, real);
+    real == ScalarType::Double ? add_up<double>(ce, loss) : add_up<float>(ce, loss);
+    return loss;
+  }
+
+ private:
+  static void check_per_row(const char* op, const char* name, const Tensor& tensor, const Tensor& logits) {
+    check_same_device(op, name, tensor, "logits", logits);
+    const auto sizes = tensor.sizes(), expected = logits.sizes();
+    check(tensor.dim() == logits.dim() - 1 && std::equal(sizes.begin(), sizes.end(), expected.begin()), op,
+          ": ", name, " must have one entry for each row of logits ", shape_text(logits), ", got shape ",
+          shape_text(tensor));
+  }
+
+  template <class Real>
+  void check_targets(const char* op) const {
+    const auto* weight = static_cast<const Real*>(weights.data_ptr());
+    const auto* target = static_cast<const int64_t*>(targets.data_ptr());
+    for (int64_t row = 0; row < rows.rows; row++) {
+      if (weight[row] == 0) continue;
+      check(target[row] >= 0 && target[row] < rows.vocabulary, op, ": targets must lie between 0 and ",
+            rows.vocabulary - 1, " where weights is not 0, got ", target[row], " in row ", row);
+      check(!std::binary_search(suppressed.begin(), suppressed.end(), target[row]), op,
+            ": targets must not be one of suppress_tokens where weights is not 0, got ", target[row],
+            " in row ", row);
+    }
+  }
+
+  template <class Real>
+  void add_up(const Tensor& ce, Tensor& loss) const {
+    const auto* weight = static_cast<const Real*>(weights.data_ptr());
+    const auto* value = static_cast<const Real*>(ce.data_ptr());
+    double sum = 0;
+    for (int64_t row = 0; row < rows.rows; row++)
+      if (weight[row] != 0) sum += double(weight[row]) * value[row];
+    *static_cast<Real*>(loss.data_ptr()) = static_cast<Real>(sum);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> diffusion_cross_entropy(const Tensor& logits, const Tensor& targets,
+                                                           const Tensor& weights,
+                                                           const std::vector<int64_t>& suppress_tokens) {
+  const CrossEntropyTensors tensors("diffusion_cross_entropy", logits, targets, weights, suppress_tokens);
+  Tensor ce = tensors.per_row(), logsumexp = tensors.per_row();
+  cpu::CrossEntropyParams p = tensors.params();
+  p.ce = ce.data_ptr(), p.logsumexp = logsumexp.data_ptr();
+  tensors.run([&](int64_t begin, int64_t end) { cpu::cross_entropy(p, begin, end); });
+  return {tensors.weighted_sum(ce), ce, logsumexp};
+}
+
+Tensor diffusion_cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& targets,
+                                        const Tensor& weights, const Tensor& logsumexp,
+                                        const std::vector<int64_t>& suppress_tokens) {
+  const char* op = "diffusion_cross_entropy_backward";
+  const CrossEntropyTensors tensors(op, logits, targets, weights, suppress_tokens);
+  check(grad_loss.numel() == 1, op, ": grad_loss must be a scalar, got shape ", shape_text(grad_loss));
+  check_dtype(op, "logsumexp", logsumexp, {tensors.real});
+  check(logsumexp.numel() == tensors.rows.rows, op, ": logsumexp must have one entry for each row of logits ",
+        shape_text(logits), ", got shape ", shape_text(logsumexp));
+  const Tensor factor = torch::stable::to(grad_loss, ScalarType::Double);
+  const Tensor lse = torch::stable::contiguous(logsumexp);
+  const auto sizes = logits.sizes();
+  Tensor grad = new_tensor(logits, {sizes.begin(), sizes.end()}, logits.scalar_type());
+  cpu::CrossEntropyParams p = tensors.params();
+  p.logsumexp = lse.data_ptr(), p.grad = grad.data_ptr();
+  p.grad_loss = *static_cast<const double*>(factor.data_ptr());
+  tensors.run([&](int64_t begin, int64_t end) { cpu::cross_entropy_backward(p, begin, end); });
+  return grad;
+}
+
+std::tuple<Tensor, Tensor> diffusion_cross_entropy_gradient_(const Tensor& logits, const Tensor& targets,
+                                                             const Tensor& weights,
+                                                             const std::vector<int64_t>& suppress_tokens) {
+  const char* op = "diffusion_cross_entropy_gradient_";
+  check_dtype(op, "logits", logits, {ScalarType::Float, ScalarType::Double});
+  check_dims(op, "logits", logits, 2, "[rows, vocabulary]");
+  check(logits.stride(1) == 1, op, ": the rows of logits must be contiguous, got stride ", logits.stride(1));
+  const CrossEntropyTensors tensors(op, logits, targets, weights, suppress_tokens);
+  Tensor ce = tensors.per_row();
+  cpu::CrossEntropyParams p = tensors.params();
+  const Tensor chunk_max = new_tensor(logits, {tensors.rows.rows, p.chunks()}, tensors.real);
+  p.ce = ce.data_ptr(), p.chunk_max = chunk_max.data_ptr();
+  tensors.run([&](int64_t begin, int64_t end) { cpu::cross_entropy_in_place(p, begin, end); });
+  return {tensors.weighted_sum(ce), ce};
+}
+
+}  // namespace
+}  // namespace dllm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dllm_kernels, m) {
+  m.def(
+      "diffusion_cross_entropy(Tensor logits, Tensor targets, Tensor weights, int[] suppress_tokens) -> "
+      "(Tensor loss, Tensor ce, Tensor logsumexp)");
+  m.def(
+      "diffusion_cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor weights, "
+      "Tensor logsumexp, int[] suppress_tokens) -> Tensor grad_logits");
+  m.def(
+      "diffusion_cross_entropy_gradient_(Tensor(a!) logits, Tensor targets, Tensor weights, "
+      "int[] suppress_tokens) -> (Tensor loss, Tensor ce)");
+  m.def(
+      "linear_diffusion_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor weights, "
+      "Tensor? bias, int[] suppress_tokens, bool[] needs_grad) -> "
+      "(Tensor loss, Tensor ce, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dllm_kernels, CPU, m) {
+  m.impl("diffusion_cross_entropy", TORCH_BOX(&dllm::diffusion_cross_entropy));
+  m.impl("diffusion_cross_entropy_backward", TORCH_BOX(&dllm::diffusion_cross_entropy_backward));
+  m.impl("diffusion_cross_entropy_gradient_", TORCH_BOX(&dllm::diffusion_cross_entropy_gradient_));
+}

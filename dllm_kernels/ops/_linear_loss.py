@@ -1,0 +1,126 @@
+"""The projected loss: library products around the kernel that turns logits into their gradient in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._arguments import kind
+
+_ops = torch.ops.dllm_kernels
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MIN_CHUNK_ROWS = 256  # products of fewer rows are slower
+
+
+@torch.library.impl("dllm_kernels::linear_diffusion_cross_entropy", "CompositeExplicitAutograd")
+def linear_diffusion_cross_entropy(
+    hidden, weight, targets, weights, bias, suppress_tokens, needs_grad
+) -> tuple[Tensor, ...]:
+    """loss, ce and the gradients of hidden, weight and bias, as `new_results` lays them out.
+
+    Rows of weight other than 0 are taken up in chunks: logits = x · Wᵀ + b, the kernel replaces them by their
+    gradient G, and then dx = G · W, dW += Gᵀ · x, db += Σ G.
+    """
+    _check(hidden, weight, targets, weights, bias)
+    results = new_results(hidden, weight, targets, bias, needs_grad)
+    loss, ce, grad_hidden, grad_weight, grad_bias = (result.zero_() for result in results)
+    targets, weights, states = targets.flatten(), weights.flatten(), hidden.reshape(-1, hidden.shape[-1])
+    kept = weights.nonzero()[:, 0]
+    if not len(kept):
+        return results
+    _check_targets(targets, kept, len(weight), suppress_tokens)
+
+    # Half-precision products are fast on tensor cores only, and gradients are too small for float16.
+    operands = torch.bfloat16 if hidden.is_cuda and hidden.dtype == torch.bfloat16 else loss.dtype
+    weight, bias = weight.to(operands), None if bias is None else bias.to(operands)
+    chunks = kept.chunk(-(-len(kept) // _chunk_rows(len(kept), weight)))
+    buffer = weight.new_empty(len(chunks[0]), len(weight))
+    for rows in chunks:
+        x, logits = states[rows].to(operands), buffer[: len(rows)]
+        if bias is None:
+            torch.mm(x, weight.T, out=logits)
+        else:
+            torch.addmm(bias, x, weight.T, out=logits)
+        of_rows = (logits, targets[rows], weights[rows], suppress_tokens)
+        if any(needs_grad):
+            loss_of_rows, ce_of_rows = _ops.diffusion_cross_entropy_gradient_(*of_rows)
+        else:
+            loss_of_rows, ce_of_rows, _ = _ops.diffusion_cross_entropy(*of_rows)
+        loss += loss_of_rows
+        ce.view(-1)[rows] = ce_of_rows
+        if grad_hidden.numel():
+            grad_hidden.view(states.shape)[rows] = (logits @ weight).to(loss.dtype)
+        if grad_weight.numel():
+            _add_product(grad_weight, logits.T, x)
+        if grad_bias.numel():
+            grad_bias += logits.sum(0, dtype=loss.dtype)
+    return results
+
+
+def new_results(hidden, weight, targets, bias, needs_grad) -> tuple[Tensor, ...]:
+    """Uninitialised loss, ce, grad_hidden, grad_weight, grad_bias, in the precision of the arithmetic.
+
+    needs_grad: which of hidden, weight and bias need a gradient; the others' have no elements.
+    """
+    precision = torch.promote_types(hidden.dtype, torch.float32)
+    shapes = [
+        tensor.shape if needed else (0,)
+        for tensor, needed in zip((hidden, weight, bias), needs_grad, strict=True)
+    ]
+    return tuple(hidden.new_empty(shape, dtype=precision) for shape in ((), targets.shape, *shapes))
+
+
+def _chunk_rows(rows: int, weight: Tensor) -> int:
+    """So many that their logits are as large as the hidden states of all `rows`."""
+    vocabulary, size = weight.shape
+    return max(MIN_CHUNK_ROWS, rows * size // vocabulary)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+# ---- argument checks ----------------------------------------------------------------------------------
+def _check(hidden, weight, targets, weights, bias) -> None:
+    _require(hidden.dim() > 0 and hidden.dtype in _FLOATS, "hidden", "float [..., H]", hidden)
+    vocabulary, rows = weight.shape[:1], hidden.shape[:-1]
+    dtype = str(hidden.dtype).removeprefix("torch.")
+    fits = weight.dim() == 2 and len(weight) and weight.shape[1:] == hidden.shape[-1:]
+    _require(fits and weight.dtype == hidden.dtype, "weight", f"{dtype} [V, {hidden.shape[-1]}]", weight)
+    if bias is not None:
+        fits = bias.shape == vocabulary and bias.dtype == hidden.dtype
+        _require(fits, "bias", f"{dtype} {list(vocabulary)}", bias)
+    fits = targets.shape == rows and targets.dtype == torch.int64
+    _require(fits, "targets", f"int64 {list(rows)}, an entry for each row of hidden", targets)
+    fits = weights.shape == rows and weights.dtype in _FLOATS
+    _require(fits, "weights", f"float {list(rows)}, an entry for each row of hidden", weights)
+    for name, tensor in {"weight": weight, "targets": targets, "weights": weights, "bias": bias}.items():
+        if tensor is not None and tensor.device != hidden.device:
+            _refuse(f"{name} must be on the device of hidden ({hidden.device}), got {tensor.device}")
+
+
+def _check_targets(targets, kept, vocabulary, suppress_tokens) -> None:
+    """The same texts as diffusion_cross_entropy; on a GPU contents are not looked at."""
+    if targets.is_cuda:
+        return
+    outside = (targets[kept] < 0) | (targets[kept] >= vocabulary)
+    suppressed = torch.isin(targets[kept], targets.new_tensor(list(suppress_tokens)))
+    for wrong, text in (
+        (outside, f"lie between 0 and {vocabulary - 1}"),
+        (suppressed, "not be one of suppress_tokens"),
+    ):
+        if wrong.any():
+            row = int(kept[wrong][0])
+            _refuse(f"targets must {text} where weights is not 0, got {int(targets[row])} in row {row}")
+
+
+def _require(ok: bool, name: str, allowed: str, tensor: Tensor) -> None:
+    if not ok:
+        _refuse(f"{name} must be {allowed}, got {kind(tensor)}")
+
+
+def _refuse(text: str) -> None:
+    raise ValueError(f"linear_diffusion_cross_entropy: {text}")
