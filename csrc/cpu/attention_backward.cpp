@@ -25,7 +25,8 @@ Work work_of(const BlockAttentionBackwardParams& p, int64_t item) {
   if (item < key_items) {
     const auto [batch, kv_head] = at(item / ranges);
     const int first = static_cast<int>(item % ranges) * p.keys_per_item;
-    return {batch, kv_head, 0, tiles, first, clamp(f.kv_len - first, 0, p.keys_per_item) + first, false, true};
+    return {batch, kv_head, 0, tiles, first, clamp(f.kv_len - first, 0, p.keys_per_item) + first,
+            false, true};
   }
   const auto [batch, kv_head] = at((item - key_items) / tiles);
   const int tile = tiles - 1 - static_cast<int>((item - key_items) % tiles);
@@ -72,7 +73,8 @@ class GradientTile {
     }
     widen_rows<T>(query, rows_.count, dim_, f.scale * kLog2E, query_rows_);
     for (int first = 0; first < columns_; first += kPanel) {
-      transpose(query_rows_ + first * padded(dim_), padded(dim_), kPanel, dim_, query_ + first * dim_, kPanel);
+      transpose(query_rows_ + first * padded(dim_), padded(dim_), kPanel, dim_, query_ + first * dim_,
+                kPanel);
       transpose(grad_rows_ + first * padded(dim_), padded(dim_), kPanel, dim_, grad_ + first * dim_, kPanel);
     }
     widen_rows<T>(query, rows_.count, dim_, f.scale, query_rows_);
@@ -115,9 +117,11 @@ class GradientTile {
   template <typename T>
   void store_grad_query(const TileItem& at) {
     for (int first = 0; first < columns_; first += kPanel)
-      transpose(grad_query_ + first * dim_, kPanel, dim_, kPanel, query_rows_ + first * padded(dim_), padded(dim_));
+      transpose(grad_query_ + first * dim_, kPanel, dim_, kPanel, query_rows_ + first * padded(dim_),
+                padded(dim_));
     for (int i = 0; i < rows_.count; i++)
-      narrow_row(query_rows_ + i * padded(dim_), at.row<T>(p_.grad_q, p_.grad_q_layout, i), dim_, p_.forward.scale);
+      narrow_row(query_rows_ + i * padded(dim_), at.row<T>(p_.grad_q, p_.grad_q_layout, i), dim_,
+                 p_.forward.scale);
   }
 
  private:
@@ -189,11 +193,12 @@ void compute(const BlockAttentionBackwardParams& p, const Work& work) {
   }
 
   for (int t = work.first_tile; t < work.last_tile; t++) {
-    const TileItem at{tile_rows(t * kGradientTileRows, kGradientTileRows, group, f.q_len), work.batch, work.kv_head};
+    const TileItem at{tile_rows(t * kGradientTileRows, kGradientTileRows, group, f.q_len), work.batch,
+                      work.kv_head};
     const TileSpans spans({f.spans, at.batch, f.kv_len}, at.rows);
     bool loaded = false;
-    for (KeyRange keys = spans.next(work.first_key, limit); keys.begin < keys.end && keys.begin < work.last_key;
-         keys = spans.next(keys.end, limit)) {
+    for (KeyRange keys = spans.next(work.first_key, limit);
+         keys.begin < keys.end && keys.begin < work.last_key; keys = spans.next(keys.end, limit)) {
       keys.end = clamp(keys.end, 0, work.last_key);
       if (!loaded) tile.template set_queries<T>(at);
       loaded = true;
@@ -209,7 +214,9 @@ void compute(const BlockAttentionBackwardParams& p, const Work& work) {
     }
     if (!work.for_queries) continue;
     if (loaded) tile.template store_grad_query<T>(at);
-    else for (int i = 0; i < at.rows.count; i++) memset(at.row<T>(p.grad_q, p.grad_q_layout, i), 0, sizeof(T) * f.head_dim);
+    else
+      for (int i = 0; i < at.rows.count; i++)
+        memset(at.row<T>(p.grad_q, p.grad_q_layout, i), 0, sizeof(T) * f.head_dim);
   }
 
   if (!work.for_keys || p.k_sums == p.grad_k) return;

@@ -156,7 +156,8 @@ class TileSpans {
 // row(key) finds a key's row. Of keys that nobody sees zeros are taken: whatever is stored there, NaN
 // included, has no influence. seen == nullptr: all are seen.
 template <typename T, typename Row>
-DLLM_SIMD const float* float_rows(Row row, bool dense, KeyRange keys, const bool* seen, int dim, float* buffer) {
+DLLM_SIMD const float* float_rows(Row row, bool dense, KeyRange keys, const bool* seen, int dim,
+                                  float* buffer) {
   if constexpr (__is_same(T, float)) {
     if (dense && !seen) return row(keys.begin);
   }

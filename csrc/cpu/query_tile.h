@@ -33,12 +33,21 @@ class QueryTile {
   template <typename T, typename KRow, typename VRow>
   void attend(const SequenceSpans& sequence, bool dense, KRow k_row, VRow v_row) {
     const TileSpans spans(sequence, rows_);
-    const int limit = chunk_keys(dim_);
-    for (KeyRange keys = spans.next(0, limit); keys.begin < keys.end; keys = spans.next(keys.end, limit)) {
+    const int limit = chunk_keys(dim_), panels = rows_.panels();
+    for (KeyRange next, keys = spans.next(0, limit); keys.begin < keys.end; keys = next) {
+      next = spans.next(keys.end, limit);
       const bool* seen = keys.full || spans.mark_seen(keys, seen_) ? nullptr : seen_;
       const float* k = float_rows<T>(k_row, dense, keys, seen, dim_, keys_);
       const float* v = float_rows<T>(v_row, dense, keys, seen, dim_, values_);
-      for (int panel = 0; panel < rows_.panels(); panel++) attend_chunk(spans, keys, k, v, panel);
+      for (int panel = 0; panel < panels; panel++) {
+        if (!dense) {  // dense rows are fetched ahead by the processor
+          for (int key = next.begin + panel; key < next.end; key += panels) {
+            prefetch_row(k_row(key), dim_);
+            prefetch_row(v_row(key), dim_);
+          }
+        }
+        attend_chunk(spans, keys, k, v, panel);
+      }
     }
   }
 

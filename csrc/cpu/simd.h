@@ -98,7 +98,8 @@ inline void transpose(const float* from, long from_row, int rows, int columns, f
     for (int j = 0; j < columns; j += kLanes) {
       Floats square[kLanes];
 #pragma GCC unroll 16
-      for (int n = 0; n < kLanes; n++) square[n] = i + n < rows ? load(from + (i + n) * from_row + j) : Floats{};
+      for (int n = 0; n < kLanes; n++)
+        square[n] = i + n < rows ? load(from + (i + n) * from_row + j) : Floats{};
       transpose(square);
 #pragma GCC unroll 16
       for (int n = 0; n < kLanes; n++) {
@@ -153,6 +154,11 @@ DLLM_SIMD void narrow(float x, Float16& to) {
   half = magnitude >= 0x477ff000u ? 0x7c00u : half;
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
   to.bits = static_cast<uint16_t>(half | (sign >> 16));
+}
+
+template <typename T>
+DLLM_SIMD void prefetch_row(const T* row, int count) {
+  for (int i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
 }
 
 // Rows of `count` numbers, times `factor`.

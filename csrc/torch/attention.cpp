@@ -35,7 +35,8 @@ std::tuple<Tensor, Tensor> block_attention_cpu(const Tensor& q, const Tensor& k,
 // 0, one pass, unless so few heads leave threads idle that two passes are done sooner.
 int32_t backward_keys_per_item(const BlockAttentionParams& p) {
   constexpr int32_t kKeys = 256, kOnePass = 5, kTwoPasses = 7;
-  const int64_t heads = static_cast<int64_t>(p.batch) * p.kv_heads, threads = torch::stable::get_num_threads();
+  const int64_t heads = static_cast<int64_t>(p.batch) * p.kv_heads,
+                threads = torch::stable::get_num_threads();
   return (heads + threads - 1) / threads * threads * kOnePass <= heads * kTwoPasses ? 0 : kKeys;
 }
 
@@ -56,7 +57,8 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cpu(
   check_lse(op, "lse", logsumexp, query);
   if (grad_lse) check_lse(op, "grad_lse", *grad_lse, query);
 
-  const Tensor q = with_contiguous_rows(query), k = with_contiguous_rows(key), v = with_contiguous_rows(value);
+  const Tensor q = with_contiguous_rows(query), k = with_contiguous_rows(key),
+               v = with_contiguous_rows(value);
   const Tensor out = with_contiguous_rows(output), grad = with_contiguous_rows(grad_out);
   const Tensor lse = torch::stable::contiguous(logsumexp);
   std::optional<Tensor> table, lse_grad;
@@ -82,10 +84,13 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cpu(
   p.grad_kv_layout = heads_layout(grad_k);
   p.keys_per_item = backward_keys_per_item(p.forward);
 
-  const int64_t width = (k.size(3) + cpu::kGradientRowMultiple - 1) / cpu::kGradientRowMultiple * cpu::kGradientRowMultiple;
+  const int64_t width =
+      (k.size(3) + cpu::kGradientRowMultiple - 1) / cpu::kGradientRowMultiple * cpu::kGradientRowMultiple;
   const bool in_place = p.forward.dtype == DType::float32 && width == k.size(3);
   const auto sums = [&](const Tensor& grads) {
-    return in_place ? grads : torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2), width}, ScalarType::Float);
+    return in_place
+               ? grads
+               : torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2), width}, ScalarType::Float);
   };
   const Tensor k_sums = sums(grad_k), v_sums = sums(grad_v);
   p.k_sums = k_sums.mutable_data_ptr<float>();

@@ -119,7 +119,8 @@ results = []
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     q, k, v = (torch.randn(2, heads, 150, 40).to(dtype).requires_grad_() for heads in (6, 2, 2))
     out, lse = block_attention(q, k, v, mask, return_lse=True)
-    results.append([out.detach(), lse.detach(), *torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))])
+    grads = torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
+    results.append([out.detach(), lse.detach(), *grads])
 torch.save(results, sys.argv[1])
 print(torch.ops.dllm_kernels.isa_active())
 """

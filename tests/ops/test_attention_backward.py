@@ -78,7 +78,11 @@ def test_equal_those_of_the_reference_in_float64(data):
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 64, 65, 127, 129, 200])
 def test_lengths_around_tile_borders(length):
-    for mask in (SpanMask.causal(length), SpanMask.sliding_window(length, 9), SpanMask.block_causal(length, 8)):
+    for mask in (
+        SpanMask.causal(length),
+        SpanMask.sliding_window(length, 9),
+        SpanMask.block_causal(length, 8),
+    ):
         q, k, v = random_qkv(q_len=length, dim=24)
         assert_right(q, k, v, mask.spans, torch.randn_like(q), torch.randn(q.shape[:3]))
     q, k, v = random_qkv(q_len=2 * length, heads=4, kv_heads=1)
