@@ -42,6 +42,8 @@ float dot(const float* a, const float* b, int count) {
   return sum;
 }
 
+static_assert(kGradientTileRows <= kMaxTileQueries);
+
 // A tile of queries, as columns (for products that give scores) and as rows (for sums over queries).
 // With P = 2^(scale log2e k·q - log2e lse) and dS = P (v·dO - dO·O + dlse), all [key][query]:
 // dV += P dO, dK += scale dS Q, dQᵀ += scale Kᵀ dS.
@@ -176,55 +178,81 @@ class GradientTile {
 };
 
 template <typename T>
-void compute(const BlockAttentionBackwardParams& p, const Work& work) {
-  const BlockAttentionParams& f = p.forward;
-  const int group = f.q_heads / f.kv_heads, limit = chunk_keys(f.head_dim);
-  const bool dense = f.k_layout.position_stride == f.head_dim && f.v_layout.position_stride == f.head_dim;
-  alignas(64) float keys_buffer[kMaxChunkFloats], values_buffer[kMaxChunkFloats];
-  bool seen_buffer[kMaxChunk];
-  GradientTile tile(p);
+class WorkItem {
+ public:
+  WorkItem(const BlockAttentionBackwardParams& p, const Work& work)
+      : p_(p), f_(p.forward), work_(work), tile_(p) {}
 
-  const TileItem sequence{{}, work.batch, work.kv_head};
-  const auto k_sums = [&](int key) { return sequence.key<float>(p.k_sums, p.sums_layout, key); };
-  const auto v_sums = [&](int key) { return sequence.key<float>(p.v_sums, p.sums_layout, key); };
-  for (int key = work.first_key; work.for_keys && key < work.last_key; key++) {
-    memset(k_sums(key), 0, sizeof(float) * padded(f.head_dim));
-    memset(v_sums(key), 0, sizeof(float) * padded(f.head_dim));
-  }
-
-  for (int t = work.first_tile; t < work.last_tile; t++) {
-    const TileItem at{tile_rows(t * kGradientTileRows, kGradientTileRows, group, f.q_len), work.batch,
-                      work.kv_head};
-    const TileSpans spans({f.spans, at.batch, f.kv_len}, at.rows);
-    bool loaded = false;
-    for (KeyRange keys = spans.next(work.first_key, limit);
-         keys.begin < keys.end && keys.begin < work.last_key; keys = spans.next(keys.end, limit)) {
-      keys.end = clamp(keys.end, 0, work.last_key);
-      if (!loaded) tile.template set_queries<T>(at);
-      loaded = true;
-      const bool* seen = keys.full || spans.mark_seen(keys, seen_buffer) ? nullptr : seen_buffer;
-      const auto k_row = [&](int key) { return at.key<const T>(f.k, f.k_layout, key); };
-      const auto v_row = [&](int key) { return at.key<const T>(f.v, f.v_layout, key); };
-      const float* k = float_rows<T>(k_row, dense, keys, seen, f.head_dim, keys_buffer);
-      const float* v = float_rows<T>(v_row, dense, keys, seen, f.head_dim, values_buffer);
-      const int count = keys.end - keys.begin;
-      tile.attend(keys, k, v, work.for_queries);
-      if (work.for_keys)
-        tile.add_to_keys(count, k_sums(keys.begin), v_sums(keys.begin), p.sums_layout.position_stride);
+  void compute() {
+    if (work_.for_keys) clear_sums();
+    for (int t = work_.first_tile; t < work_.last_tile; t++) {
+      const int group = f_.q_heads / f_.kv_heads;
+      visit(
+          {tile_rows(t * kGradientTileRows, kGradientTileRows, group, f_.q_len), work_.batch, work_.kv_head});
     }
-    if (!work.for_queries) continue;
-    if (loaded) tile.template store_grad_query<T>(at);
-    else
-      for (int i = 0; i < at.rows.count; i++)
-        memset(at.row<T>(p.grad_q, p.grad_q_layout, i), 0, sizeof(T) * f.head_dim);
+    if (work_.for_keys && p_.k_sums != p_.grad_k) narrow_sums();
   }
 
-  if (!work.for_keys || p.k_sums == p.grad_k) return;
-  for (int key = work.first_key; key < work.last_key; key++) {
-    narrow_row(k_sums(key), sequence.key<T>(p.grad_k, p.grad_kv_layout, key), f.head_dim);
-    narrow_row(v_sums(key), sequence.key<T>(p.grad_v, p.grad_kv_layout, key), f.head_dim);
+ private:
+  void visit(const TileItem& at) {
+    const TileSpans spans({f_.spans, at.batch, f_.kv_len}, at.rows);
+    const int limit = chunk_keys(f_.head_dim);
+    const auto next = [&](int from) {
+      KeyRange keys = spans.next(from, limit);
+      keys.end = clamp(keys.end, 0, work_.last_key);
+      return keys;
+    };
+    KeyRange keys = next(work_.first_key);
+    if (keys.begin >= keys.end) {
+      for (int i = 0; work_.for_queries && i < at.rows.count; i++)
+        memset(at.row<T>(p_.grad_q, p_.grad_q_layout, i), 0, sizeof(T) * f_.head_dim);
+      return;
+    }
+    tile_.template set_queries<T>(at);
+    for (; keys.begin < keys.end; keys = next(keys.end)) add_chunk(at, spans, keys);
+    if (work_.for_queries) tile_.template store_grad_query<T>(at);
   }
-}
+
+  void add_chunk(const TileItem& at, const TileSpans& spans, KeyRange keys) {
+    const bool dense =
+        f_.k_layout.position_stride == f_.head_dim && f_.v_layout.position_stride == f_.head_dim;
+    const bool* seen = keys.full || spans.mark_seen(keys, seen_) ? nullptr : seen_;
+    const auto k_row = [&](int key) { return at.key<const T>(f_.k, f_.k_layout, key); };
+    const auto v_row = [&](int key) { return at.key<const T>(f_.v, f_.v_layout, key); };
+    const float* k = float_rows<T>(k_row, dense, keys, seen, f_.head_dim, keys_);
+    const float* v = float_rows<T>(v_row, dense, keys, seen, f_.head_dim, values_);
+    tile_.attend(keys, k, v, work_.for_queries);
+    if (work_.for_keys)
+      tile_.add_to_keys(keys.end - keys.begin, sum(p_.k_sums, keys.begin), sum(p_.v_sums, keys.begin),
+                        p_.sums_layout.position_stride);
+  }
+
+  void clear_sums() {
+    for (int key = work_.first_key; key < work_.last_key; key++) {
+      memset(sum(p_.k_sums, key), 0, sizeof(float) * padded(f_.head_dim));
+      memset(sum(p_.v_sums, key), 0, sizeof(float) * padded(f_.head_dim));
+    }
+  }
+
+  void narrow_sums() {
+    const TileItem at{{}, work_.batch, work_.kv_head};
+    for (int key = work_.first_key; key < work_.last_key; key++) {
+      narrow_row(sum(p_.k_sums, key), at.key<T>(p_.grad_k, p_.grad_kv_layout, key), f_.head_dim);
+      narrow_row(sum(p_.v_sums, key), at.key<T>(p_.grad_v, p_.grad_kv_layout, key), f_.head_dim);
+    }
+  }
+
+  float* sum(float* sums, int key) const {
+    return TileItem{{}, work_.batch, work_.kv_head}.key<float>(sums, p_.sums_layout, key);
+  }
+
+  const BlockAttentionBackwardParams& p_;
+  const BlockAttentionParams& f_;
+  const Work work_;
+  GradientTile tile_;
+  bool seen_[kMaxChunk];
+  alignas(64) float keys_[kMaxChunkFloats], values_[kMaxChunkFloats];
+};
 
 }  // namespace
 
@@ -232,9 +260,9 @@ void block_attention_backward(const BlockAttentionBackwardParams& p, long begin,
   for (long item = begin; item < end; item++) {
     const Work work = work_of(p, item);
     switch (p.forward.dtype) {
-      case DType::float32: compute<float>(p, work); break;
-      case DType::bfloat16: compute<BFloat16>(p, work); break;
-      case DType::float16: compute<Float16>(p, work); break;
+      case DType::float32: WorkItem<float>(p, work).compute(); break;
+      case DType::bfloat16: WorkItem<BFloat16>(p, work).compute(); break;
+      case DType::float16: WorkItem<Float16>(p, work).compute(); break;
     }
   }
 }
