@@ -19,6 +19,16 @@ def integer(name: str, value: object, low: int | None = None, high: int = 2**31 
     return number
 
 
+def number(name: str, value: object) -> float:
+    """`value` as a float; the operators check its range."""
+    try:
+        if isinstance(value, bool | str):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number, got {kind(value)}") from None
+
+
 def kind(value: object) -> str:
     """What an error message says `value` was."""
     return f"{value.dtype} Tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -28,6 +38,12 @@ def check_tensors(**arguments: object) -> None:
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {kind(value)}")
+
+
+def check_optional_tensors(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor or None, got {kind(value)}")
 
 
 def check_batch_vector(name: str, value: Tensor, low: int | None = None, high: int | None = None) -> None:

@@ -45,7 +45,7 @@ inline void check_span_tensor(const char* op, const char* name, const Tensor& sp
   check(batch_fits && rows_fit && spans.size(2) >= 1 && spans.size(3) == 2, op, ": ", name, " must be [",
         one_batch_allowed ? "1 or " : "", batch, ", ", one_row_allowed ? "1 or " : "", rows,
         ", at least 1, 2], got shape ", shape_text(spans));
-  check_int(op, name, spans.size(2));
+  check_int(op, (std::string(name) + ".shape[2]").c_str(), spans.size(2));
 }
 
 inline void check_lengths(const char* op, const char* name, const Tensor& lengths, const Tensor& q) {
@@ -90,8 +90,8 @@ inline void check_heads(const char* op, const Tensor& q, const Tensor& k, const 
   check_size(op, "k", k, 0, q.size(0), "the batch size of q");
   check_size(op, "k", k, 3, q.size(3), "the head dim of q");
   for (int64_t dim = 0; dim < 4; dim++) check_size(op, "v", v, dim, k.size(dim), "as in k");
-  check(k.size(1) > 0 && q.size(1) % k.size(1) == 0, op, ": q must have a multiple of k's heads (", k.size(1),
-        "), got ", q.size(1));
+  check(k.size(1) > 0 && q.size(1) > 0 && q.size(1) % k.size(1) == 0, op,
+        ": q must have a multiple of k's heads (", k.size(1), ") and at least one, got ", q.size(1));
   check(q.size(3) % 8 == 0 && 8 <= q.size(3) && q.size(3) <= 256, op,
         ": head_dim must be a multiple of 8 from 8 to 256, got ", q.size(3));
   for (int64_t dim = 0; dim < 4; dim++) check_int(op, "every size of q", q.size(dim));

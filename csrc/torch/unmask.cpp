@@ -9,15 +9,15 @@ namespace dllm {
 namespace {
 
 // Writes `accepted` [batch, candidates]; positions are checked.
-Tensor commit_rows(const char* op, const CommitArguments& arguments, const Tensor& canvas,
-                   const int32_t* positions, int64_t candidates, const CommitStats& stats) {
+Tensor commit_rows(const CommitArguments& arguments, const Tensor& canvas, const int32_t* positions,
+                   int64_t candidates, const CommitStats& stats) {
   const int64_t batch = canvas.size(0);
   Tensor accepted = new_tensor(canvas, {batch, candidates}, ScalarType::Bool);
   cpu::CommitParams p{};
   p.rule = arguments.rule;
   p.mask_id = arguments.mask_id;
-  p.batch = check_int(op, "the batch of canvas", batch);
-  p.candidates = check_int(op, "the candidates of a row", candidates);
+  p.batch = static_cast<int>(batch);
+  p.candidates = static_cast<int>(candidates);
   p.canvas_stride = canvas.stride(0);
   p.canvas = canvas.data_ptr();
   p.canvas_is_int64 = canvas.scalar_type() == ScalarType::Long;
@@ -82,7 +82,7 @@ Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tenso
   for (int64_t i = 0; i < positions.numel(); i++)
     check(data[i] < 0 || (tokens[i] >= 0 && tokens[i] <= largest), op,
           ": stats.token must be a token id, got ", tokens[i]);
-  return commit_rows(op, arguments, canvas, data, positions.size(1), stats);
+  return commit_rows(arguments, canvas, data, positions.size(1), stats);
 }
 
 Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rule,
@@ -126,7 +126,7 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
   }
   const auto [token, prob, margin, entropy, logsumexp] =
       row_stats(rows, {batch, block}, &masked, noise_ids.data(), options, {op, top_p, top_k});
-  return commit_rows(op, arguments, canvas, positions.data(), block, {token, prob, margin, entropy, {}});
+  return commit_rows(arguments, canvas, positions.data(), block, {token, prob, margin, entropy, {}});
 }
 
 }  // namespace

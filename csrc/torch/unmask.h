@@ -80,6 +80,7 @@ inline CommitStats checked_stats(const char* op, const Rule& rule, const Tensor&
   check_dtype(op, "positions", positions, {ScalarType::Int});
   check_same_device(op, "positions", positions, "canvas", canvas);
   check_size(op, "positions", positions, 0, canvas.size(0), "rows of canvas");
+  check_int(op, "the positions of a row", positions.size(1));
   check_dtype(op, "stats.token", token, {ScalarType::Long});
   check_dtype(op, "stats.prob", prob, {ScalarType::Float, ScalarType::Double});
   check_same_dtype(op, "stats.margin", margin, "stats.prob", prob);
@@ -152,6 +153,7 @@ struct CommitArguments {
       : rule(rule), mask_id(mask_id), seed(static_cast<uint64_t>(seed)), progress(progress), state(state) {
     check_dims(op, "canvas", canvas, 2, "[batch, length]");
     check_dtype(op, "canvas", canvas, {ScalarType::Long, ScalarType::Int});
+    check_int(op, "the rows of canvas", canvas.size(0));
     check_int(op, "the length of canvas", canvas.size(1));
     check_writable_rows(op, "canvas", canvas);
     check_int(op, "mask_id", mask_id);
@@ -170,7 +172,8 @@ struct CommitArguments {
       check_same_device(op, "progress", *progress, "canvas", canvas);
       check(progress->dim() == 2 && progress->size(0) == canvas.size(0) && progress->size(1) == 2 &&
                 progress->is_contiguous(),
-            op, ": progress must be contiguous [", canvas.size(0), ", 2], got shape ", shape_text(*progress));
+            op, ": progress must be contiguous [", canvas.size(0), ", 2], got shape ", shape_text(*progress),
+            progress->is_contiguous() ? "" : ", not contiguous");
     }
     if (state) {
       check_dtype(op, "state", *state, {ScalarType::Int});

@@ -95,7 +95,7 @@ Tensor commit_rows(const char* op, const CommitArguments& arguments, const Tenso
   cuda::CommitParams p{};
   p.rule = arguments.rule;
   p.mask_id = arguments.mask_id;
-  p.batch = check_int(op, "the batch of canvas", batch);
+  p.batch = static_cast<int>(batch);
   p.candidates = static_cast<int>(candidates);
   p.canvas_stride = canvas.stride(0);
   p.length = canvas.size(1);

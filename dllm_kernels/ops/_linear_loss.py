@@ -23,10 +23,13 @@ def linear_diffusion_cross_entropy(
     """
     _check(hidden, weight, targets, weights, bias)
     results = new_results(hidden, weight, targets, bias, needs_grad)
-    loss, ce, grad_hidden, grad_weight, grad_bias = (result.zero_() for result in results)
+    loss, ce, grad_hidden, grad_weight, grad_bias = results
+    for result in (loss, ce, grad_hidden, grad_bias):
+        result.zero_()
     targets, weights, states = targets.flatten(), weights.flatten(), hidden.reshape(-1, hidden.shape[-1])
     kept = weights.nonzero()[:, 0]
     if not len(kept):
+        grad_weight.zero_()
         return results
     _check_targets(targets, kept, len(weight), suppress_tokens)
 
@@ -51,7 +54,7 @@ def linear_diffusion_cross_entropy(
         if grad_hidden.numel():
             grad_hidden.view(states.shape)[rows] = (logits @ weight).to(loss.dtype)
         if grad_weight.numel():
-            _add_product(grad_weight, logits.T, x)
+            _add_product(grad_weight, logits.T, x, first=rows is chunks[0])
         if grad_bias.numel():
             grad_bias += logits.sum(0, dtype=loss.dtype)
     return results
@@ -76,9 +79,12 @@ def _chunk_rows(rows: int, weight: Tensor) -> int:
     return max(MIN_CHUNK_ROWS, rows * size // vocabulary)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a · b; the first product is written, not added."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        total.copy_(a @ b)
     else:
         total += a @ b
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import _library  # noqa: F401  (loads the operators)
-from .._arguments import check_tensors, kind
+from .._arguments import check_optional_tensors, check_tensors, kind, number
 from ..span_mask import SpanMask
 from . import reference
 from ._autocast import cast, register_autocast
+from ._fake import register_fake
 
 _ops = torch.ops.dllm_kernels
 
@@ -71,6 +72,7 @@ def cached_block_attention(
     check_tensors(
         q=q, k=k, v=v, cache_k=cache_k, cache_v=cache_v, page_table=page_table, cache_spans=cache_spans
     )
+    check_optional_tensors(fresh_spans=fresh_spans, q_lengths=q_lengths)
     out, lse = _ops.cached_block_attention(
         q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths, _scale(q, scale)
     )
@@ -79,7 +81,7 @@ def cached_block_attention(
 
 def _scale(q: Tensor, scale: float | None) -> float:
     if scale is not None:
-        return float(scale)
+        return number("scale", scale)
     return q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
 
 
@@ -93,12 +95,12 @@ def _empty_output(q: Tensor) -> tuple[Tensor, Tensor]:
     return _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.register_fake("dllm_kernels::block_attention")
+@register_fake("block_attention")
 def _(q, k, v, spans, scale):
     return _empty_output(q)
 
 
-@torch.library.register_fake("dllm_kernels::cached_block_attention")
+@register_fake("cached_block_attention")
 def _(q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths, scale):
     return _empty_output(q)
 

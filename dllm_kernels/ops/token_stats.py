@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm_kernels import _library  # noqa: F401
+from dllm_kernels._arguments import check_optional_tensors, check_tensors, number
+from dllm_kernels.ops._fake import register_fake
 
 _ops = torch.ops.dllm_kernels
 
@@ -79,16 +81,18 @@ def token_stats(
     NaN counts as −inf, +inf as the largest float. A row without a finite logit yields the lowest
     allowed id with prob 0, margin 0, entropy ln V, logsumexp −inf and divergence +inf.
     """
+    check_tensors(logits=logits)
+    check_optional_tensors(noise_ids=noise_ids, previous=previous)
     float64 = is_float64("token_stats", precision)
     stats = _ops.token_stats(
         logits,
-        float(temperature),
+        number("temperature", temperature),
         seed,
         noise_ids,
         list(suppress_tokens or ()),
         list(proposal_exclude or ()),
         list(confidence_exclude or ()),
-        float(confidence_temperature),
+        number("confidence_temperature", confidence_temperature),
         float64,
         top_p,
         top_k,
@@ -100,7 +104,7 @@ def token_stats(
         previous,
         list(suppress_tokens or ()),
         list(confidence_exclude or ()),
-        float(confidence_temperature),
+        number("confidence_temperature", confidence_temperature),
         float64,
     )
     return TokenStats(*stats, divergence)
@@ -135,18 +139,20 @@ def linear_token_stats(
             raise ValueError(
                 f"linear_token_stats: {name} needs stored logits; leave it None, or call token_stats on them"
             )
+    check_tensors(hidden=hidden, weight=weight)
+    check_optional_tensors(bias=bias, noise_ids=noise_ids)
     return TokenStats(
         *_ops.linear_token_stats(
             hidden,
             weight,
             bias,
-            float(temperature),
+            number("temperature", temperature),
             seed,
             noise_ids,
             list(suppress_tokens or ()),
             list(proposal_exclude or ()),
             list(confidence_exclude or ()),
-            float(confidence_temperature),
+            number("confidence_temperature", confidence_temperature),
             is_float64("linear_token_stats", precision),
         )
     )
@@ -184,7 +190,7 @@ def _new_stats(rows: Tensor, float64: bool) -> tuple[Tensor, ...]:
     return (rows.new_empty(shape, dtype=torch.int64), *reals)
 
 
-@torch.library.register_fake("dllm_kernels::token_stats")
+@register_fake("token_stats")
 def _(
     logits,
     temperature=0.0,
@@ -201,12 +207,12 @@ def _(
     return _new_stats(logits, float64)
 
 
-@torch.library.register_fake("dllm_kernels::token_divergence")
+@register_fake("token_divergence")
 def _(logits, previous, suppress_tokens=(), confidence_exclude=(), confidence_temperature=1.0, float64=False):
     return logits.new_empty(logits.shape[:-1], dtype=torch.float64 if float64 else torch.float32)
 
 
-@torch.library.register_fake("dllm_kernels::linear_token_stats")
+@register_fake("linear_token_stats")
 def _(
     hidden,
     weight,

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from dllm_kernels import _library  # noqa: F401
+from dllm_kernels._arguments import check_optional_tensors, check_tensors, integer, kind, number
+from dllm_kernels.ops._fake import register_fake
 from dllm_kernels.ops.token_stats import TokenStats, is_float64
 from dllm_kernels.sampling.rules import Rule
 
@@ -45,6 +47,11 @@ def commit_(
     from step to step: for each masked position the number of steps in a row with a small
     `stats.divergence`.
     """
+    check_tensors(canvas=canvas, positions=positions)
+    if not all(isinstance(getattr(stats, name, None), Tensor) for name in TokenStats._fields[:4]):
+        raise TypeError(f"stats must be the TokenStats of token_stats, got {kind(stats)}")
+    check_optional_tensors(sequence_ids=sequence_ids, state=state, progress=progress)
+    flat_rule = _flat(rule)
     divergence = getattr(stats, "divergence", None) if rule.needs_state else None
     return _ops.commit_(
         canvas,
@@ -53,12 +60,12 @@ def commit_(
         stats.prob,
         stats.margin,
         stats.entropy,
-        *_flat(rule),
-        mask_id,
-        _per_row(quota, canvas),
-        _per_row(step, canvas),
+        *flat_rule,
+        integer("mask_id", mask_id, high=_INT64),
+        _per_row("quota", quota, canvas),
+        _per_row("step", step, canvas),
         sequence_ids,
-        seed,
+        integer("seed", seed, high=_INT64),
         progress,
         divergence,
         state,
@@ -95,46 +102,54 @@ def unmask_(
     Returns accepted, bool [B, block_size]. Everything else as in `token_stats` and `commit_`, which
     `Rule.confident_stable` and `Rule.edit` need separately.
     """
+    check_tensors(canvas=canvas, logits=logits)
+    check_optional_tensors(sequence_ids=sequence_ids, progress=progress)
     if logits.dim() == 3 and logits.shape[1] != block_size:
         raise ValueError(f"unmask_: logits have {logits.shape[1]} rows a block, block_size is {block_size}")
     return _ops.unmask_(
         canvas,
         logits,
-        _per_row(block_start, canvas),
+        _per_row("block_start", block_start, canvas),
         *_flat(rule),
-        mask_id,
-        _per_row(quota, canvas),
-        _per_row(step, canvas),
+        integer("mask_id", mask_id, high=_INT64),
+        _per_row("quota", quota, canvas),
+        _per_row("step", step, canvas),
         sequence_ids,
-        seed,
+        integer("seed", seed, high=_INT64),
         progress,
-        float(temperature),
+        number("temperature", temperature),
         list(suppress_tokens or ()),
         list(proposal_exclude or ()),
         list(confidence_exclude or ()),
-        float(confidence_temperature),
+        number("confidence_temperature", confidence_temperature),
         is_float64("unmask_", precision),
         top_p,
         top_k,
     )
 
 
+_INT64 = 2**63 - 1
+
+
 def _flat(rule: Rule) -> tuple[str, list[float], bool, str, float]:
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule must be a dk.Rule, got {kind(rule)}")
     parameters = [float(parameter) for parameter in rule.parameters]
     return rule.name, parameters, rule.strict, rule.confidence, float(rule.alg_temp)
 
 
-def _per_row(value: Tensor | int | None, canvas: Tensor) -> Tensor | None:
+def _per_row(name: str, value: Tensor | int | None, canvas: Tensor) -> Tensor | None:
     if value is None or isinstance(value, Tensor):
         return value
-    return torch.full((canvas.shape[0],), value, dtype=torch.int32, device=canvas.device)
+    rows = canvas.shape[0] if canvas.dim() else 0  # a canvas without rows is refused by the operator
+    return torch.full((rows,), integer(name, value), dtype=torch.int32, device=canvas.device)
 
 
-@torch.library.register_fake("dllm_kernels::commit_")
+@register_fake("commit_")
 def _(canvas, positions, *args, **kwargs):
     return canvas.new_empty(positions.shape, dtype=torch.bool)
 
 
-@torch.library.register_fake("dllm_kernels::unmask_")
+@register_fake("unmask_")
 def _(canvas, logits, *args, **kwargs):
     return canvas.new_empty(logits.shape[:2], dtype=torch.bool)

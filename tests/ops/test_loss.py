@@ -240,7 +240,7 @@ def test_special_logits_give_what_torch_gives():
 
 
 def test_small_float16_gradients_survive_until_they_are_scaled():
-    """A loss divided by its tokens has gradients below the range of float16; loss scaling comes afterwards."""
+    """Gradients of a loss divided by its tokens are below the range of float16; loss scaling comes later."""
     hidden, weight, _, targets, weights = random_batch((8,), 50, dtype=torch.float16)
     inputs = [t.requires_grad_() for t in (hidden, weight)]
     loss = linear_diffusion_cross_entropy(*inputs, targets, weights * 1e-9)
@@ -289,7 +289,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     loss = diffusion_cross_entropy(logits, targets, weights)
     results.append((loss.detach(), *torch.autograd.grad(loss, logits)))
 logits = 5 * torch.randn(6, 2500)
-results.append((*torch.ops.dllm_kernels.diffusion_cross_entropy_gradient_(logits, targets, weights, []), logits))
+gradient_ = torch.ops.dllm_kernels.diffusion_cross_entropy_gradient_
+results.append((*gradient_(logits, targets, weights, []), logits))
 torch.save(results, sys.argv[1])
 print(torch.ops.dllm_kernels.isa_active())
 """
