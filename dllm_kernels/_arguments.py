@@ -12,7 +12,7 @@ def integer(name: str, value: object, low: int | None = None, high: int = 2**31 
     try:
         if isinstance(value, bool):
             raise TypeError
-        number = operator.index(value)
+        number = value if isinstance(value, int) else operator.index(value)  # keeps traced sizes symbolic
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {kind(value)}") from None
     if number > high or (low is not None and number < low):

@@ -82,17 +82,16 @@ struct GroupProduct {
  private:
   void multiply(const Params& p, const Panel& panel, int depth, int steps, float* to, int64_t next_id,
                 int64_t next_depth, bool fetch) {
-    const Floats keep[kPanelVectors] = {broadcast(1.0f), broadcast(1.0f)};
-    const Floats* decay = depth == 0 ? nullptr : keep;
-    const float* columns = panel.data + static_cast<int64_t>(depth) * panel.width;
+    const Floats* keep = depth == 0 ? kOverwrite : kAccumulate;
+    const Right columns{panel.data + static_cast<int64_t>(depth) * panel.width, panel.width};
     if (panel.width == kLanes) {
-      gemm_tile<kGroup, 1>(weight, kWeightStride, 1, columns, to, steps, decay,
+      gemm_tile<kGroup, 1>({weight, kWeightStride, 1}, columns, {to, kLanes}, steps, keep,
                            FetchRows(p, next_id, next_depth, fetch ? kGroup : 0));
       return;
     }
     for (int m = 0; m < kGroup; m += kTileRows)
-      gemm_tile(weight + m * kWeightStride, kWeightStride, 1, columns, to + m * kPanel, steps, decay,
-                FetchRows(p, next_id + m, next_depth, fetch ? kTileRows : 0));
+      gemm_tile({weight + m * kWeightStride, kWeightStride, 1}, columns, {to + m * kPanel, kPanel}, steps,
+                keep, FetchRows(p, next_id + m, next_depth, fetch ? kTileRows : 0));
   }
 };
 

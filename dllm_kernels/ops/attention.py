@@ -86,10 +86,13 @@ def _scale(q: Tensor, scale: float | None) -> float:
 
 
 # ---- fake kernels: shapes, dtypes and strides of what the compiled operators return ------------------
+def _empty_heads(like: Tensor) -> Tensor:
+    batch, heads, length, dim = like.shape
+    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
 def _empty_output(q: Tensor) -> tuple[Tensor, Tensor]:
-    batch, heads, length, dim = q.shape
-    out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
-    return out, q.new_empty(batch, heads, length, dtype=torch.float32)
+    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @register_fake("block_attention")
@@ -102,17 +105,18 @@ def _(q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths
     return _empty_output(q)
 
 
-# ---- autograd -----------------------------------------------------------------------------------------
 @torch.library.register_fake("dllm_kernels::block_attention_backward")
 def _(grad_out, grad_lse, q, k, v, out, lse, spans, scale):
-    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+    return tuple(map(_empty_heads, (q, k, v)))
 
 
-@torch.library.impl("dllm_kernels::block_attention_backward", "CompositeExplicitAutograd")
+@torch.library.impl("dllm_kernels::block_attention_backward", "CUDA")
 def _(grad_out, grad_lse, q, k, v, out, lse, spans, scale):
-    return reference.block_attention_backward(grad_out, grad_lse, q, k, v, out, lse, spans, scale)
+    grads = reference.block_attention_backward(grad_out, grad_lse, q, k, v, out, lse, spans, scale)
+    return tuple(_empty_heads(grad).copy_(grad) for grad in grads)
 
 
+# ---- autograd -----------------------------------------------------------------------------------------
 def _save_for_backward(ctx, inputs, output):
     q, k, v, spans, scale = inputs
     ctx.save_for_backward(q, k, v, spans, *output)
