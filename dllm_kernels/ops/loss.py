@@ -123,10 +123,11 @@ def _backward(ctx, grad_loss, *_):
 
 
 def _save_gradients(ctx, inputs, output):
-    hidden, _, _, weights, _, _, ctx.needs_grad = inputs
+    hidden, _, _, weights, *_ = inputs
     _, ce, *gradients = output
     ctx.mark_non_differentiable(ce, *gradients)
     ctx.save_for_backward(ce, *gradients)
+    ctx.set_materialize_grads(False)  # zeros for the outputs above would be as large as the head
     ctx.dtype, ctx.weights_dtype = hidden.dtype, weights.dtype
 
 
