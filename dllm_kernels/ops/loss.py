@@ -132,6 +132,8 @@ def _save_gradients(ctx, inputs, output):
 
 
 def _scale_gradients(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 7
     ce, *gradients = ctx.saved_tensors
     grad_hidden, grad_weight, grad_bias = (
         _scale(gradient, grad_loss).to(ctx.dtype) if ctx.needs_input_grad[index] else None
