@@ -9,7 +9,8 @@ from .._arguments import kind
 
 _ops = torch.ops.dllm_kernels
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MIN_CHUNK_ROWS = 256  # products of fewer rows are slower
+MIN_CHUNK_ROWS = 512  # products of fewer rows are slower
+CPU_BLOCK_IDS = 8192  # BLAS shares wider products of few rows out to threads unevenly
 
 
 @torch.library.impl("dllm_kernels::linear_diffusion_cross_entropy", "CompositeExplicitAutograd")
@@ -40,10 +41,7 @@ def linear_diffusion_cross_entropy(
     buffer = weight.new_empty(len(chunks[0]), len(weight))
     for rows in chunks:
         x, logits = states[rows].to(operands), buffer[: len(rows)]
-        if bias is None:
-            torch.mm(x, weight.T, out=logits)
-        else:
-            torch.addmm(bias, x, weight.T, out=logits)
+        _project(x, weight, bias, logits)
         of_rows = (logits, targets[rows], weights[rows], suppress_tokens)
         if any(needs_grad):
             loss_of_rows, ce_of_rows = _ops.diffusion_cross_entropy_gradient_(*of_rows)
@@ -77,6 +75,17 @@ def _chunk_rows(rows: int, weight: Tensor) -> int:
     """So many that their logits are as large as the hidden states of all `rows`."""
     vocabulary, size = weight.shape
     return max(MIN_CHUNK_ROWS, rows * size // vocabulary)
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
+    """logits = x · weightᵀ + bias."""
+    block = len(weight) if x.is_cuda else CPU_BLOCK_IDS
+    for first in range(0, len(weight), block):
+        ids = slice(first, first + block)
+        if bias is None:
+            torch.mm(x, weight[ids].T, out=logits[:, ids])
+        else:
+            torch.addmm(bias[ids], x, weight[ids].T, out=logits[:, ids])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

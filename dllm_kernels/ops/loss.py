@@ -123,14 +123,17 @@ def _backward(ctx, grad_loss, *_):
 
 
 def _save_gradients(ctx, inputs, output):
-    hidden, _, _, weights, _, _, ctx.needs_grad = inputs
+    hidden, _, _, weights, *_ = inputs
     _, ce, *gradients = output
     ctx.mark_non_differentiable(ce, *gradients)
     ctx.save_for_backward(ce, *gradients)
+    ctx.set_materialize_grads(False)  # zeros for the outputs above would be as large as the head
     ctx.dtype, ctx.weights_dtype = hidden.dtype, weights.dtype
 
 
 def _scale_gradients(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 7
     ce, *gradients = ctx.saved_tensors
     grad_hidden, grad_weight, grad_bias = (
         _scale(gradient, grad_loss).to(ctx.dtype) if ctx.needs_input_grad[index] else None

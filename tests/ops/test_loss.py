@@ -132,8 +132,9 @@ def test_the_projected_loss_equals_the_formula(data):
 
 def test_chunks_of_any_size_give_the_same_loss(monkeypatch):
     hidden, weight, bias, targets, weights = random_batch((3, 50), 130)
-    for rows in (1, 7, 64, 1000):
+    for rows, ids in ((1, 200), (7, 33), (64, 130), (1000, 1)):
         monkeypatch.setattr(_linear_loss, "MIN_CHUNK_ROWS", rows)
+        monkeypatch.setattr(_linear_loss, "CPU_BLOCK_IDS", ids)
         check_linear_loss(hidden, weight, bias, targets, weights)
 
 
@@ -150,6 +151,7 @@ def test_logits_exist_for_one_chunk_of_rows_only(monkeypatch):
             return kernel(logits, *rest)
 
     monkeypatch.setattr(_linear_loss, "_ops", Recording())
+    monkeypatch.setattr(_linear_loss, "MIN_CHUNK_ROWS", 250)
     hidden, weight, _, targets, weights = random_batch((1000,), 40, size=4, zeros=0.0)
     linear_diffusion_cross_entropy(hidden.requires_grad_(), weight, targets, weights)
     assert sizes == [250] * 4
