@@ -117,7 +117,7 @@ void add_chunk(PartState<Real>& part, const TokenStatsParams& p, int64_t visited
     const int64_t row = p.row(visited);
     const int32_t row_id[3] = {0, static_cast<int32_t>(row), 0};
     const int32_t* noise_id = p.noise_ids ? p.noise_ids + 3 * row : row_id;
-    if (p.temperature > 0) add_gumbel_noise(p.seed, noise_id, p.temperature, first, count, x, scores);
+    if (p.temperature > 0) add_gumbel_noise(p.seed, noise_id, p.temperature, first, whole, x, scores);
     else memcpy(scores, x, sizeof(float) * whole);
     unproposed.bar(scores, first);
     propose(state, scores, top_two(scores, whole).first, first);

@@ -136,19 +136,11 @@ def _scale_gradients(ctx, grad_loss, *_):
         return (None,) * 7
     ce, *gradients = ctx.saved_tensors
     grad_hidden, grad_weight, grad_bias = (
-        _scale(gradient, grad_loss).to(ctx.dtype) if ctx.needs_input_grad[index] else None
+        (grad_loss * gradient).to(ctx.dtype) if ctx.needs_input_grad[index] else None
         for index, gradient in zip((0, 1, 4), gradients, strict=True)
     )
     grad_weights = (grad_loss * ce).to(ctx.weights_dtype) if ctx.needs_input_grad[3] else None
     return grad_hidden, grad_weight, None, grad_weights, grad_bias, None, None
-
-
-def _scale(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient · factor; in place, since a head's gradient is large, where no second backward can follow."""
-    traced = type(gradient) is not Tensor
-    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
-        return gradient * factor
-    return gradient.mul_(factor)
 
 
 torch.library.register_autograd(

@@ -144,10 +144,12 @@ def test_the_number_of_threads_changes_nothing():
 SAVE_RESULTS = """
 import sys, torch, dllm_kernels as dk
 generator = torch.Generator().manual_seed(0)
-hidden, weight = (torch.randn(n, 200, generator=generator) / 4 for n in (37, 5000))
 results = []
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    results.append([*dk.linear_token_stats(hidden, weight.to(dtype))[:5]])
+for vocabulary in (1, 90, 5000):
+    hidden, weight = (torch.randn(n, 200, generator=generator) / 4 for n in (37, vocabulary))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for temperature in (0.0, 0.9):
+            results.append([*dk.linear_token_stats(hidden, weight.to(dtype), temperature=temperature)[:5]])
 torch.save(results, sys.argv[1])
 """
 

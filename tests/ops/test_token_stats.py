@@ -224,11 +224,13 @@ def test_the_number_of_threads_changes_nothing():
 
 SAVE_RESULTS = """
 import sys, torch, dllm_kernels as dk
-logits = torch.randn(4, 70_001, generator=torch.Generator().manual_seed(0))
+generator = torch.Generator().manual_seed(0)
 results = []
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for options in ({}, {"temperature": 0.9}, {"confidence_temperature": 0.7, "top_p": 0.9}):
-        results.append([*dk.token_stats(logits.to(dtype), **options)[:5]])
+for vocabulary in (1, 7, 33, 90, 513, 70_001):
+    logits = torch.randn(4, vocabulary, generator=generator)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for options in ({}, {"temperature": 0.9}, {"confidence_temperature": 0.7, "top_p": 0.9}):
+            results.append([*dk.token_stats(logits.to(dtype), **options)[:5]])
 torch.save(results, sys.argv[1])
 """
 
