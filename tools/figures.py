@@ -3,8 +3,9 @@
     python tools/figures.py           rewrite README.md and docs/*.md
     python tools/figures.py --check   say which pages are out of date, exit 1 if any is
 
-NAME `cpu` is the benchmark results of that device (benchmarks/results/cpu.json), `tiny-python` the
-evaluation of the embedded model (its evaluation.json). Nobody types a figure into a page.
+NAME `cpu` is the benchmark results of that device (benchmarks/results/cpu.json), `cpu-headlines` a few of
+them, `tiny-python` the evaluation of the embedded model (its evaluation.json). Nobody types a figure into a
+page.
 """
 
 import json
@@ -23,6 +24,28 @@ SECTION = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def render(page: str) -> str:
     """The page with every section filled from the results."""
     return SECTION.sub(lambda match: match[1] + SECTIONS[match[2]]() + match[3], page)
+
+
+HEADLINES = {
+    ("attention", "block_attention_bd3lm[1024]"): "attention, BD3LM training mask, 1024 tokens",
+    ("attention", "block_attention_bd3lm_with_gradients[1024]"): "the same with gradients",
+    ("cached_attention", "cached_block_attention[4096]"): "a block of 32 over 4096 cached tokens",
+    ("token_stats", "token_stats_greedy[float32]"): "token and confidence of 32 rows, greedy",
+    ("token_stats", "token_stats_sampled"): "the same at temperature 1",
+    ("linear_token_stats", "linear_token_stats[32]"): "the same from hidden states, greedy",
+    ("loss", "linear_loss"): "projected loss with gradients, half masked",
+}
+
+
+def cpu_headlines() -> str:
+    """The comparisons of HEADLINES, without machine: the page that is linked names it."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    lines = ["| on a CPU | ours | how many times as fast |", "|---|---|---|"]
+    for (suite, case), what in HEADLINES.items():
+        figures = results[suite]["cases"][case]
+        times = (f"{other['speedup']['median']:.1f}× {name}" for name, other in figures["baselines"].items())
+        lines.append(f"| {what} | {figures['ours_seconds']['median'] * 1e3:.3g} ms | {', '.join(times)} |")
+    return "\n".join([*lines, ""])
 
 
 def cpu_table() -> str:
@@ -93,7 +116,7 @@ def _machine(machine: dict) -> str:
     )
 
 
-SECTIONS = {"cpu": cpu_table, "tiny-python": tiny_python}
+SECTIONS = {"cpu": cpu_table, "cpu-headlines": cpu_headlines, "tiny-python": tiny_python}
 
 
 def main(check: bool) -> int:
