@@ -1,0 +1,102 @@
+"""Weights between safetensors files and a model, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dllm_kernels.models.layouts import Layout
+
+WEIGHTS = "model.safetensors"
+INDEX = WEIGHTS + ".index.json"
+
+
+def read_weights(
+    model: torch.nn.Module, folder: Path, layout: Layout | None = None, unread: tuple[str, ...] = ()
+) -> None:
+    """Fill every weight of `model` from the checkpoint in `folder`.
+
+    A weight that is missing, left over or of another shape is an error. unread: the beginnings of names that
+    may stay in the file. Besides the model only pages of the file that is being read are in memory.
+    """
+    state = model.state_dict()
+    layout = layout or Layout(type(model).__name__)
+    patterns = (*map(re.escape, unread), *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
+    filled: dict[int, str] = {}
+    missing, unexpected, mismatched = [], [], []
+    for name, shape, read in _tensors(folder):
+        parts = layout.stock_names(name)
+        if not all(part in state for part in parts):
+            if not any(re.search(pattern, name) for pattern in patterns):
+                unexpected.append(name)
+            continue
+        targets = [state[part] for part in parts]
+        needed = list(targets[0].shape)
+        if len(parts) > 1:
+            needed[0] = sum(len(target) for target in targets)
+        if shape != needed:
+            mismatched.append(f"{name} is {shape}, not {needed}")
+            continue
+        sources = read().split([len(target) for target in targets]) if len(parts) > 1 else [read()]
+        for part, target, source in zip(parts, targets, sources, strict=True):
+            twin = filled.setdefault(target.data_ptr(), part)
+            if twin != part and not torch.equal(target, source.to(target)):
+                mismatched.append(f"{part} differs from {twin}, to which config.json ties it")
+            target.copy_(source)
+    missing = [name for name, tensor in state.items() if tensor.data_ptr() not in filled]
+    kinds = {"missing": missing, "unexpected": unexpected, "mismatched": mismatched}
+    if wrong := {kind: sorted(names) for kind, names in kinds.items() if names}:
+        raise ValueError(f"the weights of {str(folder)!r} do not fit {type(model).__name__}: {wrong}")
+
+
+def write_weights(model: torch.nn.Module, folder: Path, layout: Layout, max_shard_size: str) -> None:
+    """The weights of `model` under the layout's names; of tied weights the first one alone."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    weights: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            weights[layout.own_name(name)] = tensor.contiguous()
+            seen.add(tensor.data_ptr())
+    plan = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: weights[name] for name in names}, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, list[int], Callable[[], Tensor]]]:
+    """Name, shape and reader of every tensor of a checkpoint, one file open at a time."""
+    for path, indexed in _files(folder).items():
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = set(file.keys())
+                if lacking := sorted(indexed - names):
+                    raise ValueError(f"{path} lacks {lacking[0]}, which {INDEX} says it holds")
+                for name in sorted(names):
+                    yield name, file.get_slice(name).get_shape(), lambda name=name: file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no whole safetensors file: {error}") from None
+
+
+def _files(folder: Path) -> dict[Path, set[str]]:
+    """The files that hold the weights, each with the names the index gives it (none: no index)."""
+    if not (folder / INDEX).is_file():
+        if not (folder / WEIGHTS).is_file():
+            raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; other formats are not read")
+        return {folder / WEIGHTS: set()}
+    files: dict[Path, set[str]] = {}
+    for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items():
+        if Path(file).name != file or not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / INDEX} names {file!r}, which is not in the folder")
+        files.setdefault(folder / file, set()).add(name)
+    return files
