@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from dllm_kernels.models.families import ATTENTION, FAMILIES, Family, diffusion_entry, family_of, token_ids
+from dllm_kernels.models.families import FAMILIES, Family, diffusion_entry, family_of, token_ids
 from dllm_kernels.models.weights import read_weights, write_weights
 
 EMBEDDED = {"tiny-python": Path(__file__).parents[1] / "assets" / "tiny-python"}
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
 
 def load(name: str | Path, device=None, dtype: torch.dtype | None = None, attention: str | None = None):
     """(model, tokenizer) of a checkpoint; the tokenizer is None when the checkpoint has none.
@@ -40,20 +41,21 @@ def load(name: str | Path, device=None, dtype: torch.dtype | None = None, attent
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     tokenizer = _tokenizer(folder, config, family)
-    if tokenizer is not None and getattr(config, "mask_token_id", None) is None:
-        config.mask_token_id = tokenizer.mask_token_id
+    _agree_on_mask(folder, config, tokenizer)
     config.eos_token_id = _end_tokens(folder, config, tokenizer, family)
     model = _empty_model(config, family, device, dtype)
     read_weights(model, folder, layout, family.other_heads)
     return model.eval(), tokenizer
 
 
-def save(model, tokenizer, folder: str | Path, layout: str | None = None, max_shard_size: str = "5GB") -> None:
+def save(
+    model, tokenizer, folder: str | Path, layout: str | None = None, max_shard_size: str = "5GB"
+) -> None:
     """Write a model, and a tokenizer if there is one, as a checkpoint that `dk.load` reads.
 
     layout: None writes a stock transformers checkpoint; the name of a family (a model_type in `FAMILIES`) its
-    config.json and weight names, for the family's own code. Everything is written beside `folder` and moved when
-    it is complete: a checkpoint that was there is replaced, other files stay.
+    config.json and weight names, for the family's own code. Everything is written beside `folder` and moved
+    when it is complete: a checkpoint that was there is replaced, other files stay.
     """
     from transformers.utils import logging
 
@@ -75,8 +77,8 @@ def save(model, tokenizer, folder: str | Path, layout: str | None = None, max_sh
 # ---- config.json -------------------------------------------------------------------------------------------
 # What it says of files and software, not of the model.
 _NOT_OF_THE_MODEL = {
-    "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path", "dtype", "torch_dtype",
-    "attn_implementation", "_attn_implementation",
+    "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path", "dtype",
+    "torch_dtype", "attn_implementation", "_attn_implementation",
 }  # fmt: skip
 
 
@@ -115,21 +117,24 @@ def _pick_attention(config, model_type: str, attention: str | None) -> None:
 
 
 def _own_entries(config, name: str) -> dict | None:
-    """The config.json of a model in a family's own layout; None where that is the stock one."""
-    fitting = [name for name, family in FAMILIES.items() if family.architecture == config.model_type]
+    """The config.json of a model in a family's own layout; None where that is the stock one.
+
+    Read back it must give the same config: what the layout has no word for is refused.
+    """
+    architecture = config.model_type
+    fitting = [name for name, family in FAMILIES.items() if family.architecture == architecture]
     if name not in fitting:
-        raise ValueError(f"layout is {name!r}; a {config.model_type} model can be written as {', '.join(fitting)}")
+        raise ValueError(f"layout is {name!r}; a {architecture} model can be written as {', '.join(fitting)}")
     family = FAMILIES[name]
-    entry = diffusion_entry(config, family)
-    if entry["shift"] != family.shift or not set(entry["attention"][:1]) <= set(family.attention or ATTENTION):
-        raise ValueError(
-            f"layout {name!r} means attention {' or '.join(family.attention)} with shift={family.shift}; this "
-            f"model has {entry['attention'][0]} with shift={entry['shift']}"
-        )
     if not family.layouts:
         return None
-    layout = family.layouts[0]
-    ends = token_ids(config.eos_token_id)
+    entry = diffusion_entry(config, family)
+    if entry["shift"] != family.shift or entry["attention"][0] not in family.attention:
+        raise ValueError(
+            f"layout {name!r} means attention {' or '.join(family.attention)} and shift={family.shift}; this "
+            f"model has {entry['attention'][0]} and shift={entry['shift']}"
+        )
+    layout, ends = family.layouts[0], token_ids(config.eos_token_id)
     stock = {**config.to_diff_dict(), "eos_token_id": ends[0] if ends else None}
     entries = layout.own_entries({key: stock[key] for key in stock.keys() - _NOT_OF_THE_MODEL})
     entries = {"model_type": name, "architectures": [layout.model_class], **dict(sorted(entries.items()))}
@@ -138,6 +143,14 @@ def _own_entries(config, name: str) -> dict | None:
     if lost := sorted(key for key in kept if again[key] != expected[key]):
         raise ValueError(f"layout {name!r} cannot say {', '.join(f'{key}={expected[key]}' for key in lost)}")
     return entries
+
+
+def _agree_on_mask(folder: Path, config, tokenizer) -> None:
+    """Take the mask token from the tokenizer where the config has none; refuse two of them."""
+    mask, own = getattr(config, "mask_token_id", None), getattr(tokenizer, "mask_token_id", None)
+    if None not in (mask, own) and mask != own:
+        raise ValueError(f"{folder}: mask_token_id is {mask} in config.json and {own} in the tokenizer")
+    config.mask_token_id = own if mask is None else mask
 
 
 def _end_tokens(folder: Path, config, tokenizer, family: Family) -> int | list[int] | None:
@@ -189,7 +202,7 @@ def _written_beside(folder: Path) -> Iterator[Path]:
         files = sorted(file.relative_to(beside) for file in beside.rglob("*") if file.is_file())
         for file in files:
             (beside / file).chmod(beside.stat().st_mode & 0o666)  # safetensors leaves 0600
-        if not folder.exists() or not any(folder.iterdir()):
+        if not folder.exists():
             beside.replace(folder)
             return
         for file in files:

@@ -26,8 +26,8 @@ class Family:
     attention: the kinds it was trained for, the default first; (): its "diffusion" entry must say.
     shift: whether the prediction for position i comes from the output at i-1.
     masked_lm: whether it runs as a masked-LM model, not as a causal LM.
-    head: what turns hidden states into logits, in turn: modules of the model and names of activations, the last
-    one linear; (): the model's output embeddings, once they are seen to give the model's own logits.
+    head: what turns hidden states into logits, in turn: modules of the model and names of activations, the
+    last one linear; (): the model's output embeddings, if they are seen to give the model's own logits.
     padding_first: whether positions count from padding token + 1, as in RoBERTa.
     layouts: how its checkpoints are written where that is not the stock way; the first is written.
     other_heads: the beginnings of names of weights that its checkpoints hold and masked-LM models do not.
@@ -207,7 +207,7 @@ def _output_embeddings(model):
     plain = len(seen) == 3 and torch.equal(seen["given"], seen["hidden"])
     if not plain or not torch.equal(seen["output"].to(logits.dtype), logits):
         raise ValueError(
-            f"the logits of {type(model).__name__} are not its hidden states times its output embeddings alone. "
+            f"the logits of {type(model).__name__} are more than hidden states times output embeddings. "
             "Sample it as a function of its ids, with the attention that it was trained for: "
             'dk.sample(lambda ids: model(ids).logits, ..., cache="none")'
         )

@@ -1,4 +1,4 @@
-"""How model lines write their checkpoints where transformers writes them otherwise: config.json, weight names.
+"""How model lines write their checkpoints where transformers does otherwise: config.json, weight names.
 
 A layout is data, read in both directions; no code of a line is needed to load or save in it.
 """
@@ -17,11 +17,11 @@ class Layout:
     """One way to write a checkpoint that a stock architecture runs.
 
     model_class: what config.json calls its architecture.
-    weights: names of weights -> stock names, `{}` for the layer's number. Several stock names: the tensor holds
-    them one after the other along its first dimension. A name that is not listed is the stock name.
+    weights: names of weights -> stock names, `{}` for the layer's number. Several stock names: the tensor
+    holds them one after the other along its first dimension. A name that is not listed is the stock name.
     renamed: names of config.json's entries -> names in the stock config; None: all are the same.
-    needs: entries -> the values that the stock architecture can run; the first is written, None may be absent.
-    sizes: stock entries that take more than a renaming, from config.json's entries.
+    needs: entries -> the values that the stock architecture can run, None: the entry may be absent; the first
+    is written. sizes: stock entries that take more than a renaming, from config.json's entries.
     diffusion: entries -> their names in our "diffusion" entry.
     """
 

@@ -30,7 +30,7 @@ def read_weights(
     layout = layout or Layout(type(model).__name__)
     patterns = (*map(re.escape, unread), *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
     filled: dict[int, str] = {}
-    missing, unexpected, mismatched = [], [], []
+    unexpected, mismatched = [], []
     for name, shape, read in _tensors(folder):
         parts = layout.stock_names(name)
         if not all(part in state for part in parts):
@@ -44,16 +44,24 @@ def read_weights(
         if shape != needed:
             mismatched.append(f"{name} is {shape}, not {needed}")
             continue
-        sources = read().split([len(target) for target in targets]) if len(parts) > 1 else [read()]
-        for part, target, source in zip(parts, targets, sources, strict=True):
+        for part, target in zip(parts, targets, strict=True):
             twin = filled.setdefault(target.data_ptr(), part)
-            if twin != part and not torch.equal(target, source.to(target)):
+            if twin != part and not torch.equal(target, read().to(target)):
                 mismatched.append(f"{part} differs from {twin}, to which config.json ties it")
-            target.copy_(source)
+        _copy(read(), targets)
     missing = [name for name, tensor in state.items() if tensor.data_ptr() not in filled]
     kinds = {"missing": missing, "unexpected": unexpected, "mismatched": mismatched}
     if wrong := {kind: sorted(names) for kind, names in kinds.items() if names}:
         raise ValueError(f"the weights of {str(folder)!r} do not fit {type(model).__name__}: {wrong}")
+
+
+def _copy(source: Tensor, targets: list[Tensor]) -> None:
+    """Fill `targets` with what `source` holds one after the other; no part of the file outlives the call."""
+    if len(targets) == 1:
+        targets[0].copy_(source)
+        return
+    for target, part in zip(targets, source.split([len(target) for target in targets]), strict=True):
+        target.copy_(part)
 
 
 def write_weights(model: torch.nn.Module, folder: Path, layout: Layout, max_shard_size: str) -> None:
@@ -92,7 +100,7 @@ def _files(folder: Path) -> dict[Path, set[str]]:
     """The files that hold the weights, each with the names the index gives it (none: no index)."""
     if not (folder / INDEX).is_file():
         if not (folder / WEIGHTS).is_file():
-            raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}; other formats are not read")
+            raise FileNotFoundError(f"{folder} holds no {WEIGHTS} and no {INDEX}; other formats are not read")
         return {folder / WEIGHTS: set()}
     files: dict[Path, set[str]] = {}
     for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items():
