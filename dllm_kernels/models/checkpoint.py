@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dllm_kernels.models.families import FAMILIES, Family, diffusion_entry, family_of, token_ids
-from dllm_kernels.models.weights import read_weights, write_weights
+from dllm_kernels.models.weights import read_json, read_weights, write_json, write_weights
 
 EMBEDDED = {"tiny-python": Path(__file__).parents[1] / "assets" / "tiny-python"}
 
@@ -33,7 +32,7 @@ def load(name: str | Path, device=None, dtype: torch.dtype | None = None, attent
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    entries = _read_json(folder / "config.json")
+    entries = read_json(folder / "config.json")
     try:
         family = family_of(entries.get("model_type"))
         config, layout = _config(entries, family)
@@ -65,10 +64,10 @@ def save(
             model.save_pretrained(beside, max_shard_size=max_shard_size)
         else:
             entries["torch_dtype"] = str(model.dtype).removeprefix("torch.")
-            _write_json(beside / "config.json", entries)
+            write_json(beside / "config.json", entries)
             special = {key: entries.get(key) for key in ("bos_token_id", "pad_token_id", "mask_token_id")}
             ends = list(token_ids(model.config.eos_token_id)) or None
-            _write_json(beside / "generation_config.json", {**special, "eos_token_id": ends})
+            write_json(beside / "generation_config.json", {**special, "eos_token_id": ends})
             write_weights(model, beside, FAMILIES[layout].layouts[0], max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
@@ -85,6 +84,7 @@ _NOT_OF_THE_MODEL = {
 def _config(entries: dict, family: Family):
     """The stock transformers config, its "diffusion" entry complete, and the layout of the weights."""
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     if entries.get("quantization_config"):
         raise ValueError("config.json has a quantization_config; quantized weights are not read")
@@ -96,7 +96,10 @@ def _config(entries: dict, family: Family):
             raise ValueError(f"transformers' {family.architecture} does not run this config.json: {misfits}")
         entries = layout.stock_entries(entries)
     entries = {key: value for key, value in entries.items() if key not in _NOT_OF_THE_MODEL}
-    config = transformers.CONFIG_MAPPING[family.architecture].from_dict(entries)
+    try:
+        config = transformers.CONFIG_MAPPING[family.architecture].from_dict(entries)
+    except StrictDataclassError as error:
+        raise ValueError(f"config.json: {error}") from None
     config.diffusion = diffusion_entry(config, family)
     return config, layout
 
@@ -156,7 +159,7 @@ def _agree_on_mask(folder: Path, config, tokenizer) -> None:
 def _end_tokens(folder: Path, config, tokenizer, family: Family) -> int | list[int] | None:
     """All that ends a text: the config's, generation_config.json's and the family's end tokens."""
     generation = folder / "generation_config.json"
-    named = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+    named = read_json(generation).get("eos_token_id") if generation.is_file() else None
     ends = [*token_ids(config.eos_token_id), *token_ids(named)]
     if tokenizer is not None:
         vocabulary = tokenizer.get_vocab()
@@ -224,17 +227,6 @@ def _quiet(logging):
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-
-
-def _write_json(path: Path, entries: dict) -> None:
-    path.write_text(json.dumps(entries, indent=2) + "\n")
 
 
 def _folder(name: str | Path) -> Path:

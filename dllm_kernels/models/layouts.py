@@ -20,21 +20,25 @@ class Layout:
     weights: names of weights -> stock names, `{}` for the layer's number. Several stock names: the tensor
     holds them one after the other along its first dimension. A name that is not listed is the stock name.
     renamed: names of config.json's entries -> names in the stock config; None: all are the same.
+    required: entries that must be there.
     needs: entries -> the values that the stock architecture can run, None: the entry may be absent; the first
-    is written. sizes: stock entries that take more than a renaming, from config.json's entries.
+    is written.
+    sizes: stock entries that take more than a renaming, from config.json's entries.
     diffusion: entries -> their names in our "diffusion" entry.
     """
 
     model_class: str
     weights: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     renamed: Mapping[str, str] | None = None
+    required: tuple[str, ...] = ()
     needs: Mapping[str, tuple] = field(default_factory=dict)
     sizes: Callable[[dict], dict] = lambda entries: {}
     diffusion: Mapping[str, str] = field(default_factory=dict)
 
     def misfits(self, entries: dict) -> list[str]:
         """The entries of a config.json that keep its weights from being read, with what is allowed."""
-        return [
+        absent = [f"{key} is absent" for key in self.required if entries.get(key) is None]
+        return absent + [
             f"{key} is {entries.get(key)!r} (allowed: {', '.join(map(repr, values))})"
             for key, values in self.needs.items()
             if entries.get(key) not in values
@@ -101,7 +105,7 @@ _SHARED = (
 # ---- LLaDA: blocks as in Llama, or with the projections of a block fused -------------------------------
 def _llada_sizes(entries: dict) -> dict:
     heads, fused = entries["n_heads"], entries["activation_type"] == "swiglu"
-    inner = entries.get("mlp_hidden_size") or entries["mlp_ratio"] * entries["d_model"]
+    inner = entries.get("mlp_hidden_size") or entries.get("mlp_ratio", 4) * entries["d_model"]
     shared_head = 1 if entries.get("multi_query_attention") else heads
     return {
         "vocab_size": entries.get("embedding_size") or entries["vocab_size"],
@@ -123,6 +127,10 @@ _LLADA_CONFIG = {
     "weight_tying": "tie_word_embeddings",
     "init_std": "initializer_range",
 }
+_LLADA_REQUIRED = (
+    "d_model", "n_layers", "n_heads", "vocab_size", "activation_type", "max_sequence_length", "rms_norm_eps",
+    "rope_theta",
+)  # fmt: skip
 _LLADA_NEEDS = {
     "rope": (True,),
     "layer_norm_type": ("rms",),
@@ -159,6 +167,7 @@ LLADA = Layout(
         f"{_BLOCK}.up_proj.weight": f"{_STOCK}.mlp.up_proj.weight",
     },
     renamed=_LLADA_CONFIG,
+    required=_LLADA_REQUIRED,
     needs={"block_type": ("llama",), "activation_type": ("silu", "gelu", "relu"), **_LLADA_NEEDS},
     sizes=_llada_sizes,
 )
@@ -170,6 +179,7 @@ LLADA_FUSED = Layout(
         f"{_BLOCK}.ff_proj.weight": (f"{_STOCK}.mlp.up_proj.weight", f"{_STOCK}.mlp.gate_proj.weight"),
     },
     renamed=_LLADA_CONFIG,
+    required=_LLADA_REQUIRED,
     needs={"block_type": ("sequential",), "activation_type": ("swiglu",), **_LLADA_NEEDS},
     sizes=_llada_sizes,
 )

@@ -1,4 +1,4 @@
-"""Weights between safetensors files and a model, one tensor at a time."""
+"""A checkpoint's files: weights, read into a model one tensor at a time, and JSON."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def read_weights(
             needed[0] = sum(len(target) for target in targets)
         if shape != needed:
             mismatched.append(f"{name} is {shape}, not {needed}")
+            filled |= {target.data_ptr(): name for target in targets}
             continue
         for part, target in zip(parts, targets, strict=True):
             twin = filled.setdefault(target.data_ptr(), part)
@@ -64,6 +65,21 @@ def _copy(source: Tensor, targets: list[Tensor]) -> None:
         target.copy_(part)
 
 
+def read_json(path: Path) -> dict:
+    """The entries of a checkpoint's JSON file."""
+    try:
+        entries = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} holds a {type(entries).__name__}, not entries by name")
+    return entries
+
+
+def write_json(path: Path, entries: dict) -> None:
+    path.write_text(json.dumps(entries, indent=2) + "\n")
+
+
 def write_weights(model: torch.nn.Module, folder: Path, layout: Layout, max_shard_size: str) -> None:
     """The weights of `model` under the layout's names; of tied weights the first one alone."""
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -79,7 +95,7 @@ def write_weights(model: torch.nn.Module, folder: Path, layout: Layout, max_shar
         save_file({name: weights[name] for name in names}, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_json(folder / INDEX, index)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, list[int], Callable[[], Tensor]]]:
@@ -103,7 +119,7 @@ def _files(folder: Path) -> dict[Path, set[str]]:
             raise FileNotFoundError(f"{folder} holds no {WEIGHTS} and no {INDEX}; other formats are not read")
         return {folder / WEIGHTS: set()}
     files: dict[Path, set[str]] = {}
-    for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items():
+    for name, file in read_json(folder / INDEX).get("weight_map", {}).items():
         if Path(file).name != file or not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / INDEX} names {file!r}, which is not in the folder")
         files.setdefault(folder / file, set()).add(name)

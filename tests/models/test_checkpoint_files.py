@@ -133,9 +133,14 @@ def test_what_is_not_read(tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match="other formats are not read"):
         dk.load(folder, device="cpu")
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is no JSON"):
-        dk.load(folder, device="cpu")
+    for text, reason in (
+        ("{", "config.json is no JSON"),
+        ("[]", "config.json holds a list"),
+        (json.dumps({**LLADA.config, "n_layers": "two"}), "config.json: .*num_hidden_layers"),
+    ):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            dk.load(folder, device="cpu")
 
 
 # ---- saving --------------------------------------------------------------------------------------------

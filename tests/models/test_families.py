@@ -229,6 +229,13 @@ def test_llada_settings_that_llama_cannot_run(tmp_path, changes):
         dk.load(PUBLISHED["llada"].write(tmp_path, **changes), device="cpu")
 
 
+def test_llada_entries_that_are_not_there(tmp_path):
+    folder = PUBLISHED["llada"].write(tmp_path)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llada"}))
+    with pytest.raises(ValueError, match="d_model is absent; n_layers is absent; n_heads is absent"):
+        dk.load(folder)
+
+
 # ---- masked-LM models ---------------------------------------------------------------------------------
 def test_a_masked_lm_model_samples_as_a_function_of_its_ids_does(encoder, tmp_path):
     encoder.save_pretrained(tmp_path)
@@ -283,6 +290,9 @@ def test_bert_under_the_names_of_its_first_release(tmp_path):
     model, _ = dk.load(tmp_path, device="cpu")
     expected = pretraining(IDS).prediction_logits
     torch.testing.assert_close(model(IDS).logits, expected)
+    dk.save(model, None, tmp_path / "own", layout="bert")
+    other_heads = {name for name in weights if "pooler" in name or "seq_relationship" in name}
+    assert load_file(tmp_path / "own" / "model.safetensors").keys() == weights.keys() - other_heads
     with pytest.raises(ValueError, match="BertModel, without a head; load it with AutoModelForMaskedLM"):
         dk.sample(model.bert, [[1]])
 
