@@ -57,6 +57,52 @@ def gumbel_statistics(logits: Tensor, temperature: float) -> tuple[Tensor, Tenso
     return token, probabilities.gather(-1, token[:, None])[:, 0]
 
 
+def filtered_statistics(logits: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
+    """Token and its probability after top-p and top-k by sorting, as Dream's sampler takes them."""
+    ordered, ids = logits.sort(dim=-1, descending=True)
+    cumulated = F.softmax(ordered, dim=-1).cumsum(dim=-1)
+    removed = F.pad(cumulated[:, :-1] > top_p, (1, 0))
+    logits = logits.masked_fill(removed.scatter(-1, ids, removed), -math.inf)
+    logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    probability, token = F.softmax(logits, dim=-1).max(dim=-1)
+    return token, probability
+
+
 def projected_statistics(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """softmax_statistics of a vocabulary projection."""
     return softmax_statistics(F.linear(hidden, weight))
+
+
+def cross_entropy_gradients(
+    logits: Tensor, targets: Tensor, weights: Tensor, *inputs: Tensor
+) -> tuple[Tensor, ...]:
+    """Σ weights · CE over all rows, and its gradients by `inputs` (default: logits)."""
+    loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+    return loss, *torch.autograd.grad(loss, inputs or logits)
+
+
+def projected_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor
+) -> tuple[Tensor, ...]:
+    """The same of logits = hidden · weightᵀ, with the gradients of hidden and weight."""
+    return cross_entropy_gradients(F.linear(hidden, weight), targets, weights, hidden, weight)
+
+
+def compacted_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor
+) -> tuple[Tensor, ...]:
+    """The same over rows of weight other than 0 only."""
+    kept = weights.nonzero()[:, 0]
+    logits = F.linear(hidden[kept], weight)
+    return cross_entropy_gradients(logits, targets[kept], weights[kept], hidden, weight)
+
+
+def liger_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor
+) -> tuple[Tensor, ...]:
+    """Liger's fused loss, which takes weights of 0 and 1 only."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    targets = targets.masked_fill(weights == 0, -100)
+    loss = liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="sum")
+    return loss, *torch.autograd.grad(loss, (hidden, weight))

@@ -25,13 +25,14 @@ def sampled(x):
     return stats.token, stats.prob
 
 
-def test_token_stats_greedy(compare, pick):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_token_stats_greedy(compare, pick, dtype):
     rows, vocabulary = pick(32, 4), pick(VOCABULARY, 1000)
     compare(
         greedy,
         {"softmax, argmax, gather": baselines.softmax_statistics},
-        inputs=logits(rows, vocabulary),
-        bytes=4 * rows * vocabulary,
+        inputs=logits(rows, vocabulary, dtype=dtype),
+        bytes=dtype.itemsize * rows * vocabulary,
         tolerance={"atol": 1e-5, "rtol": 1e-4},
     )
 
@@ -43,6 +44,18 @@ def test_token_stats_sampled(compare, pick):
         {"float64 Gumbel": lambda x: baselines.gumbel_statistics(x, 1.0)},
         inputs=logits(rows, vocabulary),
         bytes=4 * rows * vocabulary,
+    )
+
+
+def test_token_stats_filtered(compare, pick):
+    rows, vocabulary = pick(32, 4), pick(VOCABULARY, 1000)
+    top_p, top_k = 0.95, 50
+    compare(
+        lambda x: dk.token_stats(x, top_p=top_p, top_k=top_k)[:2],
+        {"sort, softmax, max": lambda x: baselines.filtered_statistics(x, top_p, top_k)},
+        inputs=logits(rows, vocabulary),
+        bytes=4 * rows * vocabulary,
+        tolerance={"atol": 1e-5, "rtol": 1e-4},
     )
 
 

@@ -105,8 +105,8 @@ DLLM_HOST_DEVICE bool drawn_by_time(const Rule& rule, const DrawId& id) {
   return id.word(kUnmaskDraw) + 0.5 < probability * 0x1p32;
 }
 
-// The counter of a masked position: steps in a row whose divergence lay below the rule's bound. NaN, as of
-// a first step, does not.
+// The counter of a masked position: steps in a row whose divergence lay below the rule's bound. That of a
+// first step, infinite or NaN, does not.
 template <class Real>
 DLLM_HOST_DEVICE int32_t stable_steps(const Rule& rule, Real divergence, int32_t before) {
   if (!(divergence < Real(rule.parameters[1]))) return 0;

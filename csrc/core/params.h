@@ -32,6 +32,20 @@ struct BlockAttentionParams {
   HeadsLayout q_layout, k_layout, v_layout, out_layout;
 };
 
+// From the gradients of out and lse to those of q, k and v.
+struct BlockAttentionBackwardParams {
+  BlockAttentionParams forward;  // its out and lse are read
+  const void* grad_out;
+  const float* grad_lse;  // [batch, q_heads, q_len], or nullptr: 0
+  void *grad_q, *grad_k, *grad_v;
+  HeadsLayout grad_out_layout, grad_q_layout, grad_kv_layout;
+  // Where gradients of keys and values are summed up, in rows of a multiple of 32 floats: grad_k and grad_v
+  // themselves where these are that.
+  float *k_sums, *v_sums;
+  HeadsLayout sums_layout;
+  int32_t keys_per_item;  // 0: one pass over queries and keys; else a pass for dk and dv and one for dq
+};
+
 // Paged cache: [pages, page_size, kv_heads, head_dim].
 struct PagesLayout {
   int64_t page_stride, slot_stride, head_stride;

@@ -9,15 +9,15 @@ template <typename T>
 void attend_item(const BlockAttentionParams& p, int64_t item) {
   const TileItem at = tile_item(item, p.q_heads, p.kv_heads, p.q_len);
   QueryTile tile(at.rows, p.head_dim, p.scale);
-  for (int i = 0; i < at.rows.count; i++) tile.set_query(i, at.row<const T>(p.q, p.q_layout, i));
+  tile.set_queries<T>([&](int i) { return at.row<const T>(p.q, p.q_layout, i); });
 
-  tile.attend({p.spans, at.batch, p.kv_len}, [&](int key, float* k, float* v) {
-    widen_row(at.key<T>(p.k, p.k_layout, key), k, p.head_dim);
-    widen_row(at.key<T>(p.v, p.v_layout, key), v, p.head_dim);
-  });
+  const bool dense = p.k_layout.position_stride == p.head_dim && p.v_layout.position_stride == p.head_dim;
+  tile.attend<T>(
+      {p.spans, at.batch, p.kv_len}, dense, [&](int key) { return at.key<const T>(p.k, p.k_layout, key); },
+      [&](int key) { return at.key<const T>(p.v, p.v_layout, key); });
 
-  for (int i = 0; i < at.rows.count; i++)
-    tile.get_output(i, at.row<T>(p.out, p.out_layout, i), p.lse + at.lse_index(i, p.q_heads, p.q_len));
+  tile.store_outputs<T>([&](int i) { return at.row<T>(p.out, p.out_layout, i); },
+                        [&](int i) { return p.lse + at.lse_index(i, p.q_heads, p.q_len); });
 }
 
 }  // namespace

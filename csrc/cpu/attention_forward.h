@@ -12,9 +12,14 @@ inline __attribute__((always_inline)) int attention_tile_rows(int group) {
   return group < 4 ? 32 * group : 128;
 }
 
+// Of `size` rows, of one sequence and kv head.
+inline __attribute__((always_inline)) int64_t attention_tiles(int size, int64_t group, int64_t q_len) {
+  return (q_len * group + size - 1) / size;
+}
+
 inline int64_t attention_items(int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t q_len) {
-  const int64_t group = q_heads / kv_heads, tile = attention_tile_rows(static_cast<int>(group));
-  return batch * kv_heads * ((q_len * group + tile - 1) / tile);
+  const int64_t group = q_heads / kv_heads;
+  return batch * kv_heads * attention_tiles(attention_tile_rows(static_cast<int>(group)), group, q_len);
 }
 
 inline int64_t attention_items(const BlockAttentionParams& p) {

@@ -11,7 +11,7 @@ void attend_item(const CachedAttentionParams& p, int64_t item) {
   const int length = p.q_lengths ? p.q_lengths[at.batch] : p.q_len;
   const int live = clamp(length * at.rows.group - at.rows.first, 0, at.rows.count);
   QueryTile tile({at.rows.first, live, at.rows.group}, p.head_dim, p.scale);
-  for (int i = 0; i < live; i++) tile.set_query(i, at.row<const T>(p.q, p.q_layout, i));
+  tile.set_queries<T>([&](int i) { return at.row<const T>(p.q, p.q_layout, i); });
 
   if (live > 0) {
     const int32_t* pages = p.page_table + at.batch * p.page_table_stride;
@@ -19,25 +19,22 @@ void attend_item(const CachedAttentionParams& p, int64_t item) {
       return static_cast<const T*>(cache) + pages[key / p.page_size] * layout.page_stride +
              key % p.page_size * layout.slot_stride + at.kv_head * layout.head_stride;
     };
-    tile.attend({p.cache_spans, at.batch, INT_MAX}, [&](int key, float* k, float* v) {
-      widen_row(slot(p.cache_k, p.cache_k_layout, key), k, p.head_dim);
-      widen_row(slot(p.cache_v, p.cache_v_layout, key), v, p.head_dim);
-    });
-    tile.attend({p.fresh_spans, at.batch, length}, [&](int key, float* k, float* v) {
-      widen_row(at.key<T>(p.k, p.k_layout, key), k, p.head_dim);
-      widen_row(at.key<T>(p.v, p.v_layout, key), v, p.head_dim);
-    });
+    tile.attend<T>(
+        {p.cache_spans, at.batch, INT_MAX}, false,
+        [&](int key) { return slot(p.cache_k, p.cache_k_layout, key); },
+        [&](int key) { return slot(p.cache_v, p.cache_v_layout, key); });
+    tile.attend<T>(
+        {p.fresh_spans, at.batch, length}, false,
+        [&](int key) { return at.key<const T>(p.k, p.k_layout, key); },
+        [&](int key) { return at.key<const T>(p.v, p.v_layout, key); });
   }
 
-  for (int i = 0; i < at.rows.count; i++) {
-    T* out = at.row<T>(p.out, p.out_layout, i);
-    float* lse = p.lse + at.lse_index(i, p.q_heads, p.q_len);
-    if (i < live) {
-      tile.get_output(i, out, lse);
-    } else {
-      memset(out, 0, sizeof(T) * p.head_dim);
-      *lse = -kInfinity;
-    }
+  const auto out = [&](int i) { return at.row<T>(p.out, p.out_layout, i); };
+  const auto lse = [&](int i) { return p.lse + at.lse_index(i, p.q_heads, p.q_len); };
+  tile.store_outputs<T>(out, lse);
+  for (int i = live; i < at.rows.count; i++) {
+    memset(out(i), 0, sizeof(T) * p.head_dim);
+    *lse(i) = -kInfinity;
   }
 }
 

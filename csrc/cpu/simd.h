@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <utility>
+
 #define DLLM_SIMD inline __attribute__((always_inline))
 
 namespace dllm::cpu::DLLM_ISA {
@@ -43,10 +45,14 @@ DLLM_SIMD Floats select(Ints mask, Floats yes, Floats no) { return mask ? yes : 
 // b where a is NaN: a NaN never becomes the running maximum.
 DLLM_SIMD Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
-// 2^x for x <= 127, relative error below 2e-7; exactly 0 below 2^-126, 1 at 0; NaN stays NaN.
+// 2^x for x <= 127, relative error below 2e-7; exactly 0 below -126.5, 1 at 0; NaN stays NaN.
 DLLM_SIMD Floats exp2(Floats x) {
-  const Floats shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
-  const Floats f = x - (shifted - 12582912.0f);
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits, adding 127 makes it a biased exponent;
+  // that of -127 is 0.
+  constexpr float kExponent = 12582912.0f + 127.0f;
+  x = max(Floats{} - 127.0f, x);
+  const Floats shifted = x + kExponent;
+  const Floats f = x - (shifted - kExponent);
   Floats y = f * 0.00015345810f + 0.00133999309f;
   y = y * f + 0.00961848907f;
   y = y * f + 0.05550328642f;
@@ -55,10 +61,52 @@ DLLM_SIMD Floats exp2(Floats x) {
   y = y * f + 1.0f;
   Ints exponent;
   memcpy(&exponent, &shifted, sizeof exponent);
-  exponent = (exponent + 127) << 23;
+  exponent <<= 23;
   Floats power;
   memcpy(&power, &exponent, sizeof power);
-  return select(x < -126.0f, Floats{}, y * power);
+  return y * power;
+}
+
+template <int... i>
+DLLM_SIMD Floats zip(Floats a, Floats b, std::integer_sequence<int, i...>) {
+  return __builtin_shuffle(a, b, Ints{i / 2 + i % 2 * kLanes...});
+}
+template <int... i>
+DLLM_SIMD Floats zip_rest(Floats a, Floats b, std::integer_sequence<int, i...>) {
+  return __builtin_shuffle(a, b, Ints{(kLanes + i) / 2 + i % 2 * kLanes...});
+}
+
+// A square of kLanes vectors, in place: each round zips the first half of the vectors with the second.
+DLLM_SIMD void transpose(Floats (&square)[kLanes]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+#pragma GCC unroll 4
+  for (int round = 1; round < kLanes; round *= 2) {
+    Floats zipped[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; i++) {
+      zipped[2 * i] = zip(square[i], square[i + kLanes / 2], lanes);
+      zipped[2 * i + 1] = zip_rest(square[i], square[i + kLanes / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) square[i] = zipped[i];
+  }
+}
+
+// to[j][i] = from[i][j] for i < rows, j < columns; rows of both are padded to whole vectors.
+inline void transpose(const float* from, long from_row, int rows, int columns, float* to, long to_row) {
+  for (int i = 0; i < rows; i += kLanes) {
+    for (int j = 0; j < columns; j += kLanes) {
+      Floats square[kLanes];
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; n++)
+        square[n] = i + n < rows ? load(from + (i + n) * from_row + j) : Floats{};
+      transpose(square);
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; n++) {
+        if (j + n < columns) store(to + (j + n) * to_row + i, square[n]);
+      }
+    }
+  }
 }
 
 // Storage types of 16 bits. Integer arithmetic only: the loops below vectorise on every architecture.
@@ -109,8 +157,18 @@ DLLM_SIMD void narrow(float x, Float16& to) {
 }
 
 template <typename T>
-DLLM_SIMD void widen_row(const T* from, float* to, int count) {
-  for (int i = 0; i < count; i++) to[i] = widen(from[i]);
+DLLM_SIMD void prefetch_row(const T* row, int count) {
+  for (int i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
+}
+
+// Rows of `count` numbers, times `factor`.
+template <typename T>
+DLLM_SIMD void widen_row(const T* __restrict from, float* __restrict to, int count, float factor = 1.0f) {
+  for (int i = 0; i < count; i++) to[i] = widen(from[i]) * factor;
+}
+template <typename T>
+DLLM_SIMD void narrow_row(const float* __restrict from, T* __restrict to, int count, float factor = 1.0f) {
+  for (int i = 0; i < count; i++) narrow(from[i] * factor, to[i]);
 }
 
 }  // namespace dllm::cpu::DLLM_ISA

@@ -8,17 +8,9 @@
 #include <optional>
 
 #include "core/params.h"
-#include "torch/checks.h"
+#include "torch/storage_type.h"
 
 namespace dllm {
-
-inline DType storage_type(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::BFloat16: return DType::bfloat16;
-    case ScalarType::Half: return DType::float16;
-    default: return DType::float32;
-  }
-}
 
 inline HeadsLayout heads_layout(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
@@ -53,7 +45,7 @@ inline void check_span_tensor(const char* op, const char* name, const Tensor& sp
   check(batch_fits && rows_fit && spans.size(2) >= 1 && spans.size(3) == 2, op, ": ", name, " must be [",
         one_batch_allowed ? "1 or " : "", batch, ", ", one_row_allowed ? "1 or " : "", rows,
         ", at least 1, 2], got shape ", shape_text(spans));
-  check_int(op, name, spans.size(2));
+  check_int(op, (std::string(name) + ".shape[2]").c_str(), spans.size(2));
 }
 
 inline void check_lengths(const char* op, const char* name, const Tensor& lengths, const Tensor& q) {
@@ -100,6 +92,7 @@ inline void check_heads(const char* op, const Tensor& q, const Tensor& k, const 
   for (int64_t dim = 0; dim < 4; dim++) check_size(op, "v", v, dim, k.size(dim), "as in k");
   check(k.size(1) > 0 && q.size(1) % k.size(1) == 0, op, ": q must have a multiple of k's heads (", k.size(1),
         "), got ", q.size(1));
+  check(q.size(1) > 0, op, ": q must have at least one head, got shape ", shape_text(q));
   check(q.size(3) % 8 == 0 && 8 <= q.size(3) && q.size(3) <= 256, op,
         ": head_dim must be a multiple of 8 from 8 to 256, got ", q.size(3));
   for (int64_t dim = 0; dim < 4; dim++) check_int(op, "every size of q", q.size(dim));
@@ -107,7 +100,44 @@ inline void check_heads(const char* op, const Tensor& q, const Tensor& k, const 
   check_int(op, "queries times heads of q", q.size(1) * q.size(2));
 }
 
-// Inputs with contiguous rows, the outputs, and what both kinds of attention parameters say about them.
+inline void check_lse(const char* op, const char* name, const Tensor& lse, const Tensor& q) {
+  check_dims(op, name, lse, 3, "[batch, heads, queries]");
+  check_dtype(op, name, lse, {ScalarType::Float});
+  check_same_device(op, name, lse, "q", q);
+  for (int64_t dim = 0; dim < 3; dim++) check_size(op, name, lse, dim, q.size(dim), "as in q");
+}
+
+inline float checked_scale(const char* op, double scale) {
+  check(std::isfinite(static_cast<float>(scale)), op, ": scale must be finite, got ", scale);
+  return static_cast<float>(scale);
+}
+
+// Empty, of the shape and dtype of `like`, stored as [batch, positions, heads, head_dim]: merging the heads
+// afterwards is a view.
+inline Tensor new_heads(const Tensor& like) {
+  const auto stored = {like.size(0), like.size(2), like.size(1), like.size(3)};
+  return torch::stable::transpose(torch::stable::new_empty(like, stored), 1, 2);
+}
+
+// What both kinds of attention parameters say about q, k and v, whose rows are contiguous.
+template <typename Params>
+void fill_inputs(Params& p, const Tensor& q, const Tensor& k, const Tensor& v, float scale) {
+  p.dtype = storage_type(q);
+  p.batch = static_cast<int32_t>(q.size(0));
+  p.q_heads = static_cast<int32_t>(q.size(1));
+  p.kv_heads = static_cast<int32_t>(k.size(1));
+  p.q_len = static_cast<int32_t>(q.size(2));
+  p.head_dim = static_cast<int32_t>(q.size(3));
+  p.scale = scale;
+  p.q = q.const_data_ptr();
+  p.k = k.const_data_ptr();
+  p.v = v.const_data_ptr();
+  p.q_layout = heads_layout(q);
+  p.k_layout = heads_layout(k);
+  p.v_layout = heads_layout(v);
+}
+
+// Inputs with contiguous rows, and the outputs.
 struct AttentionTensors {
   Tensor q, k, v, out, lse;
   float scale;
@@ -116,31 +146,15 @@ struct AttentionTensors {
       : q(with_contiguous_rows(query)),
         k(with_contiguous_rows(key)),
         v(with_contiguous_rows(value)),
-        // Stored as [B, Sq, Hq, D]: merging the heads afterwards is a view.
-        out(torch::stable::transpose(
-            torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1), q.size(3)}), 1, 2)),
+        out(new_heads(q)),
         lse(torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float)),
-        scale(static_cast<float>(factor)) {
-    check(std::isfinite(scale), op, ": scale must be finite, got ", factor);
-  }
+        scale(checked_scale(op, factor)) {}
 
   template <typename Params>
   void fill(Params& p) const {
-    p.dtype = storage_type(q);
-    p.batch = static_cast<int32_t>(q.size(0));
-    p.q_heads = static_cast<int32_t>(q.size(1));
-    p.kv_heads = static_cast<int32_t>(k.size(1));
-    p.q_len = static_cast<int32_t>(q.size(2));
-    p.head_dim = static_cast<int32_t>(q.size(3));
-    p.scale = scale;
-    p.q = q.const_data_ptr();
-    p.k = k.const_data_ptr();
-    p.v = v.const_data_ptr();
+    fill_inputs(p, q, k, v, scale);
     p.out = out.mutable_data_ptr();
     p.lse = lse.mutable_data_ptr<float>();
-    p.q_layout = heads_layout(q);
-    p.k_layout = heads_layout(k);
-    p.v_layout = heads_layout(v);
     p.out_layout = heads_layout(out);
   }
 };

@@ -24,8 +24,8 @@ inline void check_caches(const char* op, const Tensor& cache_k, const Tensor& ca
           shape_text(cache));
     check(cache.stride(3) == 1, op, ": ", name, " must be contiguous in its last dimension, got stride ",
           cache.stride(3));
-    check_int(op, name, cache.size(0));
-    check_int(op, name, cache.size(1));
+    check_int(op, (std::string(name) + ".shape[0]").c_str(), cache.size(0));
+    check_int(op, (std::string(name) + ".shape[1]").c_str(), cache.size(1));
   }
   for (int64_t dim = 0; dim < 2; dim++)
     check_size(op, "cache_v", cache_v, dim, cache_k.size(dim), "as in cache_k");
@@ -36,7 +36,8 @@ inline void check_page_table(const char* op, const Tensor& page_table, const Ten
   check_dtype(op, "page_table", page_table, {ScalarType::Int});
   check_same_device(op, "page_table", page_table, "k", k);
   check_size(op, "page_table", page_table, 0, k.size(0), "the batch size of k");
-  check_int(op, "page_table times page_size", page_table.size(1) * page_size);
+  check_int(op, "page_table.shape[1]", page_table.size(1));
+  check_int(op, "page_table.shape[1] times page_size", page_table.size(1) * page_size);
 }
 
 // Contents, on the CPU only.

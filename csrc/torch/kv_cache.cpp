@@ -85,6 +85,13 @@ std::tuple<Tensor, Tensor> cached_block_attention_cpu(const Tensor& query, const
   return {tensors.out, tensors.lse};
 }
 
+// What is written to one slot does not appear in another, as in a cache that was expanded.
+void check_slots_apart(const char* op, const char* name, const Tensor& cache) {
+  for (int64_t dim = 0; dim < 3; dim++)
+    check(cache.size(dim) <= 1 || cache.stride(dim) != 0, op, ": ", name, " must not be expanded, but its ",
+          "stride is 0 in dimension ", dim);
+}
+
 void kv_write_cpu(Tensor cache_k, Tensor cache_v, const Tensor& key, const Tensor& value,
                   const Tensor& page_table, const Tensor& positions) {
   const char* op = "kv_write_";
@@ -101,14 +108,17 @@ void kv_write_cpu(Tensor cache_k, Tensor cache_v, const Tensor& key, const Tenso
   check_same_device(op, "positions", positions, "k", key);
   check_size(op, "positions", positions, 0, key.size(0), "the batch size of k");
   check_size(op, "positions", positions, 1, key.size(2), "the tokens of k");
+  for (int64_t dim = 0; dim < 3; dim++) check_int(op, "every size of k", key.size(dim));
+  check_slots_apart(op, "cache_k", cache_k);
+  check_slots_apart(op, "cache_v", cache_v);
 
   const Tensor k = with_contiguous_rows(key), v = with_contiguous_rows(value);
   const Tensor table = torch::stable::contiguous(page_table), where = torch::stable::contiguous(positions);
   const int64_t bytes = static_cast<int64_t>(key.element_size());
   KvWriteParams p;
-  p.batch = check_int(op, "every size of k", k.size(0));
-  p.kv_heads = check_int(op, "every size of k", k.size(1));
-  p.length = check_int(op, "every size of k", k.size(2));
+  p.batch = static_cast<int32_t>(k.size(0));
+  p.kv_heads = static_cast<int32_t>(k.size(1));
+  p.length = static_cast<int32_t>(k.size(2));
   p.page_size = static_cast<int32_t>(cache_k.size(1));
   p.row_bytes = k.size(3) * bytes;
   p.page_table = table.const_data_ptr<int32_t>();

@@ -19,6 +19,12 @@ inline std::vector<int64_t> leading_shape(const Tensor& logits) {
   return {sizes.begin(), sizes.end() - 1};
 }
 
+// Kernels step through ids in 32 bits.
+inline int32_t check_vocabulary(const char* op, const char* name, int64_t size) {
+  check(size > 0 && size <= 1 << 30, op, ": ", name, " must have a vocabulary of 1 to 2^30 ids, got ", size);
+  return static_cast<int32_t>(size);
+}
+
 // Rows of logits without a copy where their strides allow it: row r starts at
 // (r / inner) · outer_stride + (r % inner) · inner_stride.
 struct LogitsRows {
@@ -32,9 +38,8 @@ struct LogitsRows {
       : tensor(logits) {
     check(logits.dim() >= 1, op, ": logits must be [..., vocabulary], got shape ", shape_text(logits));
     check_dtype(op, "logits", logits, dtypes);
-    vocabulary = check_int(op, "the vocabulary of logits", logits.size(-1));
-    check(vocabulary > 0, op, ": logits must have a vocabulary, got shape ", shape_text(logits));
-    rows = logits.numel() / vocabulary;
+    vocabulary = check_vocabulary(op, "logits", logits.size(-1));
+    rows = check_int(op, "the rows of logits", logits.numel() / vocabulary);
     if (logits.dim() > 3 || logits.stride(-1) != 1) tensor = torch::stable::contiguous(logits);
     const int64_t dim = tensor.dim();
     const bool flat = dim > 3 || dim == 1;

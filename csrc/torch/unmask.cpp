@@ -1,92 +1,23 @@
-// token_stats, commit_ and unmask_: schemas, and the CPU kernels behind them.
+// commit_ and unmask_: schemas, and the CPU kernels behind them.
 #include "torch/unmask.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include <numeric>
-
 #include "cpu/commit.h"
-#include "cpu/token_stats.h"
 
 namespace dllm {
 namespace {
 
-cpu::LogitType logit_type(ScalarType type) {
-  return type == ScalarType::Float      ? cpu::LogitType::float32
-         : type == ScalarType::BFloat16 ? cpu::LogitType::bfloat16
-                                        : cpu::LogitType::float16;
-}
-
-// Statistics of the rows listed in `visited`; the outputs of other rows stay unwritten.
-TokenStatsTensors row_stats(const char* op, const LogitsRows& logits, const std::vector<int64_t>& shape,
-                            const std::vector<int64_t>& visited, double temperature, int64_t seed,
-                            const int32_t* noise_ids, const std::vector<int64_t>& suppress_tokens,
-                            const std::vector<int64_t>& proposal_exclude,
-                            const std::vector<int64_t>& confidence_exclude, double confidence_temperature,
-                            bool float64) {
-  check_temperatures(op, temperature, confidence_temperature);
-  const auto suppress = token_ids(op, "suppress_tokens", suppress_tokens, logits.vocabulary);
-  const auto unproposed = token_ids(op, "proposal_exclude", proposal_exclude, logits.vocabulary);
-  const auto uncounted = token_ids(op, "confidence_exclude", confidence_exclude, logits.vocabulary);
-  const ScalarType real = float64 ? ScalarType::Double : ScalarType::Float;
-  Tensor token = new_tensor(logits.tensor, shape, ScalarType::Long);
-  Tensor prob = new_tensor(logits.tensor, shape, real), margin = new_tensor(logits.tensor, shape, real);
-  Tensor entropy = new_tensor(logits.tensor, shape, real), logsumexp = new_tensor(logits.tensor, shape, real);
-
-  cpu::TokenStatsParams p{};
-  p.logits = logits.tensor.data_ptr();
-  p.type = logit_type(logits.tensor.scalar_type());
-  p.inner = logits.inner, p.outer_stride = logits.outer_stride, p.inner_stride = logits.inner_stride;
-  p.vocabulary = logits.vocabulary;
-  p.rows = visited.data();
-  p.float64 = float64;
-  p.temperature = static_cast<float>(temperature);
-  p.seed = static_cast<uint64_t>(seed);
-  p.noise_ids = noise_ids;
-  p.confidence_scale = static_cast<float>(1 / confidence_temperature);
-  p.suppress = {suppress.data(), static_cast<int>(suppress.size())};
-  p.proposal_exclude = {unproposed.data(), static_cast<int>(unproposed.size())};
-  p.confidence_exclude = {uncounted.data(), static_cast<int>(uncounted.size())};
-  p.fallback = lowest_allowed(op, suppress, unproposed, logits.vocabulary);
-  const int64_t items = static_cast<int64_t>(visited.size()) * p.ranges();
-  std::vector<char> states(items * (float64 ? sizeof(TokenState<double>) : sizeof(TokenState<float>)));
-  p.states = states.data();
-  p.token = static_cast<int64_t*>(token.data_ptr());
-  p.prob = prob.data_ptr(), p.margin = margin.data_ptr();
-  p.entropy = entropy.data_ptr(), p.logsumexp = logsumexp.data_ptr();
-
-  torch::stable::parallel_for(0, items, 1,
-                              [&](int64_t begin, int64_t end) { cpu::token_states(p, begin, end); });
-  cpu::token_results(p, 0, visited.size());
-  return {token, prob, margin, entropy, logsumexp};
-}
-
-TokenStatsTensors token_stats(Tensor logits, double temperature, int64_t seed,
-                              std::optional<Tensor> noise_ids, std::vector<int64_t> suppress_tokens,
-                              std::vector<int64_t> proposal_exclude, std::vector<int64_t> confidence_exclude,
-                              double confidence_temperature, bool float64) {
-  constexpr const char* op = "token_stats";
-  const LogitsRows rows(op, logits);
-  const auto given_ids = checked_noise_ids(op, noise_ids, logits, rows.rows);
-  std::vector<int64_t> all(rows.rows);
-  std::iota(all.begin(), all.end(), 0);
-  std::vector<int32_t> row_ids(given_ids || temperature == 0 ? 0 : 3 * rows.rows);  // (0, row, 0)
-  for (size_t row = 0; row < row_ids.size() / 3; row++) row_ids[3 * row + 1] = static_cast<int32_t>(row);
-  return row_stats(op, rows, leading_shape(logits), all, temperature, seed,
-                   given_ids ? int32_data(given_ids) : row_ids.data(), suppress_tokens, proposal_exclude,
-                   confidence_exclude, confidence_temperature, float64);
-}
-
 // Writes `accepted` [batch, candidates]; positions are checked.
-Tensor commit_rows(const char* op, const CommitArguments& arguments, const Tensor& canvas,
-                   const int32_t* positions, int64_t candidates, const CommitStats& stats) {
+Tensor commit_rows(const CommitArguments& arguments, const Tensor& canvas, const int32_t* positions,
+                   int64_t candidates, const CommitStats& stats) {
   const int64_t batch = canvas.size(0);
   Tensor accepted = new_tensor(canvas, {batch, candidates}, ScalarType::Bool);
   cpu::CommitParams p{};
   p.rule = arguments.rule;
   p.mask_id = arguments.mask_id;
-  p.batch = check_int(op, "the batch of canvas", batch);
-  p.candidates = check_int(op, "the candidates of a row", candidates);
+  p.batch = static_cast<int>(batch);
+  p.candidates = static_cast<int>(candidates);
   p.canvas_stride = canvas.stride(0);
   p.canvas = canvas.data_ptr();
   p.canvas_is_int64 = canvas.scalar_type() == ScalarType::Long;
@@ -151,7 +82,7 @@ Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tenso
   for (int64_t i = 0; i < positions.numel(); i++)
     check(data[i] < 0 || (tokens[i] >= 0 && tokens[i] <= largest), op,
           ": stats.token must be a token id, got ", tokens[i]);
-  return commit_rows(op, arguments, canvas, data, positions.size(1), stats);
+  return commit_rows(arguments, canvas, data, positions.size(1), stats);
 }
 
 Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rule,
@@ -160,7 +91,8 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
                std::optional<Tensor> sequence_ids, int64_t seed, std::optional<Tensor> progress,
                double temperature, std::vector<int64_t> suppress_tokens,
                std::vector<int64_t> proposal_exclude, std::vector<int64_t> confidence_exclude,
-               double confidence_temperature, bool float64) {
+               double confidence_temperature, bool float64, std::optional<double> top_p,
+               std::optional<int64_t> top_k) {
   constexpr const char* op = "unmask_";
   const Rule acceptance = make_rule(op, rule, parameters, strict, confidence, alg_temp);
   check_block_rule(op, acceptance);
@@ -170,6 +102,8 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
   check_quota_contents(op, arguments);
   const LogitsRows rows(op, logits);
   bar_mask(op, mask_id, rows.vocabulary, suppress_tokens, proposal_exclude);
+  const TokenStatsOptions options(op, rows.vocabulary, temperature, seed, suppress_tokens, proposal_exclude,
+                                  confidence_exclude, confidence_temperature, float64);
   const int64_t batch = canvas.size(0), block = logits.size(1), length = canvas.size(1);
   const bool wide = canvas.scalar_type() == ScalarType::Long;
   const auto* start = static_cast<const int32_t*>(starts.data_ptr());
@@ -191,20 +125,14 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
     }
   }
   const auto [token, prob, margin, entropy, logsumexp] =
-      row_stats(op, rows, {batch, block}, masked, temperature, seed, noise_ids.data(), suppress_tokens,
-                proposal_exclude, confidence_exclude, confidence_temperature, float64);
-  return commit_rows(op, arguments, canvas, positions.data(), block, {token, prob, margin, entropy, {}});
+      row_stats(rows, {batch, block}, &masked, noise_ids.data(), options, {op, top_p, top_k});
+  return commit_rows(arguments, canvas, positions.data(), block, {token, prob, margin, entropy, {}});
 }
 
 }  // namespace
 }  // namespace dllm
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dllm_kernels, m) {
-  m.def(
-      "token_stats(Tensor logits, float temperature=0.0, int seed=0, Tensor? noise_ids=None, "
-      "int[] suppress_tokens=[], int[] proposal_exclude=[], int[] confidence_exclude=[], "
-      "float confidence_temperature=1.0, bool float64=False) -> "
-      "(Tensor token, Tensor prob, Tensor margin, Tensor entropy, Tensor logsumexp)");
   m.def(
       "commit_(Tensor(a!) canvas, Tensor positions, Tensor token, Tensor prob, Tensor margin, Tensor "
       "entropy, "
@@ -217,12 +145,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dllm_kernels, m) {
       "Tensor? quota=None, Tensor? step=None, Tensor? sequence_ids=None, int seed=0, "
       "Tensor(b!)? progress=None, float temperature=0.0, int[] suppress_tokens=[], int[] "
       "proposal_exclude=[], "
-      "int[] confidence_exclude=[], float confidence_temperature=1.0, bool float64=False) -> Tensor "
-      "accepted");
+      "int[] confidence_exclude=[], float confidence_temperature=1.0, bool float64=False, "
+      "float? top_p=None, int? top_k=None) -> Tensor accepted");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dllm_kernels, CPU, m) {
-  m.impl("token_stats", TORCH_BOX(&dllm::token_stats));
   m.impl("commit_", TORCH_BOX(&dllm::commit_));
   m.impl("unmask_", TORCH_BOX(&dllm::unmask_));
 }

@@ -1,46 +1,22 @@
-// Arguments of token_stats, commit_ and unmask_, checked once for CPU and CUDA.
+// Arguments of commit_ and unmask_, checked once for CPU and CUDA.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <functional>
 #include <iterator>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "core/acceptance.h"
-#include "torch/logits_arguments.h"
+#include "torch/token_stats.h"
 
 namespace dllm {
 
-using TokenStatsTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// What a commit reads of them.
+// What a commit reads of token statistics.
 struct CommitStats {
   Tensor token, prob, margin, entropy;
   std::optional<Tensor> divergence;
 };
-
-// The lowest id that may be proposed.
-inline int32_t lowest_allowed(const char* op, const std::vector<int32_t>& suppress,
-                              const std::vector<int32_t>& exclude, int32_t vocabulary) {
-  int32_t id = 0;
-  while (std::binary_search(suppress.begin(), suppress.end(), id) ||
-         std::binary_search(exclude.begin(), exclude.end(), id))
-    id++;
-  check(id < vocabulary, op, ": suppress_tokens and proposal_exclude leave no token to propose (vocabulary ",
-        vocabulary, ")");
-  return id;
-}
-
-inline void check_temperatures(const char* op, double temperature, double confidence_temperature) {
-  check(std::isfinite(temperature) && temperature >= 0, op,
-        ": temperature must be a finite number >= 0, got ", temperature);
-  check(std::isfinite(confidence_temperature) && confidence_temperature > 0, op,
-        ": confidence_temperature must be a finite number > 0, got ", confidence_temperature);
-}
 
 // The place of `name` in `table`; `name_of` an entry.
 template <class Table, class Name>
@@ -95,22 +71,6 @@ inline std::optional<Tensor> per_row(const char* op, const char* name, const std
   return torch::stable::contiguous(*tensor);
 }
 
-inline const int32_t* int32_data(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const int32_t*>(tensor->data_ptr()) : nullptr;
-}
-
-// int32 [..., 3] for every row of logits: sequence, position, step.
-inline std::optional<Tensor> checked_noise_ids(const char* op, const std::optional<Tensor>& noise_ids,
-                                               const Tensor& logits, int64_t rows) {
-  if (!noise_ids) return std::nullopt;
-  check_dtype(op, "noise_ids", *noise_ids, {ScalarType::Int});
-  check_same_device(op, "noise_ids", *noise_ids, "logits", logits);
-  check(noise_ids->dim() >= 1 && noise_ids->size(-1) == 3 && noise_ids->numel() == 3 * rows, op,
-        ": noise_ids must be [", rows, ", 3] (sequence, position, step of each row of logits), got shape ",
-        shape_text(*noise_ids));
-  return torch::stable::contiguous(*noise_ids);
-}
-
 // The statistics as commit kernels read them: contiguous, one entry for each listed position.
 inline CommitStats checked_stats(const char* op, const Rule& rule, const Tensor& canvas,
                                  const Tensor& positions, const Tensor& token, const Tensor& prob,
@@ -120,6 +80,7 @@ inline CommitStats checked_stats(const char* op, const Rule& rule, const Tensor&
   check_dtype(op, "positions", positions, {ScalarType::Int});
   check_same_device(op, "positions", positions, "canvas", canvas);
   check_size(op, "positions", positions, 0, canvas.size(0), "rows of canvas");
+  check_int(op, "the positions of a row", positions.size(1));
   check_dtype(op, "stats.token", token, {ScalarType::Long});
   check_dtype(op, "stats.prob", prob, {ScalarType::Float, ScalarType::Double});
   check_same_dtype(op, "stats.margin", margin, "stats.prob", prob);
@@ -192,6 +153,7 @@ struct CommitArguments {
       : rule(rule), mask_id(mask_id), seed(static_cast<uint64_t>(seed)), progress(progress), state(state) {
     check_dims(op, "canvas", canvas, 2, "[batch, length]");
     check_dtype(op, "canvas", canvas, {ScalarType::Long, ScalarType::Int});
+    check_int(op, "the rows of canvas", canvas.size(0));
     check_int(op, "the length of canvas", canvas.size(1));
     check_writable_rows(op, "canvas", canvas);
     check_int(op, "mask_id", mask_id);
@@ -210,7 +172,8 @@ struct CommitArguments {
       check_same_device(op, "progress", *progress, "canvas", canvas);
       check(progress->dim() == 2 && progress->size(0) == canvas.size(0) && progress->size(1) == 2 &&
                 progress->is_contiguous(),
-            op, ": progress must be contiguous [", canvas.size(0), ", 2], got shape ", shape_text(*progress));
+            op, ": progress must be contiguous [", canvas.size(0), ", 2], got shape ", shape_text(*progress),
+            progress->is_contiguous() ? "" : ", not contiguous");
     }
     if (state) {
       check_dtype(op, "state", *state, {ScalarType::Int});

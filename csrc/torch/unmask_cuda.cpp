@@ -38,60 +38,50 @@ cuda::TokenIds listed_ids(const char* op, const char* name, const std::vector<in
   return list;
 }
 
-TokenStatsTensors row_stats(const char* op, const LogitsRows& logits, const std::vector<int64_t>& shape,
-                            const cuda::BlockRows& block, double temperature, int64_t seed,
-                            const int32_t* noise_ids, const std::vector<int64_t>& suppress_tokens,
-                            const std::vector<int64_t>& proposal_exclude,
-                            const std::vector<int64_t>& confidence_exclude, double confidence_temperature,
-                            bool float64) {
-  check_temperatures(op, temperature, confidence_temperature);
-  check(logits.vocabulary <= 1 << 30, op, ": the vocabulary may hold at most 2^30 ids on CUDA, got ",
-        logits.vocabulary);
-  const auto suppress = token_ids(op, "suppress_tokens", suppress_tokens, logits.vocabulary);
-  const auto unproposed = token_ids(op, "proposal_exclude", proposal_exclude, logits.vocabulary);
-  const auto uncounted = token_ids(op, "confidence_exclude", confidence_exclude, logits.vocabulary);
-  const ScalarType real = float64 ? ScalarType::Double : ScalarType::Float;
-  Tensor token = new_tensor(logits.tensor, shape, ScalarType::Long);
-  Tensor prob = new_tensor(logits.tensor, shape, real), margin = new_tensor(logits.tensor, shape, real);
-  Tensor entropy = new_tensor(logits.tensor, shape, real), logsumexp = new_tensor(logits.tensor, shape, real);
+TokenStatsTensors launch_token_stats(const char* op, const LogitsRows& logits,
+                                     const std::vector<int64_t>& shape, const cuda::BlockRows& block,
+                                     const int32_t* noise_ids, const TokenStatsOptions& options,
+                                     const TokenFilterOptions& filter) {
+  check(!filter.top_p, op, ": top_p is not available on CUDA yet; leave it None");
+  check(!filter.top_k, op, ": top_k is not available on CUDA yet; leave it None");
+  const TokenStatsTensors stats = new_stats(logits.tensor, shape, options.real());
   const auto bytes =
-      static_cast<int64_t>(cuda::token_stats_workspace(logits.rows, logits.vocabulary, float64));
+      static_cast<int64_t>(cuda::token_stats_workspace(logits.rows, logits.vocabulary, options.float64));
   Tensor states = new_tensor(logits.tensor, {bytes}, ScalarType::Byte);
 
   cuda::TokenStatsParams p{};
+  fill(p, options, logits.vocabulary, stats);
   p.logits = logits.tensor.data_ptr();
   p.type = logit_type(logits.tensor.scalar_type());
   p.rows = logits.rows;
   p.inner = logits.inner, p.outer_stride = logits.outer_stride, p.inner_stride = logits.inner_stride;
-  p.vocabulary = logits.vocabulary;
-  p.float64 = float64;
   p.block = block;
-  p.temperature = static_cast<float>(temperature);
-  p.seed = static_cast<uint64_t>(seed);
   p.noise_ids = noise_ids;
-  p.confidence_scale = static_cast<float>(1 / confidence_temperature);
-  p.suppress = listed_ids(op, "suppress_tokens", suppress);
-  p.proposal_exclude = listed_ids(op, "proposal_exclude", unproposed);
-  p.confidence_exclude = listed_ids(op, "confidence_exclude", uncounted);
-  p.fallback = lowest_allowed(op, suppress, unproposed, logits.vocabulary);
+  p.suppress = listed_ids(op, "suppress_tokens", options.suppress);
+  p.proposal_exclude = listed_ids(op, "proposal_exclude", options.proposal_exclude);
+  p.confidence_exclude = listed_ids(op, "confidence_exclude", options.confidence_exclude);
   p.states = states.data_ptr();
-  p.token = static_cast<int64_t*>(token.data_ptr());
-  p.prob = prob.data_ptr(), p.margin = margin.data_ptr();
-  p.entropy = entropy.data_ptr(), p.logsumexp = logsumexp.data_ptr();
   check_launch(op, cuda::token_stats(p, current_stream(logits.tensor)));
-  return {token, prob, margin, entropy, logsumexp};
+  return stats;
 }
 
 TokenStatsTensors token_stats(Tensor logits, double temperature, int64_t seed,
                               std::optional<Tensor> noise_ids, std::vector<int64_t> suppress_tokens,
                               std::vector<int64_t> proposal_exclude, std::vector<int64_t> confidence_exclude,
-                              double confidence_temperature, bool float64) {
+                              double confidence_temperature, bool float64, std::optional<double> top_p,
+                              std::optional<int64_t> top_k) {
   constexpr const char* op = "token_stats";
   const DeviceGuard guard(logits.get_device_index());
   const LogitsRows rows(op, logits);
-  const auto ids = checked_noise_ids(op, noise_ids, logits, rows.rows);
-  return row_stats(op, rows, leading_shape(logits), {}, temperature, seed, int32_data(ids), suppress_tokens,
-                   proposal_exclude, confidence_exclude, confidence_temperature, float64);
+  const auto ids = checked_noise_ids(op, noise_ids, "logits", logits, rows.rows);
+  const TokenStatsOptions options(op, rows.vocabulary, temperature, seed, suppress_tokens, proposal_exclude,
+                                  confidence_exclude, confidence_temperature, float64);
+  return launch_token_stats(op, rows, leading_shape(logits), {}, int32_data(ids), options,
+                            {op, top_p, top_k});
+}
+
+Tensor token_divergence(Tensor, Tensor, std::vector<int64_t>, std::vector<int64_t>, double, bool) {
+  throw std::invalid_argument("token_stats: previous is not available on CUDA yet; leave it None");
 }
 
 // `positions` or `block_start` is null.
@@ -105,7 +95,7 @@ Tensor commit_rows(const char* op, const CommitArguments& arguments, const Tenso
   cuda::CommitParams p{};
   p.rule = arguments.rule;
   p.mask_id = arguments.mask_id;
-  p.batch = check_int(op, "the batch of canvas", batch);
+  p.batch = static_cast<int>(batch);
   p.candidates = static_cast<int>(candidates);
   p.canvas_stride = canvas.stride(0);
   p.length = canvas.size(1);
@@ -153,7 +143,8 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
                std::optional<Tensor> sequence_ids, int64_t seed, std::optional<Tensor> progress,
                double temperature, std::vector<int64_t> suppress_tokens,
                std::vector<int64_t> proposal_exclude, std::vector<int64_t> confidence_exclude,
-               double confidence_temperature, bool float64) {
+               double confidence_temperature, bool float64, std::optional<double> top_p,
+               std::optional<int64_t> top_k) {
   constexpr const char* op = "unmask_";
   const DeviceGuard guard(canvas.get_device_index());
   const Rule acceptance = make_rule(op, rule, parameters, strict, confidence, alg_temp);
@@ -163,6 +154,8 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
   const Tensor starts = checked_starts(op, canvas, logits, block_start);
   const LogitsRows rows(op, logits);
   bar_mask(op, mask_id, rows.vocabulary, suppress_tokens, proposal_exclude);
+  const TokenStatsOptions options(op, rows.vocabulary, temperature, seed, suppress_tokens, proposal_exclude,
+                                  confidence_exclude, confidence_temperature, float64);
   const int64_t batch = canvas.size(0), block = logits.size(1);
   const auto* start = static_cast<const int32_t*>(starts.data_ptr());
   const cuda::BlockRows block_rows{canvas.data_ptr(),
@@ -175,8 +168,7 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
                                    int32_data(arguments.step),
                                    int32_data(arguments.sequence_ids)};
   const auto [token, prob, margin, entropy, logsumexp] =
-      row_stats(op, rows, {batch, block}, block_rows, temperature, seed, nullptr, suppress_tokens,
-                proposal_exclude, confidence_exclude, confidence_temperature, float64);
+      launch_token_stats(op, rows, {batch, block}, block_rows, nullptr, options, {op, top_p, top_k});
   return commit_rows(op, arguments, canvas, nullptr, start, block, {token, prob, margin, entropy, {}});
 }
 
@@ -185,6 +177,7 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
 
 STABLE_TORCH_LIBRARY_IMPL(dllm_kernels, CUDA, m) {
   m.impl("token_stats", TORCH_BOX(&dllm::token_stats));
+  m.impl("token_divergence", TORCH_BOX(&dllm::token_divergence));
   m.impl("commit_", TORCH_BOX(&dllm::commit_));
   m.impl("unmask_", TORCH_BOX(&dllm::unmask_));
 }

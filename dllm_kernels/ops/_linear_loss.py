@@ -9,7 +9,8 @@ from .._arguments import kind
 
 _ops = torch.ops.dllm_kernels
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MIN_CHUNK_ROWS = 256  # products of fewer rows are slower
+MIN_CHUNK_ROWS = 512  # products of fewer rows are slower
+CPU_BLOCK_IDS = 8192  # BLAS shares wider products of few rows out to threads unevenly
 
 
 @torch.library.impl("dllm_kernels::linear_diffusion_cross_entropy", "CompositeExplicitAutograd")
@@ -23,10 +24,13 @@ def linear_diffusion_cross_entropy(
     """
     _check(hidden, weight, targets, weights, bias)
     results = new_results(hidden, weight, targets, bias, needs_grad)
-    loss, ce, grad_hidden, grad_weight, grad_bias = (result.zero_() for result in results)
+    loss, ce, grad_hidden, grad_weight, grad_bias = results
+    for result in (loss, ce, grad_hidden, grad_bias):
+        result.zero_()
     targets, weights, states = targets.flatten(), weights.flatten(), hidden.reshape(-1, hidden.shape[-1])
     kept = weights.nonzero()[:, 0]
     if not len(kept):
+        grad_weight.zero_()
         return results
     _check_targets(targets, kept, len(weight), suppress_tokens)
 
@@ -37,10 +41,7 @@ def linear_diffusion_cross_entropy(
     buffer = weight.new_empty(len(chunks[0]), len(weight))
     for rows in chunks:
         x, logits = states[rows].to(operands), buffer[: len(rows)]
-        if bias is None:
-            torch.mm(x, weight.T, out=logits)
-        else:
-            torch.addmm(bias, x, weight.T, out=logits)
+        _project(x, weight, bias, logits)
         of_rows = (logits, targets[rows], weights[rows], suppress_tokens)
         if any(needs_grad):
             loss_of_rows, ce_of_rows = _ops.diffusion_cross_entropy_gradient_(*of_rows)
@@ -51,7 +52,7 @@ def linear_diffusion_cross_entropy(
         if grad_hidden.numel():
             grad_hidden.view(states.shape)[rows] = (logits @ weight).to(loss.dtype)
         if grad_weight.numel():
-            _add_product(grad_weight, logits.T, x)
+            _add_product(grad_weight, logits.T, x, first=rows is chunks[0])
         if grad_bias.numel():
             grad_bias += logits.sum(0, dtype=loss.dtype)
     return results
@@ -76,9 +77,23 @@ def _chunk_rows(rows: int, weight: Tensor) -> int:
     return max(MIN_CHUNK_ROWS, rows * size // vocabulary)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
+    """logits = x · weightᵀ + bias."""
+    block = len(weight) if x.is_cuda else CPU_BLOCK_IDS
+    for first in range(0, len(weight), block):
+        ids = slice(first, first + block)
+        if bias is None:
+            torch.mm(x, weight[ids].T, out=logits[:, ids])
+        else:
+            torch.addmm(bias[ids], x, weight[ids].T, out=logits[:, ids])
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a · b; the first product is written, not added."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        total.copy_(a @ b)
     else:
         total += a @ b
 

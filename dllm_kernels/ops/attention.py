@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import _library  # noqa: F401  (loads the operators)
-from .._arguments import check_tensors, kind
+from .._arguments import check_optional_tensors, check_tensors, kind, number
 from ..span_mask import SpanMask
 from . import reference
 from ._autocast import cast, register_autocast
+from ._fake import register_fake
 
 _ops = torch.ops.dllm_kernels
 
@@ -71,6 +72,7 @@ def cached_block_attention(
     check_tensors(
         q=q, k=k, v=v, cache_k=cache_k, cache_v=cache_v, page_table=page_table, cache_spans=cache_spans
     )
+    check_optional_tensors(fresh_spans=fresh_spans, q_lengths=q_lengths)
     out, lse = _ops.cached_block_attention(
         q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths, _scale(q, scale)
     )
@@ -79,38 +81,42 @@ def cached_block_attention(
 
 def _scale(q: Tensor, scale: float | None) -> float:
     if scale is not None:
-        return float(scale)
+        return number("scale", scale)
     return q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
 
 
 # ---- fake kernels: shapes, dtypes and strides of what the compiled operators return ------------------
+def _empty_heads(like: Tensor) -> Tensor:
+    batch, heads, length, dim = like.shape
+    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
 def _empty_output(q: Tensor) -> tuple[Tensor, Tensor]:
-    batch, heads, length, dim = q.shape
-    out = q.new_empty(batch, length, heads, dim).transpose(1, 2)
-    return out, q.new_empty(batch, heads, length, dtype=torch.float32)
+    return _empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.register_fake("dllm_kernels::block_attention")
+@register_fake("block_attention")
 def _(q, k, v, spans, scale):
     return _empty_output(q)
 
 
-@torch.library.register_fake("dllm_kernels::cached_block_attention")
+@register_fake("cached_block_attention")
 def _(q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths, scale):
     return _empty_output(q)
 
 
-# ---- autograd -----------------------------------------------------------------------------------------
 @torch.library.register_fake("dllm_kernels::block_attention_backward")
 def _(grad_out, grad_lse, q, k, v, out, lse, spans, scale):
-    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+    return tuple(map(_empty_heads, (q, k, v)))
 
 
-@torch.library.impl("dllm_kernels::block_attention_backward", "CompositeExplicitAutograd")
+@torch.library.impl("dllm_kernels::block_attention_backward", "CUDA")
 def _(grad_out, grad_lse, q, k, v, out, lse, spans, scale):
-    return reference.block_attention_backward(grad_out, grad_lse, q, k, v, out, lse, spans, scale)
+    grads = reference.block_attention_backward(grad_out, grad_lse, q, k, v, out, lse, spans, scale)
+    return tuple(_empty_heads(grad).copy_(grad) for grad in grads)
 
 
+# ---- autograd -----------------------------------------------------------------------------------------
 def _save_for_backward(ctx, inputs, output):
     q, k, v, spans, scale = inputs
     ctx.save_for_backward(q, k, v, spans, *output)

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import _library  # noqa: F401  (loads the operators)
 from .._arguments import check_tensors
 from ._autocast import cast, register_autocast
+from ._fake import register_fake
 
 _ops = torch.ops.dllm_kernels
 
@@ -25,7 +26,7 @@ def kv_write_(
     _ops.kv_write_(cache_k, cache_v, k, v, page_table, positions)
 
 
-@torch.library.register_fake("dllm_kernels::kv_write_")
+@register_fake("kv_write_")
 def _(cache_k, cache_v, k, v, page_table, positions):
     return None
 

@@ -33,8 +33,8 @@ def diffusion_cross_entropy(
     logits [..., V]; targets int64 [...]; weights [...], any float dtype. Logits are read once in the forward
     and once in the backward pass, rows of weight 0 never: their logits and targets may be anything.
     suppress_tokens: ids that are left out of the softmax, e.g. the mask token [SUBS, Sahoo et al. 2024].
-    Returns a scalar, float32 (float64 for float64 logits), and with return_ce each CE_i, detached, 0 where the
-    weight is 0. Differentiable in logits, and in weights: the gradient is CE_i, 0 where the weight is 0.
+    Returns a scalar, float32 (float64 for float64 logits), and with return_ce each CE_i, detached, 0 where
+    the weight is 0. Differentiable in logits, and in weights (learned schedules): the gradient is CE_i.
     """
     check_tensors(logits=logits, targets=targets, weights=weights)
     loss, ce, _ = _ops.diffusion_cross_entropy(logits, targets, weights, list(suppress_tokens or ()))
@@ -53,9 +53,9 @@ def linear_diffusion_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`diffusion_cross_entropy` of logits = hidden · weightᵀ + bias, which exist for a few rows at a time.
 
-    hidden [..., H]; weight [V, H] and bias [V] of the same dtype; the rest as there. Only rows of weight other
-    than 0 are projected. Gradients are made in the forward pass, chunk by chunk, for those of hidden, weight
-    and bias that require one, and accumulated in float32.
+    hidden [..., H]; weight [V, H] and bias [V] of the same dtype; the rest as there. Only rows of weight
+    other than 0 are projected. Gradients of those of hidden, weight and bias that require one are made in the
+    forward pass, chunk by chunk, and kept in float32 until the backward pass scales and rounds them.
     """
     check_tensors(hidden=hidden, weight=weight, targets=targets, weights=weights)
     if bias is not None:
@@ -123,23 +123,23 @@ def _backward(ctx, grad_loss, *_):
 
 
 def _save_gradients(ctx, inputs, output):
-    hidden, _, _, weights, _, _, ctx.needs_grad = inputs
+    hidden, _, _, weights, *_ = inputs
     _, ce, *gradients = output
     ctx.mark_non_differentiable(ce, *gradients)
     ctx.save_for_backward(ce, *gradients)
+    ctx.set_materialize_grads(False)  # zeros for the outputs above would be as large as the head
     ctx.dtype, ctx.weights_dtype = hidden.dtype, weights.dtype
 
 
 def _scale_gradients(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 7
     ce, *gradients = ctx.saved_tensors
-
-    def scaled(index: int, gradient: Tensor, dtype: torch.dtype) -> Tensor | None:
-        return (grad_loss * gradient).to(dtype) if ctx.needs_input_grad[index] else None
-
     grad_hidden, grad_weight, grad_bias = (
-        scaled(index, gradient, ctx.dtype) for index, gradient in zip((0, 1, 4), gradients, strict=True)
+        (grad_loss * gradient).to(ctx.dtype) if ctx.needs_input_grad[index] else None
+        for index, gradient in zip((0, 1, 4), gradients, strict=True)
     )
-    grad_weights = scaled(3, ce, ctx.weights_dtype)
+    grad_weights = (grad_loss * ce).to(ctx.weights_dtype) if ctx.needs_input_grad[3] else None
     return grad_hidden, grad_weight, None, grad_weights, grad_bias, None, None
 
 

@@ -1,88 +1,29 @@
-"""Unmasking: statistics of logits, and the commit of accepted proposals into the canvas.
+"""Unmasking: the commit of accepted proposals into the canvas.
 
-`token_stats` reads each row of logits once and yields the proposal and every kind of confidence;
-`commit_` ranks the masked candidates, accepts by a `Rule` and writes in place; `unmask_` is both.
-Bad arguments raise ValueError, from these functions and from torch.ops.dllm_kernels alike.
+`commit_` ranks the masked candidates by the statistics of `token_stats`, accepts by a `Rule` and writes
+in place; `unmask_` is both. Bad arguments raise ValueError, from these functions and from
+torch.ops.dllm_kernels alike.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dllm_kernels import _library  # noqa: F401
+from dllm_kernels._arguments import (
+    check_optional_tensors,
+    check_tensors,
+    integer,
+    integers,
+    kind,
+    number,
+)
+from dllm_kernels.ops._fake import register_fake
+from dllm_kernels.ops.token_stats import TokenStats, is_float64
 from dllm_kernels.sampling.rules import Rule
 
 _ops = torch.ops.dllm_kernels
-
-
-class TokenStats(NamedTuple):
-    """What a row of logits says; every field has the logits' leading shape.
-
-    token       int64, the proposal
-    prob        p(token) under softmax(logits / confidence_temperature)
-    margin      p1 − p2, the two highest probabilities
-    entropy     −Σ p ln p in nats; as a confidence it counts negated, so that larger is surer
-    logsumexp   of logits / confidence_temperature
-    """
-
-    token: Tensor
-    prob: Tensor
-    margin: Tensor
-    entropy: Tensor
-    logsumexp: Tensor
-
-
-def token_stats(
-    logits: Tensor,
-    *,
-    temperature: float = 0.0,
-    seed: int = 0,
-    noise_ids: Tensor | None = None,
-    suppress_tokens: Sequence[int] | None = None,
-    proposal_exclude: Sequence[int] | None = None,
-    confidence_exclude: Sequence[int] | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    confidence_temperature: float = 1.0,
-    previous: Tensor | None = None,
-    precision: str = "float32",
-) -> TokenStats:
-    """Proposal and confidence of every row of logits, in one pass over them.
-
-    logits: [..., V] float32, bfloat16 or float16. The proposal is the argmax (ties to the lowest id) of
-    logits + temperature · g, with Gumbel noise g = −ln(−ln(1 − w)) from Philox4x32-10 [Salmon et al.
-    2011] keyed by `seed` and counted by (token id, noise_ids): the draw depends on nothing else.
-    LLaDA's `exp(l) / (−ln u)^T` has the same distribution.
-
-    noise_ids: int32 [N, 3] or [..., 3], (sequence, position, step) of each row; None: (0, row, 0).
-    suppress_tokens: ids that are −inf for proposal and softmax. proposal_exclude: ids that are only
-    barred from the proposal. confidence_exclude: ids left out of the softmax after the proposal was
-    made; a proposal among them has prob and margin 0 [LLaDA's confidence_eos_eot_inf].
-    precision: "float32", or "float64" for a softmax in double (statistics are then float64).
-
-    NaN counts as −inf, +inf as the largest float. A row without a finite logit yields the lowest
-    allowed id with prob 0, margin 0, entropy ln V and logsumexp −inf.
-    """
-    for name, value in (("top_p", top_p), ("top_k", top_k), ("previous", previous)):
-        if value is not None:
-            raise ValueError(f"token_stats: {name} is not available yet; leave it None")
-    if precision not in ("float32", "float64"):
-        raise ValueError(f"token_stats: precision is {precision!r}; allowed: float32, float64")
-    return TokenStats(
-        *_ops.token_stats(
-            logits,
-            float(temperature),
-            seed,
-            noise_ids,
-            list(suppress_tokens or ()),
-            list(proposal_exclude or ()),
-            list(confidence_exclude or ()),
-            float(confidence_temperature),
-            precision == "float64",
-        )
-    )
 
 
 def commit_(
@@ -113,7 +54,11 @@ def commit_(
     from step to step: for each masked position the number of steps in a row with a small
     `stats.divergence`.
     """
-    divergence = getattr(stats, "divergence", None) if rule.needs_state else None
+    check_tensors(canvas=canvas, positions=positions)
+    if not isinstance(stats, TokenStats):
+        raise TypeError(f"stats must be the TokenStats of token_stats, got {kind(stats)}")
+    check_optional_tensors(sequence_ids=sequence_ids, state=state, progress=progress)
+    flat_rule = _flat(rule)
     return _ops.commit_(
         canvas,
         positions,
@@ -121,14 +66,14 @@ def commit_(
         stats.prob,
         stats.margin,
         stats.entropy,
-        *_flat(rule),
-        mask_id,
-        _per_row(quota, canvas),
-        _per_row(step, canvas),
+        *flat_rule,
+        integer("mask_id", mask_id, high=_INT64),
+        _per_row("quota", quota, canvas),
+        _per_row("step", step, canvas),
         sequence_ids,
-        seed,
+        integer("seed", seed, high=_INT64),
         progress,
-        divergence,
+        stats.divergence if rule.needs_state else None,
         state,
     )
 
@@ -150,6 +95,8 @@ def unmask_(
     suppress_tokens: Sequence[int] | None = None,
     proposal_exclude: Sequence[int] | None = None,
     confidence_exclude: Sequence[int] | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
     confidence_temperature: float = 1.0,
     precision: str = "float32",
 ) -> Tensor:
@@ -161,71 +108,54 @@ def unmask_(
     Returns accepted, bool [B, block_size]. Everything else as in `token_stats` and `commit_`, which
     `Rule.confident_stable` and `Rule.edit` need separately.
     """
-    if precision not in ("float32", "float64"):
-        raise ValueError(f"unmask_: precision is {precision!r}; allowed: float32, float64")
+    check_tensors(canvas=canvas, logits=logits)
+    check_optional_tensors(sequence_ids=sequence_ids, progress=progress)
     if logits.dim() == 3 and logits.shape[1] != block_size:
         raise ValueError(f"unmask_: logits have {logits.shape[1]} rows a block, block_size is {block_size}")
     return _ops.unmask_(
         canvas,
         logits,
-        _per_row(block_start, canvas),
+        _per_row("block_start", block_start, canvas),
         *_flat(rule),
-        mask_id,
-        _per_row(quota, canvas),
-        _per_row(step, canvas),
+        integer("mask_id", mask_id, high=_INT64),
+        _per_row("quota", quota, canvas),
+        _per_row("step", step, canvas),
         sequence_ids,
-        seed,
+        integer("seed", seed, high=_INT64),
         progress,
-        float(temperature),
-        list(suppress_tokens or ()),
-        list(proposal_exclude or ()),
-        list(confidence_exclude or ()),
-        float(confidence_temperature),
-        precision == "float64",
+        number("temperature", temperature),
+        integers("suppress_tokens", suppress_tokens),
+        integers("proposal_exclude", proposal_exclude),
+        integers("confidence_exclude", confidence_exclude),
+        number("confidence_temperature", confidence_temperature),
+        is_float64("unmask_", precision),
+        None if top_p is None else number("top_p", top_p),
+        None if top_k is None else integer("top_k", top_k, high=_INT64),
     )
 
 
+_INT64 = 2**63 - 1
+
+
 def _flat(rule: Rule) -> tuple[str, list[float], bool, str, float]:
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule must be a dk.Rule, got {kind(rule)}")
     parameters = [float(parameter) for parameter in rule.parameters]
     return rule.name, parameters, rule.strict, rule.confidence, float(rule.alg_temp)
 
 
-def _per_row(value: Tensor | int | None, canvas: Tensor) -> Tensor | None:
+def _per_row(name: str, value: Tensor | int | None, canvas: Tensor) -> Tensor | None:
     if value is None or isinstance(value, Tensor):
         return value
-    return torch.full((canvas.shape[0],), value, dtype=torch.int32, device=canvas.device)
+    rows = canvas.shape[0] if canvas.dim() else 0  # a canvas without rows is refused by the operator
+    return torch.full((rows,), integer(name, value), dtype=torch.int32, device=canvas.device)
 
 
-@torch.library.register_fake("dllm_kernels::token_stats")
-def _(
-    logits,
-    temperature=0.0,
-    seed=0,
-    noise_ids=None,
-    suppress_tokens=(),
-    proposal_exclude=(),
-    confidence_exclude=(),
-    confidence_temperature=1.0,
-    float64=False,
-):
-    shape = logits.shape[:-1]
-    reals = [logits.new_empty(shape, dtype=torch.float64 if float64 else torch.float32) for _ in range(4)]
-    return (logits.new_empty(shape, dtype=torch.int64), *reals)
-
-
-@torch.library.register_fake("dllm_kernels::commit_")
+@register_fake("commit_")
 def _(canvas, positions, *args, **kwargs):
     return canvas.new_empty(positions.shape, dtype=torch.bool)
 
 
-@torch.library.register_fake("dllm_kernels::unmask_")
+@register_fake("unmask_")
 def _(canvas, logits, *args, **kwargs):
     return canvas.new_empty(logits.shape[:2], dtype=torch.bool)
-
-
-# Statistics carry no gradient: a loss over logits has its own operators.
-torch.library.register_autograd(
-    "dllm_kernels::token_stats",
-    lambda ctx, *grads: (None,) * 9,
-    setup_context=lambda ctx, inputs, output: ctx.mark_non_differentiable(*output),
-)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dllm_kernels.ops.unmask import TokenStats, commit_, token_stats
+from dllm_kernels.ops.token_stats import TokenStats, token_stats
+from dllm_kernels.ops.unmask import commit_
 from dllm_kernels.sampling.canvases import Canvases, check_ids, completions, gaps, token_lists
 from dllm_kernels.sampling.config import SampleConfig
 from dllm_kernels.sampling.job import Job, prepare
@@ -313,4 +314,6 @@ def _spread(stats: TokenStats, slot: Tensor, count: int) -> TokenStats:
     """The rows of `stats` at their slots among `count`."""
     if len(slot) == count:
         return stats
-    return TokenStats(*(field.new_zeros(count).index_copy_(0, slot, field) for field in stats))
+    return TokenStats(
+        *(None if field is None else field.new_zeros(count).index_copy_(0, slot, field) for field in stats)
+    )

@@ -188,14 +188,13 @@ def code_prompts(encoded, tokenizer, length: int = 128) -> list[list[int]]:
 
 
 def line_gaps(ids: np.ndarray, tokenizer, window: int = 256) -> list[tuple[list[int], int, int]]:
-    """(row ids, start, end): every code line of 4 to 24 tokens, without its newline, in a row of up to
-    `window` tokens that begins at a line's start and has more lines on both sides."""
+    """(row ids, start, end): every line with text on it of up to 24 tokens, without its newline, in a row of
+    up to `window` tokens that begins at a line's start and has more lines on both sides."""
     ends_line = data.ends_line(tokenizer)
     starts = np.concatenate([[0], np.flatnonzero(ends_line[ids]) + 1])
     gaps = []
     for start, end in zip(starts[:-1], starts[1:] - 1, strict=True):
-        text = tokenizer.decode(ids[start:end]).strip()
-        if not 4 <= end - start <= 24 or len(text) < 8 or text.startswith("#"):
+        if end - start > 24 or not tokenizer.decode(ids[start:end]).strip():
             continue
         first = starts[np.searchsorted(starts, max(0, start - window // 2))]
         stop = starts[np.searchsorted(starts, min(first + window, starts[-1]), side="right") - 1]

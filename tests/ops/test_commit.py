@@ -1,5 +1,4 @@
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -42,28 +41,13 @@ def stats_of(prob, token=None, margin=None, entropy=None, dtype=torch.float32) -
     return dk.TokenStats(token, prob, margin, entropy, prob)
 
 
-class StatsWithDivergence(NamedTuple):
-    """What token_stats(previous=...) gives."""
-
-    token: torch.Tensor
-    prob: torch.Tensor
-    margin: torch.Tensor
-    entropy: torch.Tensor
-    logsumexp: torch.Tensor
-    divergence: torch.Tensor
-
-
-def with_divergence(stats, divergence):
-    return StatsWithDivergence(*stats[:5], divergence)
-
-
 def accepted_of(prob, rule, quota=None, divergence=None, **options) -> list[int]:
     """Indices that a row of masked candidates with these confidences commits."""
     canvas = torch.full((1, len(prob)), MASK)
     positions = torch.arange(len(prob), dtype=torch.int32)[None]
     stats = stats_of([prob])
     if divergence is not None:
-        stats = with_divergence(stats, torch.tensor([divergence]))
+        stats = stats._replace(divergence=torch.tensor([divergence]))
     accepted = dk.commit_(canvas, positions, stats, rule, mask_id=MASK, quota=quota, **options)
     assert torch.equal(accepted, canvas != MASK)
     return accepted[0].nonzero().flatten().tolist()
@@ -176,7 +160,7 @@ def test_confident_stable_counts_as_klass(steps, stable_steps, seed):
         dk.commit_(
             canvas,
             positions,
-            with_divergence(stats_of([conf]), torch.tensor([divergence])),
+            stats_of([conf])._replace(divergence=torch.tensor([divergence])),
             dk.Rule.confident_stable(0.25, 0.25, stable_steps),
             mask_id=MASK,
             state=state,
@@ -190,11 +174,11 @@ def test_counters_are_those_of_listed_masks():
     stats = stats_of([[1.0, 1.0, 1.0, 1.0]], token=[[0, 0, MASK, 0]])
     rule = dk.Rule.confident_stable(0.5, 0.25, 9)
     divergence = torch.tensor([[0.0, 0.0, 0.0, 0.0]])
-    dk.commit_(canvas, listed, with_divergence(stats, divergence), rule, mask_id=MASK, state=state)
+    dk.commit_(canvas, listed, stats._replace(divergence=divergence), rule, mask_id=MASK, state=state)
     assert state.tolist() == [[5, 5, 6, 6]]
     state.fill_(2**31 - 1)
     canvas.fill_(MASK)
-    dk.commit_(canvas, listed, with_divergence(stats, divergence), rule, mask_id=MASK, state=state)
+    dk.commit_(canvas, listed, stats._replace(divergence=divergence), rule, mask_id=MASK, state=state)
     assert state.tolist() == [[2**31 - 1] * 4]
 
 
@@ -326,7 +310,7 @@ def assert_agrees(batch, candidates, rule, ids, reals, seed, levels):
     accepted = dk.commit_(
         filled,
         positions,
-        with_divergence(stats, divergence),
+        stats._replace(divergence=divergence),
         rule,
         mask_id=MASK,
         quota=quota,
@@ -352,9 +336,8 @@ class Fixed:
 
     def __init__(self, rule, token, prob, entropy, divergence):
         self.rule, self.steps = rule, 0
-        self.stats = with_divergence(
-            stats_of([prob], token=[token], margin=[prob], entropy=[entropy]), torch.tensor([divergence])
-        )
+        stats = stats_of([prob], token=[token], margin=[prob], entropy=[entropy])
+        self.stats = stats._replace(divergence=torch.tensor([divergence]))
         self.canvas = torch.full((1, len(token)), MASK)
         self.positions = torch.arange(len(token), dtype=torch.int32)[None]
         self.state = torch.zeros(1, len(token), dtype=torch.int32) if rule.needs_state else None
@@ -563,15 +546,15 @@ def test_compiles_without_graph_breaks():
 
 @pytest.mark.parametrize("rule", STEPWISE, ids=str)
 def test_a_step_of_token_stats_and_commit_compiles(rule):
-    def step(canvas, logits, divergence, state):
-        stats = with_divergence(dk.token_stats(logits, suppress_tokens=[9]), divergence)
+    def step(canvas, logits, previous, state):
+        stats = dk.token_stats(logits, suppress_tokens=[9], previous=previous)
         positions = torch.arange(logits.shape[1], dtype=torch.int32).expand(len(canvas), -1)
         return dk.commit_(canvas, positions, stats, rule, mask_id=9, state=state)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch in (2, 3):
         canvas = torch.tensor([9, 9, 3, 9, 4]).repeat(batch, 1)
-        inputs = torch.randn(batch, 5, 10) * 3, torch.rand(batch, 5)
+        inputs = torch.randn(2, batch, 5, 10) * 3
         state = torch.ones(batch, 5, dtype=torch.int32) if rule.needs_state else None
         eager, eager_state = canvas.clone(), None if state is None else state.clone()
         assert torch.equal(compiled(canvas, *inputs, state), step(eager, *inputs, eager_state))
@@ -579,7 +562,7 @@ def test_a_step_of_token_stats_and_commit_compiles(rule):
 
 
 PLAIN = stats_of(torch.rand(2, 4))
-DIVERGING = with_divergence(PLAIN, torch.rand(2, 4))
+DIVERGING = PLAIN._replace(divergence=torch.rand(2, 4))
 STATE = torch.zeros(2, 6, dtype=torch.int32)
 STABLE = {"rule": dk.Rule.confident_stable(), "stats": DIVERGING, "state": STATE}
 BAD = [
@@ -615,11 +598,11 @@ BAD = [
     ({**STABLE, "state": STATE[:1].expand(2, 6)}, "rows of state must not overlap"),
     ({**STABLE, "stats": stats_of(torch.rand(2, 4))}, "rule 'confident_stable' needs stats.divergence"),
     (
-        {**STABLE, "stats": with_divergence(PLAIN, torch.rand(2, 3))},
+        {**STABLE, "stats": PLAIN._replace(divergence=torch.rand(2, 3))},
         "stats.divergence must have one entry for each of the 8 positions",
     ),
     (
-        {**STABLE, "stats": with_divergence(PLAIN, torch.rand(2, 4).double())},
+        {**STABLE, "stats": PLAIN._replace(divergence=torch.rand(2, 4).double())},
         r"stats.divergence must have the dtype of stats.prob \(float32\), got float64",
     ),
 ]
@@ -650,7 +633,7 @@ def test_bad_input_is_named(change, message):
             strict=rule.strict,
             confidence=rule.confidence,
             alg_temp=rule.alg_temp,
-            divergence=getattr(stats, "divergence", None),
+            divergence=stats.divergence,
         )
 
 

@@ -62,6 +62,21 @@ def scores(
     return x
 
 
+def kept(x: Tensor, top_p: float | None = None, top_k: int | None = None) -> Tensor:
+    """What top-p and then top-k keep of x [N, V], bool, as Dream's top_p_logits and top_k_logits do."""
+    result = x > -math.inf
+    if top_p is not None and top_p < 1:
+        ordered = x.sort(dim=-1, descending=True, stable=True)
+        above = ordered.values.softmax(-1).cumsum(-1) > top_p
+        removed = above.roll(1, -1)  # the first above top_p stays
+        removed[:, 0] = False
+        result &= ~torch.zeros_like(result).scatter(-1, ordered.indices, removed)
+    if top_k is not None:
+        left = x.masked_fill(~result, -math.inf)
+        result &= x >= left.topk(min(top_k, x.shape[1])).values[:, -1:]
+    return result
+
+
 def token_stats(
     logits: Tensor,
     *,
@@ -71,19 +86,28 @@ def token_stats(
     suppress_tokens=(),
     proposal_exclude=(),
     confidence_exclude=(),
+    top_p: float | None = None,
+    top_k: int | None = None,
     confidence_temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """token, prob, margin, entropy, logsumexp of each row; see `dllm_kernels.token_stats`."""
     leading, vocabulary = logits.shape[:-1], logits.shape[-1]
-    proposal = scores(logits, temperature, seed, noise_ids)
-    proposal[:, [*suppress_tokens, *proposal_exclude]] = -math.inf
-    allowed = [v for v in range(vocabulary) if v not in {*suppress_tokens, *proposal_exclude}]
-    x = _tame(logits.reshape(-1, vocabulary).double()) / confidence_temperature
-    x[:, [*suppress_tokens, *confidence_exclude]] = -math.inf
+    clean = _tame(logits.reshape(-1, vocabulary).double())
+    barred = [*suppress_tokens, *proposal_exclude]
+    x = clean / confidence_temperature
+    x[:, list(suppress_tokens)] = -math.inf
+    dropped = ~kept(x, top_p, top_k)
+    x[dropped] = -math.inf
+    x[:, list(confidence_exclude)] = -math.inf
+    proposal = scores(logits, temperature, seed, noise_ids).masked_fill(dropped, -math.inf)
+    for values in (proposal, clean):
+        values[:, barred] = -math.inf
+    allowed = [v for v in range(vocabulary) if v not in set(barred)]
     rows = []
-    for score, row in zip(proposal, x, strict=True):
+    for score, row, unfiltered in zip(proposal, x, clean, strict=True):
         found = bool((score > -math.inf).any())
-        token = int(score.argmax()) if found else allowed[0]
+        choice = score if found else unfiltered
+        token = int(choice.argmax()) if bool((choice > -math.inf).any()) else allowed[0]
         if not (row > -math.inf).any():
             rows.append((token, 0.0, 0.0, math.log(vocabulary), -math.inf))
             continue
@@ -102,6 +126,30 @@ def token_stats(
     columns = list(zip(*rows, strict=True)) or [()] * 5
     dtypes = [torch.int64, *[torch.float64] * 4]
     return tuple(torch.tensor(c, dtype=d).reshape(leading) for c, d in zip(columns, dtypes, strict=True))
+
+
+def token_divergence(
+    logits: Tensor,
+    previous: Tensor,
+    *,
+    suppress_tokens=(),
+    confidence_exclude=(),
+    confidence_temperature: float = 1.0,
+) -> Tensor:
+    """Σ p·(ln p − ln q), float64, p and q the softmax of the rows of logits and previous."""
+    log_p, log_q = (_tame(x.double()) / confidence_temperature for x in (logits, previous))
+    for x in (log_p, log_q):
+        x[..., [*suppress_tokens, *confidence_exclude]] = -math.inf
+    empty = (log_p.amax(-1) == -math.inf) | (log_q.amax(-1) == -math.inf)
+    log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
+    terms = torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), 0.0)
+    return terms.sum(-1).masked_fill(empty, math.inf)
+
+
+def linear_token_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **options):
+    """`token_stats` of the logits, computed in float64."""
+    logits = hidden.double() @ weight.double().T
+    return token_stats(logits if bias is None else logits + bias.double(), **options)
 
 
 def commit(

@@ -1,0 +1,34 @@
+// Statistics of the rows of hidden · weightᵀ + bias, without storing these logits.
+#pragma once
+
+#include "cpu/token_stats.h"
+
+namespace dllm::cpu {
+
+struct LinearStatsParams : TokenStatsParams {
+  int64_t row_count;
+  int32_t hidden_size;
+  const void* hidden;  // [row_count, hidden_size]
+  DType hidden_type;
+  float* packed;       // hidden as the product reads it: packed_size() floats
+  const void* weight;  // [vocabulary, hidden_size], rows weight_stride apart
+  DType weight_type;
+  int64_t weight_stride;
+  const void* bias;  // [vocabulary], or null
+  DType bias_type;
+
+  static constexpr int32_t kPart = 1024;  // ids of a part
+  static constexpr int kRows = 64;        // rows that a part of the weight meets at once
+  static constexpr int kStrip = 16;       // rows are packed in multiples of this
+  DLLM_HOST_DEVICE int64_t row_groups() const { return (row_count + kRows - 1) / kRows; }
+  DLLM_HOST_DEVICE int64_t packed_size() const {
+    return (row_count + kStrip - 1) / kStrip * kStrip * hidden_size;
+  }
+};
+
+}  // namespace dllm::cpu
+
+// Work items: groups of kRows rows. Fills `packed`.
+DLLM_CPU_KERNEL(pack_hidden, LinearStatsParams)
+// Work items: (part, group of rows). Fills `states` from `packed`.
+DLLM_CPU_KERNEL(linear_token_states, LinearStatsParams)

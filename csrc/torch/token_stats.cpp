@@ -1,0 +1,208 @@
+// token_stats, token_divergence and linear_token_stats: schemas, and the CPU kernels behind them.
+#include "torch/token_stats.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/linear_token_stats.h"
+#include "cpu/token_divergence.h"
+#include "cpu/token_stats.h"
+#include "torch/parallel.h"
+#include "torch/storage_type.h"
+
+namespace dllm {
+namespace {
+
+// Per logit, for the decision how many threads are worth waking.
+constexpr double kOperations = 16, kNoiseOperations = 128;
+
+cpu::TokenIds listed(const std::vector<int32_t>& ids) { return {ids.data(), static_cast<int>(ids.size())}; }
+
+cpu::LogitsView view(const LogitsRows& logits) {
+  return {logits.tensor.data_ptr(), storage_type(logits.tensor), logits.inner, logits.outer_stride,
+          logits.inner_stride};
+}
+
+void fill_lists(cpu::TokenStatsParams& p, const TokenStatsOptions& options) {
+  p.suppress = listed(options.suppress);
+  p.proposal_exclude = listed(options.proposal_exclude);
+  p.confidence_exclude = listed(options.confidence_exclude);
+}
+
+// The workspace behind p.states, for this many visited rows.
+Tensor new_states(cpu::TokenStatsParams& p, int64_t visited, const Tensor& like) {
+  const int64_t size = p.float64 ? sizeof(cpu::PartState<double>) : sizeof(cpu::PartState<float>);
+  Tensor states = new_tensor(like, {visited * p.parts * size}, ScalarType::Byte);
+  p.states = states.data_ptr();
+  return states;
+}
+
+void fill_states(const cpu::LogitsStatsParams& p, int64_t visited) {
+  const double operations = p.temperature > 0 ? kNoiseOperations : kOperations;
+  run_items(visited * p.parts, operations * visited * p.vocabulary,
+            [&](int64_t begin, int64_t end) { cpu::token_states(p, begin, end); });
+}
+
+// The filters look at what the confidence is made of, before anything is left out of it.
+std::vector<cpu::Cut> token_cuts(cpu::LogitsStatsParams p, const TokenFilterOptions& filter,
+                                 int64_t visited) {
+  p.temperature = 0;
+  p.confidence_exclude = {};
+  fill_states(p, visited);
+  std::vector<cpu::Cut> cuts(visited);
+  const auto top_k = static_cast<int32_t>(std::min<int64_t>(filter.top_k.value_or(INT32_MAX), INT32_MAX));
+  const cpu::TokenCutParams params{p, filter.top_p.value_or(1), top_k, cuts.data()};
+  run_items(visited, kOperations * visited * p.vocabulary,
+            [&](int64_t begin, int64_t end) { cpu::token_cuts(params, begin, end); });
+  return cuts;
+}
+
+}  // namespace
+
+TokenStatsTensors row_stats(const LogitsRows& logits, const std::vector<int64_t>& shape,
+                            const std::vector<int64_t>* visited, const int32_t* noise_ids,
+                            const TokenStatsOptions& options, const TokenFilterOptions& filter) {
+  const TokenStatsTensors stats = new_stats(logits.tensor, shape, options.real());
+  const int64_t rows = visited ? static_cast<int64_t>(visited->size()) : logits.rows;
+  cpu::LogitsStatsParams p{};
+  fill(p, options, logits.vocabulary, stats);
+  fill_lists(p, options);
+  p.logits = view(logits);
+  p.rows = visited ? visited->data() : nullptr;
+  p.noise_ids = noise_ids;
+  p.parts = (logits.vocabulary - 1) / cpu::LogitsStatsParams::kPart + 1;
+  const Tensor states = new_states(p, rows, logits.tensor);
+  std::vector<cpu::Cut> cuts;
+  if (!filter.keeps_all(logits.vocabulary)) {
+    cuts = token_cuts(p, filter, rows);
+    p.cuts = cuts.data();
+  }
+  fill_states(p, rows);
+  cpu::token_results(p, 0, rows);
+  return stats;
+}
+
+namespace {
+
+TokenStatsTensors token_stats(Tensor logits, double temperature, int64_t seed,
+                              std::optional<Tensor> noise_ids, std::vector<int64_t> suppress_tokens,
+                              std::vector<int64_t> proposal_exclude, std::vector<int64_t> confidence_exclude,
+                              double confidence_temperature, bool float64, std::optional<double> top_p,
+                              std::optional<int64_t> top_k) {
+  constexpr const char* op = "token_stats";
+  const LogitsRows rows(op, logits);
+  const auto ids = checked_noise_ids(op, noise_ids, "logits", logits, rows.rows);
+  const TokenStatsOptions options(op, rows.vocabulary, temperature, seed, suppress_tokens, proposal_exclude,
+                                  confidence_exclude, confidence_temperature, float64);
+  return row_stats(rows, leading_shape(logits), nullptr, int32_data(ids), options, {op, top_p, top_k});
+}
+
+Tensor token_divergence(Tensor logits, Tensor previous, std::vector<int64_t> suppress_tokens,
+                        std::vector<int64_t> confidence_exclude, double confidence_temperature,
+                        bool float64) {
+  constexpr const char* op = "token_stats";
+  const LogitsRows rows(op, logits);
+  check_same_dtype(op, "previous", previous, "logits", logits);
+  check_same_device(op, "previous", previous, "logits", logits);
+  check(shape_text(previous) == shape_text(logits), op, ": previous must have the shape of logits (",
+        shape_text(logits), "), got shape ", shape_text(previous));
+  const LogitsRows previous_rows(op, previous);
+  const auto suppress = token_ids(op, "suppress_tokens", suppress_tokens, rows.vocabulary);
+  const auto exclude = token_ids(op, "confidence_exclude", confidence_exclude, rows.vocabulary);
+  Tensor divergence =
+      new_tensor(logits, leading_shape(logits), float64 ? ScalarType::Double : ScalarType::Float);
+  const cpu::TokenDivergenceParams p{
+      view(rows),       view(previous_rows), rows.vocabulary, confidence_scale(op, confidence_temperature),
+      listed(suppress), listed(exclude),     float64,         divergence.data_ptr()};
+  run_items(rows.rows, 2 * kOperations * rows.rows * rows.vocabulary,
+            [&](int64_t begin, int64_t end) { cpu::token_divergence(p, begin, end); });
+  return divergence;
+}
+
+void check_product(const char* op, const Tensor& hidden, const Tensor& weight,
+                   const std::optional<Tensor>& bias) {
+  check(hidden.dim() >= 1, op, ": hidden must be [..., hidden_size], got shape ", shape_text(hidden));
+  check_float(op, "hidden", hidden);
+  check_dims(op, "weight", weight, 2, "[vocabulary, hidden_size]");
+  check_float(op, "weight", weight);
+  check_same_device(op, "weight", weight, "hidden", hidden);
+  check_size(op, "weight", weight, 1, hidden.size(-1), "the hidden size of hidden");
+  check_int(op, "the hidden size", hidden.size(-1));
+  check_vocabulary(op, "weight", weight.size(0));
+  check(hidden.size(-1) > 0, op, ": the hidden size must be positive, got shape ", shape_text(hidden));
+  if (!bias) return;
+  check_dims(op, "bias", *bias, 1, "[vocabulary]");
+  check_float(op, "bias", *bias);
+  check_same_device(op, "bias", *bias, "hidden", hidden);
+  check_size(op, "bias", *bias, 0, weight.size(0), "the vocabulary of weight");
+}
+
+TokenStatsTensors linear_token_stats(Tensor hidden, Tensor weight, std::optional<Tensor> bias,
+                                     double temperature, int64_t seed, std::optional<Tensor> noise_ids,
+                                     std::vector<int64_t> suppress_tokens,
+                                     std::vector<int64_t> proposal_exclude,
+                                     std::vector<int64_t> confidence_exclude, double confidence_temperature,
+                                     bool float64) {
+  constexpr const char* op = "linear_token_stats";
+  check_product(op, hidden, weight, bias);
+  const auto vocabulary = static_cast<int32_t>(weight.size(0));
+  const int64_t rows = hidden.numel() / hidden.size(-1);
+  const auto ids = checked_noise_ids(op, noise_ids, "hidden", hidden, rows);
+  const TokenStatsOptions options(op, vocabulary, temperature, seed, suppress_tokens, proposal_exclude,
+                                  confidence_exclude, confidence_temperature, float64);
+  const TokenStatsTensors stats = new_stats(hidden, leading_shape(hidden), options.real());
+  const Tensor dense_hidden = torch::stable::contiguous(hidden);
+  const Tensor dense_weight = weight.stride(1) == 1 ? weight : torch::stable::contiguous(weight);
+
+  cpu::LinearStatsParams p{};
+  fill(p, options, vocabulary, stats);
+  fill_lists(p, options);
+  p.noise_ids = int32_data(ids);
+  p.parts = (vocabulary - 1) / cpu::LinearStatsParams::kPart + 1;
+  const Tensor states = new_states(p, rows, hidden);
+  p.row_count = rows;
+  p.hidden_size = static_cast<int32_t>(hidden.size(-1));
+  p.hidden = dense_hidden.data_ptr(), p.hidden_type = storage_type(hidden);
+  p.weight = dense_weight.data_ptr(), p.weight_type = storage_type(weight);
+  p.weight_stride = dense_weight.stride(0);
+  Tensor dense_bias;
+  if (bias) {
+    dense_bias = torch::stable::contiguous(*bias);
+    p.bias = dense_bias.data_ptr(), p.bias_type = storage_type(dense_bias);
+  }
+  const Tensor packed = new_tensor(hidden, {p.packed_size()}, ScalarType::Float);
+  p.packed = static_cast<float*>(packed.data_ptr());
+
+  run_items(p.row_groups(), static_cast<double>(p.packed_size()),
+            [&](int64_t begin, int64_t end) { cpu::pack_hidden(p, begin, end); });
+  run_items(p.parts * p.row_groups(), 2.0 * rows * weight.numel(),
+            [&](int64_t begin, int64_t end) { cpu::linear_token_states(p, begin, end); });
+  cpu::token_results(p, 0, rows);
+  return stats;
+}
+
+}  // namespace
+}  // namespace dllm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dllm_kernels, m) {
+  m.def(
+      "token_stats(Tensor logits, float temperature=0.0, int seed=0, Tensor? noise_ids=None, "
+      "int[] suppress_tokens=[], int[] proposal_exclude=[], int[] confidence_exclude=[], "
+      "float confidence_temperature=1.0, bool float64=False, float? top_p=None, int? top_k=None) -> "
+      "(Tensor token, Tensor prob, Tensor margin, Tensor entropy, Tensor logsumexp)");
+  m.def(
+      "token_divergence(Tensor logits, Tensor previous, int[] suppress_tokens=[], "
+      "int[] confidence_exclude=[], float confidence_temperature=1.0, bool float64=False) -> "
+      "Tensor divergence");
+  m.def(
+      "linear_token_stats(Tensor hidden, Tensor weight, Tensor? bias=None, float temperature=0.0, int "
+      "seed=0, "
+      "Tensor? noise_ids=None, int[] suppress_tokens=[], int[] proposal_exclude=[], "
+      "int[] confidence_exclude=[], float confidence_temperature=1.0, bool float64=False) -> "
+      "(Tensor token, Tensor prob, Tensor margin, Tensor entropy, Tensor logsumexp)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dllm_kernels, CPU, m) {
+  m.impl("token_stats", TORCH_BOX(&dllm::token_stats));
+  m.impl("token_divergence", TORCH_BOX(&dllm::token_divergence));
+  m.impl("linear_token_stats", TORCH_BOX(&dllm::linear_token_stats));
+}

@@ -1,0 +1,121 @@
+// Arguments of token_stats and its relatives, checked once for CPU and CUDA.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "torch/logits_arguments.h"
+
+namespace dllm {
+
+// The lowest id that may be proposed.
+inline int32_t lowest_allowed(const char* op, const std::vector<int32_t>& suppress,
+                              const std::vector<int32_t>& exclude, int32_t vocabulary) {
+  int32_t id = 0;
+  while (std::binary_search(suppress.begin(), suppress.end(), id) ||
+         std::binary_search(exclude.begin(), exclude.end(), id))
+    id++;
+  check(id < vocabulary, op, ": suppress_tokens and proposal_exclude leave no token to propose (vocabulary ",
+        vocabulary, ")");
+  return id;
+}
+
+inline float confidence_scale(const char* op, double confidence_temperature) {
+  check(std::isfinite(confidence_temperature) && confidence_temperature > 0, op,
+        ": confidence_temperature must be a finite number > 0, got ", confidence_temperature);
+  const auto scale = static_cast<float>(1 / confidence_temperature);
+  check(std::isfinite(scale) && scale > 0, op,
+        ": confidence_temperature and its inverse must lie within the ", "range of float32, got ",
+        confidence_temperature);
+  return scale;
+}
+
+// What is asked of every row.
+struct TokenStatsOptions {
+  float temperature, confidence_scale;
+  uint64_t seed;
+  std::vector<int32_t> suppress, proposal_exclude, confidence_exclude;
+  int32_t fallback;
+  bool float64;
+
+  TokenStatsOptions(const char* op, int32_t vocabulary, double temperature, int64_t seed,
+                    const std::vector<int64_t>& suppress_tokens, const std::vector<int64_t>& proposal_exclude,
+                    const std::vector<int64_t>& confidence_exclude, double confidence_temperature,
+                    bool float64)
+      : temperature(static_cast<float>(temperature)),
+        confidence_scale(dllm::confidence_scale(op, confidence_temperature)),
+        seed(static_cast<uint64_t>(seed)),
+        suppress(token_ids(op, "suppress_tokens", suppress_tokens, vocabulary)),
+        proposal_exclude(token_ids(op, "proposal_exclude", proposal_exclude, vocabulary)),
+        confidence_exclude(token_ids(op, "confidence_exclude", confidence_exclude, vocabulary)),
+        fallback(lowest_allowed(op, suppress, this->proposal_exclude, vocabulary)),
+        float64(float64) {
+    check(std::isfinite(this->temperature) && temperature >= 0, op,
+          ": temperature must be a finite number >= 0, got ", temperature);
+  }
+
+  ScalarType real() const { return float64 ? ScalarType::Double : ScalarType::Float; }
+};
+
+// token, prob, margin, entropy, logsumexp
+using TokenStatsTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+inline TokenStatsTensors new_stats(const Tensor& like, const std::vector<int64_t>& shape, ScalarType real) {
+  return {new_tensor(like, shape, ScalarType::Long), new_tensor(like, shape, real),
+          new_tensor(like, shape, real), new_tensor(like, shape, real), new_tensor(like, shape, real)};
+}
+
+// Into the parameters of a kernel, on CPU or CUDA; the lists of ids are left to the caller.
+template <class Params>
+void fill(Params& p, const TokenStatsOptions& options, int32_t vocabulary, const TokenStatsTensors& stats) {
+  const auto& [token, prob, margin, entropy, logsumexp] = stats;
+  p.vocabulary = vocabulary;
+  p.float64 = options.float64;
+  p.temperature = options.temperature;
+  p.seed = options.seed;
+  p.confidence_scale = options.confidence_scale;
+  p.fallback = options.fallback;
+  p.token = static_cast<int64_t*>(token.data_ptr());
+  p.prob = prob.data_ptr(), p.margin = margin.data_ptr();
+  p.entropy = entropy.data_ptr(), p.logsumexp = logsumexp.data_ptr();
+}
+
+inline const int32_t* int32_data(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const int32_t*>(tensor->data_ptr()) : nullptr;
+}
+
+// int32 [..., 3] for every row: sequence, position, step.
+inline std::optional<Tensor> checked_noise_ids(const char* op, const std::optional<Tensor>& noise_ids,
+                                               const char* rows_name, const Tensor& rows_of, int64_t rows) {
+  if (!noise_ids) return std::nullopt;
+  check_dtype(op, "noise_ids", *noise_ids, {ScalarType::Int});
+  check_same_device(op, "noise_ids", *noise_ids, rows_name, rows_of);
+  check(noise_ids->dim() >= 1 && noise_ids->size(-1) == 3 && noise_ids->numel() == 3 * rows, op,
+        ": noise_ids must be [", rows, ", 3] (sequence, position, step of each row of ", rows_name,
+        "), got shape ", shape_text(*noise_ids));
+  return torch::stable::contiguous(*noise_ids);
+}
+
+// The filters top_p and top_k; absent: nothing is filtered.
+struct TokenFilterOptions {
+  std::optional<double> top_p;
+  std::optional<int64_t> top_k;
+
+  TokenFilterOptions(const char* op, std::optional<double> p, std::optional<int64_t> k) : top_p(p), top_k(k) {
+    check(!p || (*p >= 0 && *p <= 1), op, ": top_p must be None or lie between 0 and 1, got ", p.value_or(0));
+    check(!k || *k >= 1, op, ": top_k must be None or >= 1, got ", k.value_or(0));
+  }
+  bool keeps_all(int32_t vocabulary) const {
+    return top_p.value_or(1) == 1 && top_k.value_or(vocabulary) >= vocabulary;
+  }
+};
+
+// Statistics on the CPU of the rows listed in `visited` (null: of all); the outputs of others stay unwritten.
+TokenStatsTensors row_stats(const LogitsRows& logits, const std::vector<int64_t>& shape,
+                            const std::vector<int64_t>* visited, const int32_t* noise_ids,
+                            const TokenStatsOptions& options, const TokenFilterOptions& filter);
+
+}  // namespace dllm

@@ -1,0 +1,35 @@
+"""Fake kernels: what torch.compile and tensors on the meta device see of an operator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import _library  # noqa: F401  (loads the operators)
+
+
+def register_fake(name: str) -> Callable[[Callable], Callable]:
+    """As torch.library.register_fake for dllm_kernels::`name`, and all tensors must be on one device.
+
+    The compiled kernels check that themselves, but a call with one meta tensor among others comes here.
+    """
+    arguments = getattr(torch.ops.dllm_kernels, name).default._schema.arguments
+
+    def register(fake: Callable) -> Callable:
+        @functools.wraps(fake)
+        def checked(*args, **kwargs):
+            named = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+            (first, like), *others = ((n, value) for n, value in named.items() if isinstance(value, Tensor))
+            for other, value in others:
+                if value.device != like.device:
+                    wanted = f"{other} must be on the device of {first} ({like.device})"
+                    raise ValueError(f"{name}: {wanted}, got {value.device}")
+            return fake(*args, **kwargs)
+
+        torch.library.register_fake(f"dllm_kernels::{name}")(checked)
+        return checked
+
+    return register

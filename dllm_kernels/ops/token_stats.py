@@ -1,0 +1,240 @@
+"""Statistics of rows of logits: the proposal and every kind of confidence.
+
+`token_stats` reads each row once; `linear_token_stats` takes hidden states and the weight of the vocabulary
+projection instead, and never stores the logits. Bad arguments raise ValueError, from these functions and
+from torch.ops.dllm_kernels alike.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dllm_kernels import _library  # noqa: F401
+from dllm_kernels._arguments import check_optional_tensors, check_tensors, integer, integers, number
+from dllm_kernels.ops._fake import register_fake
+
+_ops = torch.ops.dllm_kernels
+
+CHUNK_LOGITS = 1 << 26  # logits that exist at once where the projection is a library's product
+
+
+class TokenStats(NamedTuple):
+    """What a row of logits says; every field has the logits' leading shape.
+
+    token       int64, the proposal
+    prob        p(token) under softmax(logits / confidence_temperature)
+    margin      p1 − p2, the two highest probabilities
+    entropy     −Σ p ln p in nats; as a confidence it counts negated, so that larger is surer
+    logsumexp   of logits / confidence_temperature
+    divergence  KL(p ‖ p of the previous step) in nats, or None
+    """
+
+    token: Tensor
+    prob: Tensor
+    margin: Tensor
+    entropy: Tensor
+    logsumexp: Tensor
+    divergence: Tensor | None = None
+
+
+def token_stats(
+    logits: Tensor,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    noise_ids: Tensor | None = None,
+    suppress_tokens: Sequence[int] | None = None,
+    proposal_exclude: Sequence[int] | None = None,
+    confidence_exclude: Sequence[int] | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    confidence_temperature: float = 1.0,
+    previous: Tensor | None = None,
+    precision: str = "float32",
+) -> TokenStats:
+    """Proposal and confidence of every row of logits, in one pass over them.
+
+    logits: [..., V] float32, bfloat16 or float16. The proposal is the argmax (ties to the lowest id) of
+    logits + temperature · g, with Gumbel noise g = −ln(−ln(1 − w)) from Philox4x32-10 [Salmon et al.
+    2011] keyed by `seed` and counted by (token id, noise_ids): the draw depends on nothing else.
+    LLaDA's `exp(l) / (−ln u)^T` has the same distribution.
+
+    noise_ids: int32 [N, 3] or [..., 3], (sequence, position, step) of each row; None: (0, row, 0).
+    suppress_tokens: ids that are −inf for proposal and softmax. proposal_exclude: ids that are only
+    barred from the proposal. confidence_exclude: ids left out of the softmax after the proposal was
+    made; a proposal among them has prob and margin 0 [LLaDA's confidence_eos_eot_inf].
+
+    top_p, top_k: filters of softmax(logits / confidence_temperature), at temperature 0 too [Dream, with
+    confidence_temperature = temperature where that is not 0]. top_p keeps ids in descending probability
+    while the sum before them is at most top_p, then top_k keeps what is not below the k-th highest. The
+    proposal is drawn from what they keep, and the statistics are those of what they keep, renormalised.
+    Where nothing that is kept may be proposed, the best id that may is, with prob and margin 0.
+
+    previous: the logits of the step before, like `logits`. divergence is then KL(p ‖ q) with p and q the
+    softmax of logits and previous, at confidence_temperature and without suppress_tokens and
+    confidence_exclude, before any filter; +inf where p puts weight on an id that q does not.
+    precision: "float32", or "float64" for a softmax in double (statistics are then float64).
+
+    NaN counts as −inf, +inf as the largest float. A row without a finite logit yields the lowest
+    allowed id with prob 0, margin 0, entropy ln V, logsumexp −inf and divergence +inf.
+    """
+    check_tensors(logits=logits)
+    check_optional_tensors(noise_ids=noise_ids, previous=previous)
+    float64 = is_float64("token_stats", precision)
+    stats = _ops.token_stats(
+        logits,
+        number("temperature", temperature),
+        integer("seed", seed, high=2**63 - 1),
+        noise_ids,
+        integers("suppress_tokens", suppress_tokens),
+        integers("proposal_exclude", proposal_exclude),
+        integers("confidence_exclude", confidence_exclude),
+        number("confidence_temperature", confidence_temperature),
+        float64,
+        None if top_p is None else number("top_p", top_p),
+        None if top_k is None else integer("top_k", top_k, high=2**63 - 1),
+    )
+    if previous is None:
+        return TokenStats(*stats)
+    divergence = _ops.token_divergence(
+        logits,
+        previous,
+        integers("suppress_tokens", suppress_tokens),
+        integers("confidence_exclude", confidence_exclude),
+        number("confidence_temperature", confidence_temperature),
+        float64,
+    )
+    return TokenStats(*stats, divergence)
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    noise_ids: Tensor | None = None,
+    suppress_tokens: Sequence[int] | None = None,
+    proposal_exclude: Sequence[int] | None = None,
+    confidence_exclude: Sequence[int] | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    confidence_temperature: float = 1.0,
+    previous: Tensor | None = None,
+    precision: str = "float32",
+) -> TokenStats:
+    """`token_stats` of hidden · weightᵀ + bias, without storing these logits.
+
+    hidden: [..., H]; weight: [V, H]; bias: [V]; each float32, bfloat16 or float16. On the CPU products
+    and sums are float32 whatever the storage, and a row's result does not depend on the rows beside it.
+    On CUDA the projection is the library's, in the dtype of weight and in chunks of rows. The other
+    arguments are those of `token_stats`; top_p, top_k and previous need stored logits and are refused.
+    """
+    for name, value in (("top_p", top_p), ("top_k", top_k), ("previous", previous)):
+        if value is not None:
+            raise ValueError(
+                f"linear_token_stats: {name} needs stored logits; leave it None, or call token_stats on them"
+            )
+    check_tensors(hidden=hidden, weight=weight)
+    check_optional_tensors(bias=bias, noise_ids=noise_ids)
+    return TokenStats(
+        *_ops.linear_token_stats(
+            hidden,
+            weight,
+            bias,
+            number("temperature", temperature),
+            integer("seed", seed, high=2**63 - 1),
+            noise_ids,
+            integers("suppress_tokens", suppress_tokens),
+            integers("proposal_exclude", proposal_exclude),
+            integers("confidence_exclude", confidence_exclude),
+            number("confidence_temperature", confidence_temperature),
+            is_float64("linear_token_stats", precision),
+        )
+    )
+
+
+def is_float64(name: str, precision: str) -> bool:
+    if precision not in ("float32", "float64"):
+        raise ValueError(f"{name}: precision is {precision!r}; allowed: float32, float64")
+    return precision == "float64"
+
+
+def chunked_linear_token_stats(
+    hidden, weight, bias=None, temperature=0.0, seed=0, noise_ids=None, *options
+) -> tuple[Tensor, ...]:
+    """linear_token_stats through the library's product, a chunk of rows at a time."""
+    shape = hidden.shape[:-1]
+    hidden = hidden.reshape(-1, hidden.shape[-1]).to(weight.dtype)
+    if noise_ids is None:
+        noise_ids = torch.zeros(len(hidden), 3, dtype=torch.int32, device=hidden.device)
+        noise_ids[:, 1] = torch.arange(len(hidden), device=hidden.device)
+    rows = max(1, CHUNK_LOGITS // weight.shape[0])
+    chunks = [
+        _ops.token_stats(F.linear(some, weight, bias), temperature, seed, ids, *options)
+        for some, ids in zip(hidden.split(rows), noise_ids.reshape(-1, 3).split(rows), strict=True)
+    ]
+    return tuple(torch.cat(field).reshape(shape) for field in zip(*chunks, strict=True))
+
+
+torch.library.register_kernel("dllm_kernels::linear_token_stats", "cuda")(chunked_linear_token_stats)
+
+
+def _new_stats(rows: Tensor, float64: bool) -> tuple[Tensor, ...]:
+    shape = rows.shape[:-1]
+    reals = [rows.new_empty(shape, dtype=torch.float64 if float64 else torch.float32) for _ in range(4)]
+    return (rows.new_empty(shape, dtype=torch.int64), *reals)
+
+
+@register_fake("token_stats")
+def _(
+    logits,
+    temperature=0.0,
+    seed=0,
+    noise_ids=None,
+    suppress_tokens=(),
+    proposal_exclude=(),
+    confidence_exclude=(),
+    confidence_temperature=1.0,
+    float64=False,
+    top_p=None,
+    top_k=None,
+):
+    return _new_stats(logits, float64)
+
+
+@register_fake("token_divergence")
+def _(logits, previous, suppress_tokens=(), confidence_exclude=(), confidence_temperature=1.0, float64=False):
+    return logits.new_empty(logits.shape[:-1], dtype=torch.float64 if float64 else torch.float32)
+
+
+@register_fake("linear_token_stats")
+def _(
+    hidden,
+    weight,
+    bias=None,
+    temperature=0.0,
+    seed=0,
+    noise_ids=None,
+    suppress_tokens=(),
+    proposal_exclude=(),
+    confidence_exclude=(),
+    confidence_temperature=1.0,
+    float64=False,
+):
+    return _new_stats(hidden, float64)
+
+
+# Statistics carry no gradient: a loss over logits has its own operators.
+for _name, _arguments in (("token_stats", 11), ("token_divergence", 6), ("linear_token_stats", 11)):
+    torch.library.register_autograd(
+        f"dllm_kernels::{_name}",
+        lambda ctx, *grads, count=_arguments: (None,) * count,
+        setup_context=lambda ctx, inputs, output: ctx.mark_non_differentiable(
+            *(output if isinstance(output, tuple) else (output,))
+        ),
+    )
