@@ -14,21 +14,25 @@ from torch import Tensor
 import dllm_kernels as dk
 from dllm_kernels.viewer.terminal import TerminalView
 
-PROMPT = '''def read_lines(path):
-    """Return the lines of a text file."""
-'''
-GAP = """import os
+PROMPT = """import os
+import sys
 
-def newest_file(folder):
-    names = os.listdir(folder)
-<mask:16>
-    return max(paths, key=os.path.getmtime)
+def main(argv):
+    if len(argv) < 2:
+"""
+GAP = """class Point:
+    def __init__(self, x, y):
+        self.x = x
+        self.y = y
+
+<mask:6>
+        return 'Point(%r, %r)' % (self.x, self.y)
 """
 THRESHOLD = 0.9
 PAUSE = 0.05  # seconds a round, for the eye; the timed runs have none
 
 
-def run(console: Console, max_new_tokens: int = 96, repeats: int = 3) -> None:
+def run(console: Console, max_new_tokens: int = 48, repeats: int = 3) -> None:
     """Everything that `make demo` shows."""
     model, tokenizer = dk.load("tiny-python", device="cpu", attention="block_causal")
     console.rule("completion: block_causal, an exact cache of finished blocks")

@@ -57,4 +57,4 @@ def test_the_table_names_ratio_share_of_peak_and_memory():
 def test_peak_memory_counts_what_a_call_allocates():
     size = 64 << 20
     counted = machine.peak_memory(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
-    assert counted is None or size <= counted < 1.2 * size
+    assert counted is None or 0.9 * size < counted < 1.2 * size
