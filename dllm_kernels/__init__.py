@@ -21,6 +21,7 @@ _MODULE_OF = {
     "linear_diffusion_cross_entropy": "ops.loss",
     "BlockKVCache": "block_cache",
     "load": "models.checkpoint",
+    "save": "models.checkpoint",
     "enable_attention": "models.attention",
     "sample": "sampling.rounds",
     "infill": "sampling.rounds",

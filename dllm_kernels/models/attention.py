@@ -62,8 +62,8 @@ def _configs(model: PreTrainedModel) -> list:
             if not module._can_set_attn_implementation():
                 raise ValueError(
                     f"the attention of {type(module).__name__} cannot be hooked: it does not go through "
-                    "transformers' AttentionInterface. Sample it as a plain function of its ids, with "
-                    'cache="none": dk.sample(lambda ids: model(ids).logits, ..., cache="none")'
+                    "transformers' AttentionInterface. Sample it as a function of its ids, under its own "
+                    'mask, with cache="none": dk.sample(lambda ids: model(ids).logits, ..., cache="none")'
                 )
             configs[id(module.config)] = module.config
     return list(configs.values())
@@ -108,7 +108,8 @@ def view_not_handed_on(what: str) -> str:
     """What to say when a model does not pass its keywords on to its attention."""
     return (
         f"the view did not reach the attention of {what}, which does not hand its keywords on; sample it as "
-        'a function of its ids: dk.sample(lambda ids: model(ids).logits, ..., cache="none")'
+        "a function of its ids, under its own mask: "
+        'dk.sample(lambda ids: model(ids).logits, ..., cache="none")'
     )
 
 

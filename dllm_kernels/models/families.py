@@ -1,4 +1,4 @@
-"""The model lines that load and sample, one row each, and what sampling reads off a loaded model.
+"""The model lines that load, sample and save, one row each, and what sampling reads off a loaded model.
 
 A checkpoint says how it was trained in the "diffusion" entry of its config.json:
     "mask_token_id": 4093,
@@ -8,7 +8,12 @@ A row of the table fills in what the checkpoints of a line leave unsaid.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from dllm_kernels.models import layouts
+from dllm_kernels.models.layouts import Layout
 
 ATTENTION = ("block_causal", "bidirectional")
 
@@ -20,30 +25,73 @@ class Family:
     architecture: the transformers model_type that runs its weights.
     attention: the kinds it was trained for, the default first; (): its "diffusion" entry must say.
     shift: whether the prediction for position i comes from the output at i-1.
-    head: what turns the base model's hidden states into logits, attributes applied in turn.
+    masked_lm: whether it runs as a masked-LM model, not as a causal LM.
+    head: what turns hidden states into logits, in turn: modules of the model and names of activations, the
+    last one linear; (): the model's output embeddings, if they are seen to give the model's own logits.
+    padding_first: whether positions count from padding token + 1, as in RoBERTa.
+    layouts: how its checkpoints are written where that is not the stock way; the first is written.
+    other_heads: the beginnings of names of weights that its checkpoints hold and masked-LM models do not.
+    tokenizer: the transformers class that reads its tokenizer; None: the tokenizer's files say.
+    end_tokens: what ends a reply besides the end tokens of its configs.
+    chat: options of its chat template.
     """
 
     architecture: str
     attention: tuple[str, ...] = ()
     shift: bool = False
+    masked_lm: bool = False
     head: tuple[str, ...] = ("lm_head",)
+    padding_first: bool = False
+    layouts: tuple[Layout, ...] = ()
+    other_heads: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    end_tokens: tuple[str, ...] = ()
+    chat: Mapping[str, object] = field(default_factory=dict)
 
+
+_EITHER = ("bidirectional", "block_causal")
+_BIDIRECTIONAL = ("bidirectional",)
+_QWEN_CHAT = dict(end_tokens=("<|im_end|>",), chat={"enable_thinking": False})
 
 FAMILIES = {
+    "llada": Family(
+        "llama", _BIDIRECTIONAL, layouts=(layouts.LLADA, layouts.LLADA_FUSED), end_tokens=("<|eot_id|>",)
+    ),
+    "Dream": Family(
+        "qwen2", _BIDIRECTIONAL, shift=True, layouts=(layouts.DREAM,), tokenizer="Qwen2Tokenizer",
+        end_tokens=("<|im_end|>",),
+    ),
+    "a2d-llama": Family("llama", _EITHER, layouts=(layouts.A2D_LLAMA,), end_tokens=("<|eot_id|>",)),
+    "a2d-qwen2": Family("qwen2", _EITHER, layouts=(layouts.A2D_QWEN2,), **_QWEN_CHAT),
+    "a2d-qwen3": Family("qwen3", _EITHER, layouts=(layouts.A2D_QWEN3,), **_QWEN_CHAT),
+    "sdar": Family("qwen3", ("block_causal",), layouts=(layouts.SDAR,), end_tokens=("<|im_end|>",)),
+    "bert": Family(
+        "bert", _BIDIRECTIONAL, masked_lm=True, layouts=(layouts.BERT,), end_tokens=("[SEP]",),
+        head=("cls.predictions.transform", "cls.predictions.decoder"),
+        other_heads=("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids"),
+    ),
+    "roberta": Family(
+        "roberta", _BIDIRECTIONAL, masked_lm=True, padding_first=True,
+        head=("lm_head.dense", "gelu", "lm_head.layer_norm", "lm_head.decoder"),
+        other_heads=("roberta.pooler.", "roberta.embeddings.position_ids"),
+    ),
+    "modernbert": Family("modernbert", _BIDIRECTIONAL, masked_lm=True, head=("head", "decoder")),
     "llama": Family("llama"),
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
     "mistral": Family("mistral"),
     "gpt2": Family("gpt2"),
-    "a2d-llama": Family("llama", attention=("bidirectional", "block_causal")),
-    "a2d-qwen2": Family("qwen2", attention=("bidirectional", "block_causal")),
-    "a2d-qwen3": Family("qwen3", attention=("bidirectional", "block_causal")),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Diffusion:
-    """How a loaded model samples; None and () where its checkpoint says nothing."""
+    """How a loaded model samples; None and () where its checkpoint says nothing.
+
+    head: the functions from hidden states to logits, in turn; the last one is an nn.Linear.
+    first_position: what the model calls the first position. max_positions: how many it has.
+    chat: options of its chat template.
+    """
 
     attention: str
     block_size: int | None
@@ -53,14 +101,23 @@ class Diffusion:
     pad_id: int | None
     vocab_size: int
     max_positions: int | None
-    head: tuple[str, ...]
+    head: tuple[Callable, ...]
+    first_position: int = 0
+    chat: Mapping[str, object] = field(default_factory=dict)
 
 
 def family_of(model_type: str | None) -> Family:
-    """The row of a config.json's model_type."""
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is not a known family; known: {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    """The row of a config.json's model_type; causal LMs that have none run as transformers has them."""
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return Family(model_type, head=())
+    raise ValueError(
+        f"model_type {model_type!r} is not a known family; known: {', '.join(FAMILIES)}, and every causal LM "
+        "of transformers"
+    )
 
 
 def diffusion_of(model) -> Diffusion:
@@ -75,18 +132,21 @@ def diffusion_of(model) -> Diffusion:
             '{"attention": ["block_causal"], "block_size": 32}, and model.config.mask_token_id'
         )
     generation = getattr(model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None)
-    eos = config.eos_token_id if eos is None else eos
+    eos = token_ids(getattr(generation, "eos_token_id", None)) or token_ids(config.eos_token_id)
+    first_position = config.pad_token_id + 1 if family.padding_first else 0
+    max_positions = getattr(config, "max_position_embeddings", None)
     return Diffusion(
         attention=entry["attention"][0],
         block_size=entry.get("block_size"),
         shift=entry["shift"],
         mask_id=getattr(config, "mask_token_id", None),
-        eos_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+        eos_ids=eos,
         pad_id=config.pad_token_id,
         vocab_size=config.vocab_size,
-        max_positions=getattr(config, "max_position_embeddings", None),
-        head=family.head,
+        max_positions=None if max_positions is None else max_positions - first_position,
+        head=_head(model, family),
+        first_position=first_position,
+        chat=entry["chat"],
     )
 
 
@@ -95,6 +155,7 @@ def diffusion_entry(config, family: Family) -> dict:
     entry = {
         "attention": family.attention,
         "shift": family.shift,
+        "chat": dict(family.chat),
         **(getattr(config, "diffusion", None) or {}),
     }
     entry["attention"] = list(entry["attention"])
@@ -102,3 +163,53 @@ def diffusion_entry(config, family: Family) -> dict:
         if kind not in ATTENTION:
             raise ValueError(f"config.diffusion has attention {kind!r}; allowed: {', '.join(ATTENTION)}")
     return entry
+
+
+def token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
+    """Token ids as configs hold them: one, several or none."""
+    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _head(model, family: Family) -> tuple[Callable, ...]:
+    if not family.head:
+        return (_output_embeddings(model),)
+    from transformers.activations import ACT2FN
+
+    try:
+        return tuple(ACT2FN[name] if name in ACT2FN else model.get_submodule(name) for name in family.head)
+    except AttributeError:
+        kind = "AutoModelForMaskedLM" if family.masked_lm else "AutoModelForCausalLM"
+        raise ValueError(f"model is a {type(model).__name__}, without a head; load it with {kind}") from None
+
+
+# Models that were seen to be nothing more than a base model and its output embeddings.
+_PLAIN: weakref.WeakSet = weakref.WeakSet()
+
+
+def _output_embeddings(model):
+    """What gives the logits of a model without a row; refuses one that scales or caps on the way."""
+    import torch
+
+    head, seen = model.get_output_embeddings(), {}
+    if model in _PLAIN:
+        return head
+    if head is not None:
+        hooks = (
+            model.base_model.register_forward_hook(lambda _, inputs, output: seen.update(hidden=output[0])),
+            head.register_forward_hook(lambda _, inputs, output: seen.update(given=inputs[0], output=output)),
+        )
+        try:
+            with torch.no_grad():
+                logits = model(input_ids=torch.arange(2, device=model.device)[None]).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+    plain = len(seen) == 3 and torch.equal(seen["given"], seen["hidden"])
+    if not plain or not torch.equal(seen["output"].to(logits.dtype), logits):
+        raise ValueError(
+            f"the logits of {type(model).__name__} are more than hidden states times output embeddings. "
+            "Sample it as a function of its ids, with the attention that it was trained for: "
+            'dk.sample(lambda ids: model(ids).logits, ..., cache="none")'
+        )
+    _PLAIN.add(model)
+    return head

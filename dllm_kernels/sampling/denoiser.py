@@ -22,14 +22,15 @@ class ModelDenoiser:
     """A transformers model on our attention."""
 
     model: torch.nn.Module
-    head: tuple[str, ...]
+    head: tuple[Callable[[Tensor], Tensor], ...]
+    first_position: int = 0
 
     def logits(self, ids: Tensor, view: StepView, candidates: Tensor) -> tuple[Tensor, int]:
         """ids [N] of the view's tokens, candidates [M] places among them -> logits [M, V], forwards made."""
         view.layers.clear()
         hidden = self.model.base_model(
             input_ids=ids[None],
-            position_ids=view.position_ids,
+            position_ids=view.position_ids + self.first_position,
             attention_mask=VIEW_ONLY,
             use_cache=False,
             dllm_view=view,
@@ -37,8 +38,8 @@ class ModelDenoiser:
         if len(view.layers) != self.model.config.num_hidden_layers:
             raise ValueError(view_not_handed_on(type(self.model).__name__))
         output = hidden[0, candidates]
-        for name in self.head:
-            output = getattr(self.model, name)(output)
+        for function in self.head:
+            output = function(output)
         return output, 1
 
     @contextmanager

@@ -107,7 +107,10 @@ def prepare(model, tokenizer, config: SampleConfig | None, overrides: dict) -> J
     )
     if mask_id in eos_ids:
         raise ValueError(f"mask_id {mask_id} is an end token too")
-    denoiser = ModelDenoiser(model, diffusion.head) if hooked else CallableDenoiser(model)
+    if hooked:
+        denoiser = ModelDenoiser(model, diffusion.head, diffusion.first_position)
+    else:
+        denoiser = CallableDenoiser(model)
     return Job(model, denoiser, diffusion, config, mask_id, eos_ids)
 
 

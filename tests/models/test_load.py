@@ -79,7 +79,7 @@ def test_weights_that_do_not_fit(checkpoint, wrong):
 
 def test_models_that_are_no_diffusion_models(checkpoint):
     change(checkpoint, model_type="t5")
-    with pytest.raises(ValueError, match="'t5' is not a known family; known: llama"):
+    with pytest.raises(ValueError, match="'t5' is not a known family; known: llada, Dream"):
         dk.load(checkpoint)
     change(checkpoint, model_type="qwen3")
     with pytest.raises(ValueError, match='no "diffusion" entry'):

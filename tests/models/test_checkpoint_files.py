@@ -1,0 +1,202 @@
+"""Files of checkpoints: shards, dtypes, memory, damage, and how saving replaces what was there."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dllm_kernels as dk
+from tests.models.checkpoints import EOS, MASK, PUBLISHED
+
+LLADA = PUBLISHED["llada"]
+
+
+def same(model, other) -> bool:
+    pairs = zip(model.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def model(tmp_path):
+    return dk.load(LLADA.write(tmp_path / "published"), device="cpu")[0]
+
+
+@pytest.mark.parametrize("layout", [None, "llada"])
+def test_shards(model, tmp_path, layout):
+    dk.save(model, None, tmp_path / "shards", layout=layout, max_shard_size="30KB")
+    assert len(list((tmp_path / "shards").glob("model-*-of-*.safetensors"))) > 2
+    assert not (tmp_path / "shards" / "model.safetensors").exists()
+    assert same(dk.load(tmp_path / "shards", device="cpu")[0], model)
+
+
+def test_bfloat16_weights_keep_their_bits(tmp_path):
+    folder = LLADA.write(tmp_path / "published", dtype=torch.bfloat16)
+    model, _ = dk.load(folder, device="cpu", dtype=torch.bfloat16)
+    dk.save(model, None, tmp_path / "again", layout="llada")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    wide, _ = dk.load(folder, device="cpu")
+    assert wide.dtype == torch.float32 and same(wide, model.float())
+
+
+def test_tied_weights_are_one_tensor_again(tmp_path):
+    weights = LLADA.tensors()
+    head = weights.pop("model.transformer.ff_out.weight")
+    folder = LLADA.write(tmp_path / "tied", weight_tying=True)
+    save_file(weights, folder / "model.safetensors")
+    model, _ = dk.load(folder, device="cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    dk.save(model, None, tmp_path / "own", layout="llada")
+    assert load_file(tmp_path / "own" / "model.safetensors").keys() == weights.keys()
+
+    save_file({**weights, "model.transformer.ff_out.weight": head}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"embed_tokens.weight differs from lm_head.weight, to which"):
+        dk.load(folder, device="cpu")
+
+
+MEMORY = """
+    import re, resource, sys, threading
+    import torch
+    import dllm_kernels as dk
+
+    def private():
+        return int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+    small, large, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    dk.load(small, device="cpu")  # what every load needs once: imports, caches
+    limit = private() + int(1.5 * size)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    model, _ = dk.load(large, device="cpu")
+    try:
+        second = torch.empty(size, dtype=torch.uint8)
+    except RuntimeError:
+        print("once")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts private memory on Linux")
+def test_loading_holds_the_weights_once(model, tmp_path):
+    """In a process that may not have one and a half times their size."""
+    config = dict(model.config.to_dict(), hidden_size=256, intermediate_size=4096, num_hidden_layers=8)
+    config |= dict(head_dim=64)
+    large = type(model)(type(model.config).from_dict(config))
+    size = sum(weight.nbytes for weight in large.parameters())
+    assert size > 80e6
+    dk.save(large, None, tmp_path / "large", layout="llada", max_shard_size="30MB")
+    arguments = [tmp_path / "published", tmp_path / "large", size]
+    command = [sys.executable, "-c", textwrap.dedent(MEMORY), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.stdout == "once\n", done.stderr[-2000:]
+
+
+def test_damaged_files_are_named(model, tmp_path):
+    dk.save(model, None, tmp_path / "shards", max_shard_size="30KB")
+    shards = sorted((tmp_path / "shards").glob("model-*.safetensors"))
+    whole = shards[1].read_bytes()
+    shards[1].write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"{shards[1].name} is no whole safetensors file"):
+        dk.load(tmp_path / "shards", device="cpu")
+    shards[1].write_bytes(shards[0].read_bytes())
+    with pytest.raises(ValueError, match=rf"{shards[1].name} lacks .* model.safetensors.index.json says"):
+        dk.load(tmp_path / "shards", device="cpu")
+    shards[1].unlink()
+    with pytest.raises(FileNotFoundError, match=rf"names '{shards[1].name}', which is not in the folder"):
+        dk.load(tmp_path / "shards", device="cpu")
+
+
+def test_an_index_cannot_point_out_of_the_folder(tmp_path):
+    folder = LLADA.write(tmp_path / "a")
+    index = {"weight_map": dict.fromkeys(LLADA.weights, "../b/model.safetensors")}
+    LLADA.write(tmp_path / "b")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"'../b/model.safetensors', which is not in the folder"):
+        dk.load(folder, device="cpu")
+
+
+def test_what_is_not_read(tmp_path):
+    folder = LLADA.write(tmp_path / "a", quantization_config={"bits": 4})
+    with pytest.raises(ValueError, match="quantized weights are not read"):
+        dk.load(folder, device="cpu")
+    LLADA.write(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="other formats are not read"):
+        dk.load(folder, device="cpu")
+    for text, reason in (
+        ("{", "config.json is no JSON"),
+        ("[]", "config.json holds a list"),
+        (json.dumps({**LLADA.config, "n_layers": "two"}), "config.json: .*num_hidden_layers"),
+    ):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            dk.load(folder, device="cpu")
+
+
+# ---- saving --------------------------------------------------------------------------------------------
+def test_saving_replaces_a_checkpoint_and_leaves_other_files(model, tmp_path):
+    target = tmp_path / "deep" / "target"
+    dk.save(model, None, target, max_shard_size="30KB")
+    (target / "README.md").write_text("mine")
+    dk.save(model, None, target)
+    assert sorted(file.name for file in target.iterdir()) == [
+        "README.md", "config.json", "generation_config.json", "model.safetensors",
+    ]  # fmt: skip
+    assert same(dk.load(target, device="cpu")[0], model)
+    assert [folder.name for folder in target.parent.iterdir()] == ["target"]
+    assert (target / "model.safetensors").stat().st_mode == (target / "README.md").stat().st_mode
+
+
+@pytest.mark.parametrize("before", ["nothing", "a checkpoint"])
+def test_saving_that_fails_changes_nothing(model, tmp_path, before):
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            raise KeyboardInterrupt
+
+    target = tmp_path / "out" / "target"
+    if before == "a checkpoint":
+        dk.save(model, None, target)
+    files = contents(tmp_path / "out")
+    model.model.norm.weight.data.zero_()
+    with pytest.raises(KeyboardInterrupt):
+        dk.save(model, Tokenizer(), target)
+    assert contents(tmp_path / "out") == files
+    assert len(list(tmp_path.joinpath("out").iterdir())) == (before == "a checkpoint")
+
+
+def test_a_folder_that_is_a_file(model, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="which is a file"):
+        dk.save(model, None, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_into_the_current_folder(model, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    dk.save(model, None, ".")
+    assert same(dk.load(Path("."), device="cpu")[0], model)
+
+
+def test_end_tokens_of_both_configs(tmp_path):
+    folder = LLADA.write(tmp_path / "a")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, EOS], "temperature": 0.0}))
+    model, _ = dk.load(folder, device="cpu")
+    assert model.config.eos_token_id == [EOS, 7] == model.generation_config.eos_token_id
+    dk.save(model, None, tmp_path / "own", layout="llada")
+    assert json.loads((tmp_path / "own" / "config.json").read_text())["eos_token_id"] == EOS
+    written = json.loads((tmp_path / "own" / "generation_config.json").read_text())
+    assert (written["eos_token_id"], written["mask_token_id"]) == ([EOS, 7], MASK)
+    for layout in (None, "llada"):
+        dk.save(model, None, tmp_path / "b", layout=layout)
+        assert dk.load(tmp_path / "b", device="cpu")[0].config.eos_token_id == [EOS, 7]
