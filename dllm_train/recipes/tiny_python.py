@@ -1,4 +1,4 @@
-"""Trains `tiny-python`, the embedded model: `python -m dllm_train.recipes.tiny_python --minutes 75`.
+"""Trains `tiny-python`, the embedded model: `python -m dllm_train.recipes.tiny_python --minutes 60`.
 
 One command: corpus (the standard library of the running Python and generated additions), tokenizer, an
 autoregressive phase, a diffusion phase (every step half BD3LM, half MDLM), evaluation and export. `--resume`
@@ -38,7 +38,7 @@ class Settings:
     folder of Python files in place of the standard library. `init`: an exported checkpoint whose tokenizer
     and weights the run begins with; it then has no autoregressive phase and no focus on additions."""
 
-    minutes: float | None = 75.0
+    minutes: float | None = 60.0
     steps: int | None = None
     hidden: int = 256
     layers: int = 4
