@@ -46,11 +46,13 @@ def backward(q, k, v, spans, scale, grad_out, grad_lse):
 
 
 def assert_right(q, k, v, spans, grad_out, grad_lse):
+    """Errors are those of sums of D products (grad_out · v), which cancel where the gradient is small."""
     mine = backward(q, k, v, spans, 0.3, grad_out, grad_lse)
     exact = exact_gradients(q, k, v, spans, 0.3, grad_out, grad_lse)
     for grad, expected, like in zip(mine, exact, (q, k, v), strict=True):
         assert grad.dtype == like.dtype and grad.shape == like.shape
-        bound = TOLERANCE[q.dtype] * (1 + float(expected.abs().max()) if expected.numel() else 1)
+        size = q.shape[-1] ** 0.5 + (float(expected.abs().max()) if expected.numel() else 0)
+        bound = TOLERANCE[q.dtype] * size
         torch.testing.assert_close(grad.double(), expected, rtol=0, atol=bound)
 
 
