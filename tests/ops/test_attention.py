@@ -1,9 +1,5 @@
 """block_attention on the CPU against its plain PyTorch reference."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +8,7 @@ from torch.library import opcheck
 
 from dllm_kernels import SpanMask, block_attention
 from dllm_kernels.ops import reference
+from tests.ops.instruction_sets import results_of_each
 
 OP = torch.ops.dllm_kernels.block_attention.default
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
@@ -110,8 +107,7 @@ def test_bits_do_not_depend_on_threads_or_company():
     assert torch.equal(alone[0], results[0][0][1])
 
 
-ISA_SCRIPT = """
-import sys, torch
+ON_EACH = """
 from dllm_kernels import SpanMask, block_attention
 torch.manual_seed(1)
 mask = SpanMask.block_diffusion(75, 8)
@@ -121,25 +117,11 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     out, lse = block_attention(q, k, v, mask, return_lse=True)
     grads = torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
     results.append([out.detach(), lse.detach(), *grads])
-torch.save(results, sys.argv[1])
-print(torch.ops.dllm_kernels.isa_active())
 """
 
 
 def test_every_instruction_set_of_this_machine_agrees(tmp_path):
-    results = {}
-    for isa in ("baseline", "avx2", "avx512"):
-        file = tmp_path / isa
-        run = subprocess.run(
-            [sys.executable, "-c", ISA_SCRIPT, file],
-            env={**os.environ, "DLLM_ISA": isa},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
-        if run.stdout.strip() == isa:  # otherwise this machine does not have it
-            results[isa] = torch.load(file)
-    assert "baseline" in results
+    results = results_of_each(ON_EACH, tmp_path)
     for result in results.values():
         for mine, baseline in zip(result, results["baseline"], strict=True):
             for tensor, expected in zip(mine, baseline, strict=True):

@@ -1,9 +1,6 @@
 """linear_token_stats: token_stats of a projection whose logits are never stored."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from hypothesis import strategies as st
 import dllm_kernels as dk
 from dllm_kernels.ops.reference import unmask as reference
 from dllm_kernels.ops.token_stats import chunked_linear_token_stats
+from tests.ops.instruction_sets import results_of_each
 from tests.ops.test_token_stats import DTYPES, assert_equal, random_logits
 
 
@@ -141,8 +139,8 @@ def test_the_number_of_threads_changes_nothing():
         assert_equal(results[0], other)
 
 
-SAVE_RESULTS = """
-import sys, torch, dllm_kernels as dk
+ON_EACH = """
+import dllm_kernels as dk
 generator = torch.Generator().manual_seed(0)
 results = []
 for vocabulary in (1, 90, 5000):
@@ -150,18 +148,11 @@ for vocabulary in (1, 90, 5000):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for temperature in (0.0, 0.9):
             results.append([*dk.linear_token_stats(hidden, weight.to(dtype), temperature=temperature)[:5]])
-torch.save(results, sys.argv[1])
 """
 
 
 def test_every_instruction_set_agrees(tmp_path):
-    built = torch.ops.dllm_kernels.isas_built().split(",")
-    runnable = built[: built.index(torch.ops.dllm_kernels.isa_active()) + 1]
-    results = []
-    for isa in runnable:
-        command = [sys.executable, "-c", SAVE_RESULTS, str(tmp_path / isa)]
-        subprocess.run(command, env={**os.environ, "DLLM_ISA": isa}, check=True)
-        results.append(torch.load(tmp_path / isa))
+    results = list(results_of_each(ON_EACH, tmp_path).values())
     for other in results[1:]:
         for expected, got in zip(results[0], other, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

@@ -1,9 +1,5 @@
 """diffusion_cross_entropy and linear_diffusion_cross_entropy against torch's cross entropy in float64."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +9,7 @@ from torch.library import opcheck
 
 from dllm_kernels import diffusion_cross_entropy, linear_diffusion_cross_entropy
 from dllm_kernels.ops import _linear_loss, reference
+from tests.ops.instruction_sets import results_of_each
 
 OPS = torch.ops.dllm_kernels
 # Of gradients, as a share of their largest entry: a logsumexp of 100 is rounded to 4e-6 in float32.
@@ -284,8 +281,7 @@ def test_bits_do_not_depend_on_threads_or_company():
     assert torch.equal(alone, results[0][1][70:73])
 
 
-ISA_SCRIPT = """
-import sys, torch
+ON_EACH = """
 from dllm_kernels import diffusion_cross_entropy
 torch.manual_seed(1)
 targets, weights, results = torch.randint(0, 2500, (6,)), torch.rand(6), []
@@ -296,24 +292,11 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
 logits = 5 * torch.randn(6, 2500)
 gradient_ = torch.ops.dllm_kernels.diffusion_cross_entropy_gradient_
 results.append((*gradient_(logits, targets, weights, []), logits))
-torch.save(results, sys.argv[1])
-print(torch.ops.dllm_kernels.isa_active())
 """
 
 
 def test_every_instruction_set_of_this_machine_agrees(tmp_path):
-    results = {}
-    for isa in ("baseline", "avx2", "avx512"):
-        file = tmp_path / isa
-        run = subprocess.run(
-            [sys.executable, "-c", ISA_SCRIPT, file],
-            env={**os.environ, "DLLM_ISA": isa},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
-        if run.stdout.strip() == isa:  # otherwise this machine does not have it
-            results[isa] = torch.load(file)
+    results = results_of_each(ON_EACH, tmp_path)
     for result in results.values():
         for got, base in zip(result, results["baseline"], strict=True):
             for a, b in zip(got, base, strict=True):

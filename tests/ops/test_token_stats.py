@@ -1,7 +1,4 @@
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,6 +8,7 @@ from hypothesis import strategies as st
 
 import dllm_kernels as dk
 from dllm_kernels.ops.reference import unmask as reference
+from tests.ops.instruction_sets import results_of_each
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -222,8 +220,8 @@ def test_the_number_of_threads_changes_nothing():
         assert_equal(results[0], other)
 
 
-SAVE_RESULTS = """
-import sys, torch, dllm_kernels as dk
+ON_EACH = """
+import dllm_kernels as dk
 generator = torch.Generator().manual_seed(0)
 results = []
 for vocabulary in (1, 7, 33, 90, 513, 70_001):
@@ -231,18 +229,11 @@ for vocabulary in (1, 7, 33, 90, 513, 70_001):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for options in ({}, {"temperature": 0.9}, {"confidence_temperature": 0.7, "top_p": 0.9}):
             results.append([*dk.token_stats(logits.to(dtype), **options)[:5]])
-torch.save(results, sys.argv[1])
 """
 
 
 def test_every_instruction_set_gives_the_same_tokens(tmp_path):
-    built = torch.ops.dllm_kernels.isas_built().split(",")
-    runnable = built[: built.index(torch.ops.dllm_kernels.isa_active()) + 1]
-    results = []
-    for isa in runnable:
-        command = [sys.executable, "-c", SAVE_RESULTS, str(tmp_path / isa)]
-        subprocess.run(command, env={**os.environ, "DLLM_ISA": isa}, check=True)
-        results.append(torch.load(tmp_path / isa))
+    results = list(results_of_each(ON_EACH, tmp_path).values())
     for other in results[1:]:
         for expected, got in zip(results[0], other, strict=True):
             assert torch.equal(got[0], expected[0])

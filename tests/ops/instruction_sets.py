@@ -1,0 +1,26 @@
+"""The same computation on every instruction set that this machine runs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+SAVE = "\ntorch.save(results, sys.argv[1])"
+
+
+def results_of_each(code: str, folder: Path) -> dict[str, list]:
+    """What `code` leaves in `results`, by instruction set, the baseline first; each in a process of its own.
+
+    `folder`: for the files in which the results come back.
+    """
+    built = torch.ops.dllm_kernels.isas_built().split(",")
+    runnable = built[: built.index(torch.ops.dllm_kernels.isa_active()) + 1]
+    results = {}
+    for isa in runnable:
+        command = [sys.executable, "-c", "import sys, torch\n" + code + SAVE, str(folder / isa)]
+        run = subprocess.run(command, env={**os.environ, "DLLM_ISA": isa}, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        results[isa] = torch.load(folder / isa)
+    return results
