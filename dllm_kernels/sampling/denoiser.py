@@ -1,7 +1,7 @@
 """From a model and a view to the statistics of every candidate position: one forward, one projection.
 
 The base model gives hidden states for the tokens of the view; only those of the candidates (positions that
-are still masked) go through the vocabulary projection.
+are still masked) go through the vocabulary projection, which reads the weight once and stores no logits.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dllm_kernels.models.attention import VIEW_ONLY, enable_attention, view_not_handed_on
+from dllm_kernels.ops.token_stats import TokenStats, linear_token_stats, token_stats
 from dllm_kernels.sampling.views import StepView
 
 
@@ -25,8 +26,13 @@ class ModelDenoiser:
     head: tuple[Callable[[Tensor], Tensor], ...]
     first_position: int = 0
 
-    def logits(self, ids: Tensor, view: StepView, candidates: Tensor) -> tuple[Tensor, int]:
-        """ids [N] of the view's tokens, candidates [M] places among them -> logits [M, V], forwards made."""
+    def statistics(
+        self, ids: Tensor, view: StepView, candidates: Tensor, **options
+    ) -> tuple[TokenStats, int]:
+        """ids [N] of the view's tokens, candidates [M] places among them -> their statistics, forwards made.
+
+        options: those of `token_stats`.
+        """
         view.layers.clear()
         hidden = self.model.base_model(
             input_ids=ids[None],
@@ -37,10 +43,13 @@ class ModelDenoiser:
         )[0]
         if len(view.layers) != self.model.config.num_hidden_layers:
             raise ValueError(view_not_handed_on(type(self.model).__name__))
+        *functions, projection = self.head
         output = hidden[0, candidates]
-        for function in self.head:
+        for function in functions:
             output = function(output)
-        return output, 1
+        if _is_plain_linear(projection):
+            return linear_token_stats(output, projection.weight, projection.bias, **options), 1
+        return token_stats(projection(output), **options), 1
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -64,8 +73,10 @@ class CallableDenoiser:
 
     function: Callable[[Tensor], Tensor]
 
-    def logits(self, ids: Tensor, view: StepView, candidates: Tensor) -> tuple[Tensor, int]:
-        """As ModelDenoiser.logits, with one forward for each length among the rows."""
+    def statistics(
+        self, ids: Tensor, view: StepView, candidates: Tensor, **options
+    ) -> tuple[TokenStats, int]:
+        """As ModelDenoiser.statistics, with one forward for each length among the rows."""
         packing, rows, forwards = view.packing, None, 0
         row, position = packing.row[candidates], packing.position[candidates]
         for length in packing.length.unique().tolist():
@@ -83,10 +94,20 @@ class CallableDenoiser:
             rows = logits.new_empty(len(candidates), logits.shape[2]) if rows is None else rows
             rows[here] = logits[place, position[here]]
             forwards += 1
-        return rows, forwards
+        return token_stats(rows, **options), forwards
 
     @contextmanager
     def ready(self) -> Iterator[None]:
         """No gradients."""
         with torch.no_grad():
             yield
+
+
+def _is_plain_linear(projection: Callable[[Tensor], Tensor]) -> bool:
+    """Whether calling it is x · weightᵀ + bias and nothing else: no adapter, quantization or hook."""
+    return (
+        type(projection) is torch.nn.Linear
+        and not projection._forward_hooks
+        and not projection._forward_pre_hooks
+        and "forward" not in vars(projection)  # where accelerate puts its own
+    )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dllm_kernels.ops.token_stats import TokenStats, token_stats
+from dllm_kernels.ops.token_stats import TokenStats
 from dllm_kernels.ops.unmask import commit_
 from dllm_kernels.sampling.canvases import Canvases, check_ids, completions, gaps, token_lists
 from dllm_kernels.sampling.config import SampleConfig
@@ -182,14 +182,12 @@ class Rounds:
         slot = masked.flatten().nonzero()[:, 0]
         row, position = slot // window.shape[1], window.flatten()[slot]
         packing = frame.view.packing
-        logits, forwards = job.denoiser.logits(
-            canvas[packing.row, packing.position], frame.view, packing.place(row, position)
-        )
         noise_ids = None
         if job.config.temperature > 0:
             noise_ids = torch.stack([rows[row], position, step[row]], dim=-1).int()
-        stats = token_stats(
-            logits, temperature=job.config.temperature, seed=job.config.seed, noise_ids=noise_ids,
+        stats, forwards = job.denoiser.statistics(
+            canvas[packing.row, packing.position], frame.view, packing.place(row, position),
+            temperature=job.config.temperature, seed=job.config.seed, noise_ids=noise_ids,
             suppress_tokens=self.suppressed,
         )  # fmt: skip
         accepted = commit_(

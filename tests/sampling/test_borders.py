@@ -204,3 +204,23 @@ def test_a_callable_never_sees_padding():
 
     dk.sample(model, [[1], [2, 3], [4]], max_new_tokens=2, steps=1, mask_id=MASK)
     assert sorted(seen) == [(1, 4), (2, 3)]
+
+
+def always_five(head, arguments, logits):
+    return logits.index_fill(-1, torch.tensor([5]), 1e4)
+
+
+@pytest.mark.parametrize("way", ["hook", "forward of its own"])
+def test_a_head_that_does_more_than_its_product_is_called(monkeypatch, way):
+    head = tiny_model().lm_head
+    if way == "hook":
+        handle = head.register_forward_hook(always_five)
+    else:
+        plain = head.forward
+        monkeypatch.setitem(head.__dict__, "forward", lambda x: always_five(head, x, plain(x)))
+    try:
+        output = dk.sample(tiny_model(), [[1, 2]], max_new_tokens=6)
+    finally:
+        if way == "hook":
+            handle.remove()
+    assert output.sequences.tolist() == [[1, 2, *[5] * 6]]
