@@ -15,8 +15,10 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_run(page):
     text = page.read_text()
+    blocks = list(BLOCK.finditer(text))
+    assert len(blocks) == text.count("```python"), "an example that does not begin or end its own lines"
     namespace = {"__name__": "example"}
-    for block in BLOCK.finditer(text):
+    for block in blocks:
         line = text.count("\n", 0, block.start(1))
         code = compile("\n" * line + block.group(1), str(page), "exec")
         exec(code, namespace)

@@ -257,14 +257,9 @@ class WorkItem {
 }  // namespace
 
 void block_attention_backward(const BlockAttentionBackwardParams& p, long begin, long end) {
-  for (long item = begin; item < end; item++) {
-    const Work work = work_of(p, item);
-    switch (p.forward.dtype) {
-      case DType::float32: WorkItem<float>(p, work).compute(); break;
-      case DType::bfloat16: WorkItem<BFloat16>(p, work).compute(); break;
-      case DType::float16: WorkItem<Float16>(p, work).compute(); break;
-    }
-  }
+  with_storage_type(p.forward.dtype, [&]<class T>(T) {
+    for (long item = begin; item < end; item++) WorkItem<T>(p, work_of(p, item)).compute();
+  });
 }
 
 }  // namespace dllm::cpu::DLLM_ISA

@@ -23,13 +23,9 @@ void attend_item(const BlockAttentionParams& p, int64_t item) {
 }  // namespace
 
 void block_attention_forward(const BlockAttentionParams& p, long begin, long end) {
-  for (long item = begin; item < end; item++) {
-    switch (p.dtype) {
-      case DType::float32: attend_item<float>(p, item); break;
-      case DType::bfloat16: attend_item<BFloat16>(p, item); break;
-      case DType::float16: attend_item<Float16>(p, item); break;
-    }
-  }
+  with_storage_type(p.dtype, [&]<class T>(T) {
+    for (long item = begin; item < end; item++) attend_item<T>(p, item);
+  });
 }
 
 }  // namespace dllm::cpu::DLLM_ISA

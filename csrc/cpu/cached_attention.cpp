@@ -41,13 +41,9 @@ void attend_item(const CachedAttentionParams& p, int64_t item) {
 }  // namespace
 
 void cached_block_attention(const CachedAttentionParams& p, long begin, long end) {
-  for (long item = begin; item < end; item++) {
-    switch (p.dtype) {
-      case DType::float32: attend_item<float>(p, item); break;
-      case DType::bfloat16: attend_item<BFloat16>(p, item); break;
-      case DType::float16: attend_item<Float16>(p, item); break;
-    }
-  }
+  with_storage_type(p.dtype, [&]<class T>(T) {
+    for (long item = begin; item < end; item++) attend_item<T>(p, item);
+  });
 }
 
 }  // namespace dllm::cpu::DLLM_ISA

@@ -11,32 +11,11 @@ namespace {
 // Writes `accepted` [batch, candidates]; positions are checked.
 Tensor commit_rows(const CommitArguments& arguments, const Tensor& canvas, const int32_t* positions,
                    int64_t candidates, const CommitStats& stats) {
-  const int64_t batch = canvas.size(0);
-  Tensor accepted = new_tensor(canvas, {batch, candidates}, ScalarType::Bool);
-  cpu::CommitParams p{};
-  p.rule = arguments.rule;
-  p.mask_id = arguments.mask_id;
-  p.batch = static_cast<int>(batch);
-  p.candidates = static_cast<int>(candidates);
-  p.canvas_stride = canvas.stride(0);
-  p.canvas = canvas.data_ptr();
-  p.canvas_is_int64 = canvas.scalar_type() == ScalarType::Long;
+  Tensor accepted = new_tensor(canvas, {canvas.size(0), candidates}, ScalarType::Bool);
+  CommitParams p = commit_params(arguments, canvas, candidates, stats, accepted);
   p.positions = positions;
-  p.token = static_cast<const int64_t*>(stats.token.data_ptr());
-  p.prob = stats.prob.data_ptr(), p.margin = stats.margin.data_ptr(), p.entropy = stats.entropy.data_ptr();
-  p.divergence = stats.divergence ? stats.divergence->data_ptr() : nullptr;
-  p.float64 = stats.prob.scalar_type() == ScalarType::Double;
-  p.quota = int32_data(arguments.quota);
-  p.step = int32_data(arguments.step);
-  p.sequence_ids = int32_data(arguments.sequence_ids);
-  p.seed = arguments.seed;
-  if (arguments.state) {
-    p.state = static_cast<int32_t*>(arguments.state->data_ptr());
-    p.state_stride = arguments.state->stride(0);
-  }
-  p.accepted = static_cast<bool*>(accepted.data_ptr());
-  p.progress = arguments.progress ? static_cast<int32_t*>(arguments.progress->data_ptr()) : nullptr;
-  torch::stable::parallel_for(0, batch, 16, [&](int64_t begin, int64_t end) { cpu::commit(p, begin, end); });
+  torch::stable::parallel_for(0, p.batch, 16,
+                              [&](int64_t begin, int64_t end) { cpu::commit(p, begin, end); });
   return accepted;
 }
 

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "core/acceptance.h"
+#include "core/commit_params.h"
 #include "torch/token_stats.h"
 
 namespace dllm {
@@ -184,5 +184,34 @@ struct CommitArguments {
     }
   }
 };
+
+// For the kernels of either device; the caller adds where the candidates are.
+inline CommitParams commit_params(const CommitArguments& arguments, const Tensor& canvas, int64_t candidates,
+                                  const CommitStats& stats, const Tensor& accepted) {
+  CommitParams p{};
+  p.rule = arguments.rule;
+  p.mask_id = arguments.mask_id;
+  p.batch = static_cast<int>(canvas.size(0));
+  p.candidates = static_cast<int>(candidates);
+  p.canvas_stride = canvas.stride(0);
+  p.length = canvas.size(1);
+  p.canvas = canvas.data_ptr();
+  p.canvas_is_int64 = canvas.scalar_type() == ScalarType::Long;
+  p.token = static_cast<const int64_t*>(stats.token.data_ptr());
+  p.prob = stats.prob.data_ptr(), p.margin = stats.margin.data_ptr(), p.entropy = stats.entropy.data_ptr();
+  p.divergence = stats.divergence ? stats.divergence->data_ptr() : nullptr;
+  p.float64 = stats.prob.scalar_type() == ScalarType::Double;
+  p.quota = int32_data(arguments.quota);
+  p.step = int32_data(arguments.step);
+  p.sequence_ids = int32_data(arguments.sequence_ids);
+  p.seed = arguments.seed;
+  if (arguments.state) {
+    p.state = static_cast<int32_t*>(arguments.state->data_ptr());
+    p.state_stride = arguments.state->stride(0);
+  }
+  p.accepted = static_cast<bool*>(accepted.data_ptr());
+  p.progress = arguments.progress ? static_cast<int32_t*>(arguments.progress->data_ptr()) : nullptr;
+  return p;
+}
 
 }  // namespace dllm

@@ -88,35 +88,12 @@ Tensor token_divergence(Tensor, Tensor, std::vector<int64_t>, std::vector<int64_
 Tensor commit_rows(const char* op, const CommitArguments& arguments, const Tensor& canvas,
                    const int32_t* positions, const int32_t* block_start, int64_t candidates,
                    const CommitStats& stats) {
-  const int64_t batch = canvas.size(0);
   check(candidates <= cuda::kMaxCandidates, op, ": a row may list at most ", cuda::kMaxCandidates,
         " candidates on CUDA, got ", candidates);
-  Tensor accepted = new_tensor(canvas, {batch, candidates}, ScalarType::Bool);
-  cuda::CommitParams p{};
-  p.rule = arguments.rule;
-  p.mask_id = arguments.mask_id;
-  p.batch = static_cast<int>(batch);
-  p.candidates = static_cast<int>(candidates);
-  p.canvas_stride = canvas.stride(0);
-  p.length = canvas.size(1);
-  p.canvas = canvas.data_ptr();
-  p.canvas_is_int64 = canvas.scalar_type() == ScalarType::Long;
+  Tensor accepted = new_tensor(canvas, {canvas.size(0), candidates}, ScalarType::Bool);
+  CommitParams p = commit_params(arguments, canvas, candidates, stats, accepted);
   p.positions = positions;
   p.block_start = block_start;
-  p.token = static_cast<const int64_t*>(stats.token.data_ptr());
-  p.prob = stats.prob.data_ptr(), p.margin = stats.margin.data_ptr(), p.entropy = stats.entropy.data_ptr();
-  p.divergence = stats.divergence ? stats.divergence->data_ptr() : nullptr;
-  p.float64 = stats.prob.scalar_type() == ScalarType::Double;
-  p.quota = int32_data(arguments.quota);
-  p.step = int32_data(arguments.step);
-  p.sequence_ids = int32_data(arguments.sequence_ids);
-  p.seed = arguments.seed;
-  if (arguments.state) {
-    p.state = static_cast<int32_t*>(arguments.state->data_ptr());
-    p.state_stride = arguments.state->stride(0);
-  }
-  p.accepted = static_cast<bool*>(accepted.data_ptr());
-  p.progress = arguments.progress ? static_cast<int32_t*>(arguments.progress->data_ptr()) : nullptr;
   check_launch(op, cuda::commit(p, current_stream(canvas)));
   return accepted;
 }
