@@ -16,10 +16,14 @@ inline HeadsLayout heads_layout(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// Kernels read rows of head_dim neighbouring elements; on CUDA every row starts at a multiple of 16 bytes.
+// Kernels read rows of head_dim neighbouring elements.
 inline Tensor with_contiguous_rows(const Tensor& tensor) {
+  return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// CUDA kernels besides want every row to start at a multiple of 16 bytes.
+inline Tensor with_aligned_rows(const Tensor& tensor) {
   if (tensor.stride(tensor.dim() - 1) != 1) return torch::stable::contiguous(tensor);
-  if (!tensor.is_cuda()) return tensor;
   const auto bytes = static_cast<int64_t>(tensor.element_size());
   bool aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
   for (int64_t dim = 0; dim + 1 < tensor.dim(); dim++) aligned &= tensor.stride(dim) * bytes % 16 == 0;

@@ -1,27 +1,12 @@
 // token_stats, commit_ and unmask_ on CUDA tensors: allocation and launches on the current stream.
 // Contents of index tensors stay on the device; the kernels treat what is out of range as absent.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-
 #include "cuda/commit/launch.h"
 #include "cuda/token_stats/launch.h"
+#include "torch/cuda_launch.h"
 #include "torch/unmask.h"
 
 namespace dllm {
 namespace {
-
-using torch::stable::accelerator::DeviceGuard;
-
-cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check_launch(const char* op, cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(status));
-}
 
 cuda::LogitType logit_type(ScalarType type) {
   return type == ScalarType::Float      ? cuda::LogitType::float32
@@ -38,7 +23,7 @@ cuda::TokenIds listed_ids(const char* op, const char* name, const std::vector<in
   return list;
 }
 
-TokenStatsTensors launch_token_stats(const char* op, const LogitsRows& logits,
+TokenStatsTensors launch_token_stats(const char* op, const OnDeviceOf& device, const LogitsRows& logits,
                                      const std::vector<int64_t>& shape, const cuda::BlockRows& block,
                                      const int32_t* noise_ids, const TokenStatsOptions& options,
                                      const TokenFilterOptions& filter) {
@@ -61,7 +46,7 @@ TokenStatsTensors launch_token_stats(const char* op, const LogitsRows& logits,
   p.proposal_exclude = listed_ids(op, "proposal_exclude", options.proposal_exclude);
   p.confidence_exclude = listed_ids(op, "confidence_exclude", options.confidence_exclude);
   p.states = states.data_ptr();
-  check_launch(op, cuda::token_stats(p, current_stream(logits.tensor)));
+  check_launch(op, cuda::token_stats(p, device.stream()));
   return stats;
 }
 
@@ -71,12 +56,12 @@ TokenStatsTensors token_stats(Tensor logits, double temperature, int64_t seed,
                               double confidence_temperature, bool float64, std::optional<double> top_p,
                               std::optional<int64_t> top_k) {
   constexpr const char* op = "token_stats";
-  const DeviceGuard guard(logits.get_device_index());
+  const OnDeviceOf device(logits);
   const LogitsRows rows(op, logits);
   const auto ids = checked_noise_ids(op, noise_ids, "logits", logits, rows.rows);
   const TokenStatsOptions options(op, rows.vocabulary, temperature, seed, suppress_tokens, proposal_exclude,
                                   confidence_exclude, confidence_temperature, float64);
-  return launch_token_stats(op, rows, leading_shape(logits), {}, int32_data(ids), options,
+  return launch_token_stats(op, device, rows, leading_shape(logits), {}, int32_data(ids), options,
                             {op, top_p, top_k});
 }
 
@@ -85,16 +70,16 @@ Tensor token_divergence(Tensor, Tensor, std::vector<int64_t>, std::vector<int64_
 }
 
 // `positions` or `block_start` is null.
-Tensor commit_rows(const char* op, const CommitArguments& arguments, const Tensor& canvas,
-                   const int32_t* positions, const int32_t* block_start, int64_t candidates,
-                   const CommitStats& stats) {
+Tensor commit_rows(const char* op, const OnDeviceOf& device, const CommitArguments& arguments,
+                   const Tensor& canvas, const int32_t* positions, const int32_t* block_start,
+                   int64_t candidates, const CommitStats& stats) {
   check(candidates <= cuda::kMaxCandidates, op, ": a row may list at most ", cuda::kMaxCandidates,
         " candidates on CUDA, got ", candidates);
   Tensor accepted = new_tensor(canvas, {canvas.size(0), candidates}, ScalarType::Bool);
   CommitParams p = commit_params(arguments, canvas, candidates, stats, accepted);
   p.positions = positions;
   p.block_start = block_start;
-  check_launch(op, cuda::commit(p, current_stream(canvas)));
+  check_launch(op, cuda::commit(p, device.stream()));
   return accepted;
 }
 
@@ -104,13 +89,13 @@ Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tenso
                std::optional<Tensor> sequence_ids, int64_t seed, std::optional<Tensor> progress,
                std::optional<Tensor> divergence, std::optional<Tensor> state) {
   constexpr const char* op = "commit_";
-  const DeviceGuard guard(canvas.get_device_index());
+  const OnDeviceOf device(canvas);
   const CommitArguments arguments(op, canvas, make_rule(op, rule, parameters, strict, confidence, alg_temp),
                                   mask_id, quota, step, sequence_ids, seed, progress, state);
   const CommitStats stats =
       checked_stats(op, arguments.rule, canvas, positions, token, prob, margin, entropy, divergence);
   const Tensor listed = torch::stable::contiguous(positions);
-  return commit_rows(op, arguments, canvas, static_cast<const int32_t*>(listed.data_ptr()), nullptr,
+  return commit_rows(op, device, arguments, canvas, static_cast<const int32_t*>(listed.data_ptr()), nullptr,
                      positions.size(1), stats);
 }
 
@@ -123,7 +108,7 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
                double confidence_temperature, bool float64, std::optional<double> top_p,
                std::optional<int64_t> top_k) {
   constexpr const char* op = "unmask_";
-  const DeviceGuard guard(canvas.get_device_index());
+  const OnDeviceOf device(canvas);
   const Rule acceptance = make_rule(op, rule, parameters, strict, confidence, alg_temp);
   check_block_rule(op, acceptance);
   const CommitArguments arguments(op, canvas, acceptance, mask_id, quota, step, sequence_ids, seed, progress,
@@ -145,14 +130,15 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
                                    int32_data(arguments.step),
                                    int32_data(arguments.sequence_ids)};
   const auto [token, prob, margin, entropy, logsumexp] =
-      launch_token_stats(op, rows, {batch, block}, block_rows, nullptr, options, {op, top_p, top_k});
-  return commit_rows(op, arguments, canvas, nullptr, start, block, {token, prob, margin, entropy, {}});
+      launch_token_stats(op, device, rows, {batch, block}, block_rows, nullptr, options, {op, top_p, top_k});
+  return commit_rows(op, device, arguments, canvas, nullptr, start, block,
+                     {token, prob, margin, entropy, {}});
 }
 
 }  // namespace
 }  // namespace dllm
 
-STABLE_TORCH_LIBRARY_IMPL(dllm_kernels, CUDA, m) {
+DLLM_CUDA_OPERATORS(m) {
   m.impl("token_stats", TORCH_BOX(&dllm::token_stats));
   m.impl("token_divergence", TORCH_BOX(&dllm::token_divergence));
   m.impl("commit_", TORCH_BOX(&dllm::commit_));

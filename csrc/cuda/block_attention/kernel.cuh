@@ -9,6 +9,8 @@
 #include "core/softmax_state.h"
 #include "core/span_mask.h"
 #include "cuda/block_attention/config.h"
+#include "cuda/launch_kernel.h"
+#include "cuda/ptx.cuh"
 
 namespace dllm::cuda {
 
@@ -100,10 +102,9 @@ template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads, 1) block_attention_kernel(const BlockAttentionParams p) {
   // ---- shared memory plan
   constexpr int kRow = kRowWords<kDim>, kWeightRow = kRowWords<kKeys>;
-  extern __shared__ float4 shared[];
-  float* query = reinterpret_cast<float*>(shared);  // [kQueries][kRow], times scale and log2 e
-  float* tile = query + kQueries * kRow;            // [kKeys][kRow]: keys, then values
-  float* weights = tile + kKeys * kRow;             // [kQueries][kWeightRow]
+  float* query = dynamic_shared<float>();  // [kQueries][kRow], times scale and log2 e
+  float* tile = query + kQueries * kRow;   // [kKeys][kRow]: keys, then values
+  float* weights = tile + kKeys * kRow;    // [kQueries][kWeightRow]
   __shared__ SpanBounds bounds[kMaxSpanBounds];
   __shared__ unsigned seen;  // bit k: some query of the tile sees key k of this range
 
@@ -236,12 +237,8 @@ cudaError_t launch_for_dim(const BlockAttentionParams& p, cudaStream_t stream) {
   const int64_t blocks = tiles * p.q_heads * p.batch;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-  const auto kernel = block_attention_kernel<T, kDim>;
-  constexpr int bytes = static_cast<int>(kSharedBytes<kDim>);
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (status != cudaSuccess) return status;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, bytes, stream>>>(p);
-  return cudaGetLastError();
+  return launch_kernel(block_attention_kernel<T, kDim>, static_cast<unsigned>(blocks), kThreads,
+                       kSharedBytes<kDim>, stream, p);
 }
 
 template <typename T>

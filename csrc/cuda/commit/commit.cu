@@ -1,18 +1,13 @@
 #include "cuda/commit/kernel.cuh"
+#include "cuda/launch_kernel.h"
 
 namespace dllm::cuda {
 namespace {
 
 template <class Real, class Id>
 cudaError_t launch(const CommitParams& p, cudaStream_t stream) {
-  const size_t shared = commit_shared_bytes(p.candidates, p.float64);
-  if (shared > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        commit_kernel<Real, Id>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (status != cudaSuccess) return status;
-  }
-  commit_kernel<Real, Id><<<p.batch, kCommitThreads, shared, stream>>>(p);
-  return cudaGetLastError();
+  return launch_kernel(commit_kernel<Real, Id>, p.batch, kCommitThreads,
+                       commit_shared_bytes(p.candidates, p.float64), stream, p);
 }
 
 }  // namespace

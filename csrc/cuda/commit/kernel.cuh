@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/commit/launch.h"
+#include "cuda/ptx.cuh"
 
 namespace dllm::cuda {
 
@@ -10,9 +11,8 @@ namespace dllm::cuda {
 //   key[C] entropy[C] (Real)   position[C] (−1: no candidate)   order[C] (candidate of each rank)
 template <class Real, class Id>
 __global__ void __launch_bounds__(kCommitThreads) commit_kernel(const __grid_constant__ CommitParams p) {
-  extern __shared__ double shared[];
   __shared__ int first_refused;
-  Real* key = reinterpret_cast<Real*>(shared);
+  Real* key = dynamic_shared<Real>();
   Real* entropy = key + p.candidates;
   int* position = reinterpret_cast<int*>(entropy + p.candidates);
   int* order = position + p.candidates;

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "cuda/launch_kernel.h"
 #include "cuda/token_stats/kernel.cuh"
 
 namespace dllm::cuda {
@@ -13,11 +14,12 @@ cudaError_t launch(const TokenStatsParams& p, cudaStream_t stream) {
   const bool plain = p.temperature == 0 && p.confidence_scale == 1 && p.proposal_exclude.count == 0 &&
                      p.confidence_exclude.count == 0;
   constexpr bool kHasPlain = sizeof(Real) == 4;  // float64 is for parity, not for speed
-  if (plain && kHasPlain) token_states_kernel<T, Real, kHasPlain><<<grid, kStatsThreads, 0, stream>>>(p);
-  else token_states_kernel<T, Real, false><<<grid, kStatsThreads, 0, stream>>>(p);
+  const auto states_kernel =
+      plain && kHasPlain ? token_states_kernel<T, Real, kHasPlain> : token_states_kernel<T, Real, false>;
+  const cudaError_t status = launch_kernel(states_kernel, grid, kStatsThreads, 0, stream, p);
+  if (status != cudaSuccess) return status;
   const int64_t ctas = (p.rows + kStatsWarps - 1) / kStatsWarps;
-  token_results_kernel<T, Real><<<ctas, kStatsThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch_kernel(token_results_kernel<T, Real>, ctas, kStatsThreads, 0, stream, p);
 }
 
 template <class T>

@@ -1,0 +1,27 @@
+// The one way kernels are launched.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace dllm::cuda {
+
+constexpr size_t kDefaultSharedBytes = 48 * 1024;  // more has to be asked for, kernel by kernel
+
+// One CTA of `threads` threads and `shared_bytes` of dynamic shared memory for each cell of `grid`.
+template <class... Parameters>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+                          cudaStream_t stream, const Parameters&... arguments) {
+  if (shared_bytes > kDefaultSharedBytes) {
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                    static_cast<int>(shared_bytes));
+    if (status != cudaSuccess) return status;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+}  // namespace dllm::cuda
