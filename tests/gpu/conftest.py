@@ -1,8 +1,8 @@
 """CUDA kernels, on a GPU and without one.
 
-A test that takes the fixture `gpu` runs twice: "cuda" on a GPU, skipped without one, and "simt" on the emulator
-of tests/simt, anywhere. Parameters too large for the emulator carry the mark `hardware`. Tests without the
-fixture need a GPU. DLLM_REQUIRE_GPU=1 forbids skipping, and leaves out the emulator.
+A test that takes the fixture `gpu` runs twice: "cuda" on a GPU, skipped without one, and "simt" on the
+emulator of tests/simt, anywhere. Parameters too large for the emulator carry the mark `hardware`. Tests
+without the fixture need a GPU. DLLM_REQUIRE_GPU=1 forbids skipping, and leaves out the emulator.
 """
 
 import os
@@ -36,8 +36,8 @@ def _backend(item: pytest.Item) -> str | None:
 
 @pytest.fixture(params=["cuda"] if os.environ.get("DLLM_REQUIRE_GPU") else ["cuda", "simt"])
 def gpu(request):
-    """`gpu(function, *arguments)` is function(*arguments) by the CUDA kernels, for arguments and results on the
-    CPU; what it changes in place is changed. `gpu.device` and `with gpu.kernels():` serve tests that keep
+    """`gpu(function, *arguments)` is function(*arguments) by the CUDA kernels, for arguments and results on
+    the CPU; what it changes in place is changed. `gpu.device` and `with gpu.kernels():` serve tests that keep
     tensors there."""
     if request.param == "cuda":
         return placement.OnCuda()

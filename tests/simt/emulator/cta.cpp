@@ -145,8 +145,7 @@ int barrier(const char* what, int id, int threads, bool wait, bool predicate, Si
   barrier.arrived++;
   barrier.predicates += predicate;
   barrier.lanes[cta.current / kLanes]++;
-  const bool everyone = expected == cta.threads;
-  if (!everyone) release_clock(cta.current, barrier.clocks);
+  if (!whole_cta) release_clock(cta.current, barrier.clocks);
   if (barrier.arrived < barrier.expected) {
     if (!wait) return 0;
     barrier.waiting.push_back(cta.current);
@@ -159,7 +158,7 @@ int barrier(const char* what, int id, int threads, bool wait, bool predicate, Si
               site_text(site));
   barrier.arrived = 0;
   if (wait) barrier.waiting.push_back(cta.current);
-  if (everyone && barrier.waiting.size() == static_cast<size_t>(cta.threads))
+  if (barrier.waiting.size() == static_cast<size_t>(cta.threads))
     begin_epoch();
   else
     for (const int i : barrier.waiting) acquire_clock(i, barrier.clocks);

@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "cta.h"
+#include "guarded_memory.h"
 #include "shared_memory.h"
 
 namespace simt {
@@ -48,6 +49,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   static std::mutex one_at_a_time;
   const std::lock_guard guard(one_at_a_time);
   const Running running;
+  const FaultsReported faults;
   cta.start(kernel, grid, block, thread);
   reserve_shared_memory(config.dynamicSmemBytes, static_cast<int>(threads));
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
@@ -100,5 +102,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 // ---- what Python asks for
 extern "C" {
 [[gnu::visibility("default")]] void simt_set_order(unsigned seed) { simt::cta.order.seed = seed; }
+[[gnu::visibility("default")]] void simt_guard_tensors(bool on) { simt::guard_tensors(on); }
 [[gnu::visibility("default")]] uint64_t simt_switches() { return simt::switches; }
 }

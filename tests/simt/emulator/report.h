@@ -8,7 +8,8 @@
 
 namespace simt {
 
-// "commit.cuh:12"
+std::string file_text(const std::string& path);  // from the source tree's root on
+// "csrc/cuda/commit/kernel.cuh:12"
 std::string site_text(Site site);
 bool same_site(Site a, Site b);
 // Function and line that an instruction of this library was compiled from.

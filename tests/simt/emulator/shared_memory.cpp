@@ -48,7 +48,7 @@ struct Stamp {
 };
 struct Cell {
   Stamp write, read, other_read;  // epochs before first_epoch: never. Reads: the last two, by two threads
-  uint32_t copying;               // an asynchronous copy of this CTA is under way: its number, else 0
+  uint32_t copied_by;             // the CTA of which an asynchronous copy is under way, by its first epoch
   bool atomic;                    // the last write was
 };
 // A cell per word; where accesses are narrower, in this CTA, a cell for each of its bytes.
@@ -115,7 +115,7 @@ struct Asked {
 void check_cell(Cell& cell, const Asked& asked) {
   const int thread = cta.current;
   const bool written = cell.write.epoch >= first_epoch;
-  if (cell.copying && written) asked.fail("that an asynchronous copy is still on its way to: wait_copies() is missing");
+  if (cell.copied_by == first_epoch) asked.fail("that an asynchronous copy is still on its way to: wait_copies() is missing");
   if (asked.access != Access::write && !written) asked.fail("that no thread wrote");
   if (cell.write.epoch == epoch && !(cell.atomic && asked.access == Access::atomic) &&
       !is_ordered(cell.write, thread))
@@ -243,7 +243,7 @@ void copy_async(void* shared, const void* global, Site site) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     fail_at("copy_async needs addresses that are multiples of 16 bytes", where);
   check_shared(at, {Access::write, static_cast<unsigned char*>(shared), 16, nullptr, where.c_str()});
-  for_cells(at, 16, true, [](Cell& cell) { cell.copying = 1; });
+  for_cells(at, 16, true, [](Cell& cell) { cell.copied_by = first_epoch; });
   memset(shared, 0xFF, 16);
   Copies& mine = copies[cta.current];
   mine.under_way.push_back({shared, global, mine.open_group});
@@ -264,7 +264,7 @@ void wait_copies(int pending) {
     size_t at = 0;
     find(copy->to, at);
     for_cells(at, 16, true, [](Cell& cell) {
-      cell.copying = 0;
+      cell.copied_by = 0;
       cell.write = stamp(cta.current);
     });
   }
