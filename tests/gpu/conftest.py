@@ -20,18 +20,19 @@ def pytest_collection_modifyitems(config, items):
     if reason and os.environ.get("DLLM_REQUIRE_GPU"):
         pytest.exit(f"DLLM_REQUIRE_GPU is set, but {reason}", returncode=1)
     here = [item for item in items if Path(__file__).parent in item.path.parents]
-    too_large = {item for item in here if _backend(item) == "simt" and item.get_closest_marker("hardware")}
+    too_large = {item for item in here if _is_emulated(item) and item.get_closest_marker("hardware")}
     items[:] = [item for item in items if item not in too_large]
     config.hook.pytest_deselected(items=list(too_large))
     if reason is None:
         return
     for item in here:
-        if _backend(item) != "simt":
+        if not _is_emulated(item):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _backend(item: pytest.Item) -> str | None:
-    return item.callspec.params.get("gpu") if hasattr(item, "callspec") else None
+def _is_emulated(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return any(str(parameters.get(fixture)).startswith("simt") for fixture in ("gpu", "wrapper"))
 
 
 @pytest.fixture(params=["cuda"] if os.environ.get("DLLM_REQUIRE_GPU") else ["cuda", "simt"])

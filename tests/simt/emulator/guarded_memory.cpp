@@ -23,7 +23,8 @@ struct Guarded {
   char *mapping, *data;
   size_t mapped, bytes;
 };
-std::map<char*, Guarded>& all_guarded() {  // by the end of the mapping; never destroyed, tensors may outlive it
+std::map<char*, Guarded>&
+all_guarded() {  // by the end of the mapping; never destroyed, tensors may outlive it
   static auto* all = new std::map<char*, Guarded>;
   return *all;
 }
@@ -70,8 +71,8 @@ std::string fault_text(char* address) {
   const Guarded& tensor = next->second;
   const bool before = address < tensor.data;
   const auto distance = before ? tensor.data - address : address - (tensor.data + tensor.bytes) + 1;
-  return "access of global memory " + std::to_string(distance) + " bytes " + (before ? "before" : "after") + " a tensor of " +
-         std::to_string(tensor.bytes) + " bytes";
+  return "access of global memory " + std::to_string(distance) + " bytes " + (before ? "before" : "after") +
+         " a tensor of " + std::to_string(tensor.bytes) + " bytes";
 }
 
 void on_fault(int signal, siginfo_t* info, void* context) {
@@ -101,7 +102,7 @@ FaultsReported::FaultsReported() {
   stack_t stack{};
   stack.ss_sp = fault_stack, stack.ss_size = sizeof fault_stack;
   sigaltstack(&stack, nullptr);
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_sigaction = on_fault;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // the handler leaves by a switch
   sigaction(SIGSEGV, &action, &previous_segv);

@@ -1,4 +1,5 @@
-// Tensors between pages that nobody may touch: a kernel that leaves its tensor faults, and the fault is a diagnosis.
+// Tensors between pages that nobody may touch: a kernel that leaves its tensor faults, and the fault is a
+// diagnosis.
 #pragma once
 
 namespace simt {

@@ -33,12 +33,14 @@ cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int v
   return cudaSuccess;
 }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread) {
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                   const std::function<void()>& thread) {
   const dim3 grid = config.gridDim, block = config.blockDim;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   const auto allowed = allowed_shared_bytes().find(kernel);
-  const size_t shared = allowed == allowed_shared_bytes().end() ? kDefaultSharedBytes
-                                                                : std::max<size_t>(allowed->second, kDefaultSharedBytes);
+  const size_t shared = allowed == allowed_shared_bytes().end()
+                            ? kDefaultSharedBytes
+                            : std::max<size_t>(allowed->second, kDefaultSharedBytes);
   if (threads == 0 || threads > kMaxThreads || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
       grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ)
     return cudaErrorInvalidConfiguration;

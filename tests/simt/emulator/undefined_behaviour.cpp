@@ -27,7 +27,8 @@ struct OutOfBounds {
 };
 
 void fail(const std::string& text, const Location& location) {
-  if (simt::cta.kernel) simt::fail_at(text, simt::file_text(location.file) + ":" + std::to_string(location.line));
+  if (simt::cta.kernel)
+    simt::fail_at(text, simt::file_text(location.file) + ":" + std::to_string(location.line));
 }
 
 }  // namespace
@@ -40,7 +41,8 @@ void __ubsan_handle_type_mismatch_v1(Mismatch* data, uintptr_t address) {
        data->location);
 }
 void __ubsan_handle_out_of_bounds(OutOfBounds* data, uintptr_t index) {
-  fail("index " + std::to_string(static_cast<intptr_t>(index)) + " of " + data->array->name + " is out of bounds",
+  fail("index " + std::to_string(static_cast<intptr_t>(index)) + " of " + data->array->name +
+           " is out of bounds",
        data->location);
 }
 }
