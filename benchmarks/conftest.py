@@ -2,7 +2,7 @@
 
 pytest benchmarks -k attention            # a table, and benchmarks/results/<device>.json and .svg
 pytest benchmarks --smoke                 # tiny sizes, one round, nothing written
-pytest benchmarks -m gpu --results DIR    # the GPU suites, results elsewhere
+pytest benchmarks/gpu --results DIR       # the GPU suites, results elsewhere
 """
 
 import itertools
@@ -15,6 +15,7 @@ import torch
 from benchmarks import machine, report
 from dllm_kernels import _library
 
+GPU_FOLDER = Path(__file__).parent / "gpu"
 L2_MULTIPLE = 3  # rotating inputs cover the last-level cache of the GPU this many times
 BUSY_CYCLES = 400_000  # of the GPU before each launch: hides the time that Python takes to launch
 
@@ -33,13 +34,17 @@ def pytest_configure(config):
     machine.commit()  # read now: the checkout may change while benchmarks run
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    """benchmarks/gpu needs a GPU; its smoke run makes do with the CPU, to see that the code still runs."""
     reason = _library.cuda_unavailable()
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if GPU_FOLDER not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.gpu)
+        if reason is None:
             item.add_marker(pytest.mark.benchmark(timer=CudaTime))
-            if reason:
-                item.add_marker(pytest.mark.skip(reason=reason))
+        elif not config.getoption("--smoke"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -49,6 +54,16 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture
 def smoke(request) -> bool:
     return request.config.getoption("--smoke")
+
+
+@pytest.fixture
+def device(request) -> str:
+    """Where the tensors of a benchmark live."""
+    return "cuda" if _on_gpu(request) else "cpu"
+
+
+def _on_gpu(request) -> bool:
+    return request.node.get_closest_marker("gpu") is not None and _library.cuda_unavailable() is None
 
 
 @pytest.fixture
@@ -67,7 +82,7 @@ def compare(benchmark, request, smoke):
     tolerance: atol and rtol with which every baseline's result must equal ours.
     size: the case's place on the scaling plot. memory: also records the peak memory of every function.
     """
-    on_gpu = request.node.get_closest_marker("gpu") is not None
+    on_gpu = _on_gpu(request)
     clock = CudaTime if on_gpu else time.perf_counter
 
     def compare(
