@@ -24,6 +24,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("dllm benchmarks")
     group.addoption("--smoke", action="store_true", help="tiny sizes, one round each; writes no results")
     group.addoption("--results", type=Path, help="folder for the results (default: benchmarks/results)")
+    group.addoption("--peer", action="append", default=[], metavar="NAME=DIR", help="a checkout to run too")
     group.addoption("--seconds", type=float, default=2.0, help="time to spend on one comparison")
 
 
@@ -81,6 +82,7 @@ def compare(benchmark, request, smoke):
     flops: useful ones, of visible pairs only; dense_flops: of the whole rectangle; bytes: read and written.
     tolerance: atol and rtol with which every baseline's result must equal ours.
     size: the case's place on the scaling plot. memory: also records the peak memory of every function.
+    rounds: how many, where as many as fit would take too long.
     """
     on_gpu = _on_gpu(request)
     clock = CudaTime if on_gpu else time.perf_counter
@@ -96,6 +98,7 @@ def compare(benchmark, request, smoke):
         tolerance=None,
         size=None,
         memory=False,
+        rounds=None,
     ):
         rotation = itertools.cycle(_input_sets(inputs, on_gpu and not smoke))
         seconds = {name: [] for name in baselines}
@@ -116,8 +119,9 @@ def compare(benchmark, request, smoke):
 
         _check_equal(ours, baselines, next(rotation), tolerance)
         once = turn(ours) + sum(turn(function) for function in baselines.values())
-        rounds = 1 if smoke else min(200, max(5, int(request.config.getoption("--seconds") / once)))
-        benchmark.pedantic(ours, setup=baselines_then_ours, rounds=rounds)
+        fitting = int(request.config.getoption("--seconds") / once)
+        turns = 1 if smoke else rounds or min(200, max(5, fitting))
+        benchmark.pedantic(ours, setup=baselines_then_ours, rounds=turns)
         if not benchmark.enabled:
             return
         measured = report.Row(
@@ -125,7 +129,7 @@ def compare(benchmark, request, smoke):
             case=request.node.name.removeprefix("test_"),
             device=torch.cuda.get_device_name() if on_gpu else "cpu",
             ours=list(benchmark.stats.stats.data),
-            baselines={name: values[-rounds:] for name, values in seconds.items()},
+            baselines={name: values[-turns:] for name, values in seconds.items()},
             work={"flops": flops, "dense_flops": dense_flops, "bytes": bytes},
             size=size,
             memory=_peak_memory({"ours": ours, **baselines}, next(rotation), on_gpu) if memory else {},
