@@ -50,6 +50,21 @@ def _flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
 
+def gathered_attention() -> dict[str, Callable]:
+    """Attention of a step (see workloads.cached_step) over keys and values that were gathered before."""
+    libraries = {"sdpa, gathered": lambda *step: sdpa(step[0], *step[7:])}
+    if installed("flashinfer"):
+        libraries["FlashInfer, gathered"] = lambda *step: _flashinfer(step[0], *step[7:])
+    return libraries
+
+
+def _flashinfer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flashinfer import single_prefill_with_kv_cache
+
+    out = single_prefill_with_kv_cache(q[0].transpose(0, 1), k[0], v[0], causal=False, kv_layout="HND")
+    return out.transpose(0, 1)[None]
+
+
 def best_flex(mask, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable:
     """Compiled flex_attention under `mask` (a SpanMask), with the block size that is fastest on `inputs`."""
     compiled = torch.compile(flex_attention, dynamic=False)

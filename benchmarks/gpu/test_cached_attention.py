@@ -1,4 +1,4 @@
-"""cached_block_attention on a GPU against torch's attention over gathered keys."""
+"""cached_block_attention on a GPU against torch's attention over gathered keys, and FlashInfer's."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_cached_block_attention(compare, pick, device, cached, heads):
     cached, shape = pick(cached, 48), SHAPES[heads]
     compare(
         lambda *step: dk.cached_block_attention(*step[:7]),
-        {"sdpa, gathered": lambda *step: baselines.sdpa(step[0], *step[7:])},
+        baselines.gathered_attention(),
         inputs=lambda: cached_step(cached, dtype=torch.bfloat16, device=device, **shape),
         flops=cached_flops(cached, **shape),
         bytes=2 * 2 * shape["kv_heads"] * shape["head_dim"] * cached,
