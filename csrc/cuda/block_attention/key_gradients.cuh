@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(KeyGradientTiles<kDim>::kThreads, 2)
   T* stages = values.data + kKeys * kDim;  // twice queries and gradients of their outputs
   const auto queries = [&](int stage) { return SharedTile<T, kDim>{stages + 2 * stage * kQueries * kDim}; };
   const auto grads = [&](int stage) { return SharedTile<T, kDim>{queries(stage).data + kQueries * kDim}; };
-  __shared__ alignas(16) float2 terms[2][kQueries];
+  alignas(16) __shared__ float2 terms[2][kQueries];
   __shared__ VisibleKeys<kQueries, kThreads> visible[2];  // of the tile's keys
   __shared__ QueryList<kThreads> list;
   static_assert(sizeof(terms) + sizeof(visible) + sizeof(list) <= kSmallStatics);

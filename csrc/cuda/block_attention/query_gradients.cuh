@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(QueryGradientTiles<kDim>::kThreads, 2)
   T* stages = grads.data + kQueries * kDim;  // twice keys and values
   const auto keys = [&](int stage) { return SharedTile<T, kDim>{stages + 2 * stage * kKeys * kDim}; };
   const auto values = [&](int stage) { return SharedTile<T, kDim>{keys(stage).data + kKeys * kDim}; };
-  __shared__ alignas(16) float2 terms[kQueries];
+  alignas(16) __shared__ float2 terms[kQueries];
   __shared__ SpanBounds bounds[kMaxSpanBounds];
   __shared__ VisibleKeys<kQueries, kThreads, uint32_t> visible[2];
   static_assert(kKeys <= 32 && sizeof(terms) + sizeof(bounds) + sizeof(visible) <= kSmallStatics);
