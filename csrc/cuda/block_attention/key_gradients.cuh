@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(KeyGradientTiles<kDim>::kThreads, 2)
   // ---- epilogue
   const float factors[1][2] = {{f.scale, f.scale}};
   scale_rows(grad_k, factors);
+  __syncwarp();  // its lanes have read these rows, which are theirs alone
   keys.put(grad_k, row, column);
   values.put(grad_v, row, column);
   __syncwarp();
