@@ -8,9 +8,8 @@ from dllm_kernels.ops import reference
 
 FORWARD = torch.ops.dllm_kernels.block_attention
 BACKWARD = torch.ops.dllm_kernels.block_attention_backward
-FLOOR = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+FLOOR = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 DTYPES = list(FLOOR)
-TENSOR_CORES = [torch.bfloat16, torch.float16]
 hardware = pytest.mark.hardware
 
 
@@ -66,8 +65,7 @@ def assert_right(gpu, q, k, v, mask, with_lse=True, scale=0.3):
         if grad.numel() == 0:
             continue
         error, allowed = (float((t.double() - expected).abs().max()) for t in (grad, theirs))
-        size = max(float(expected.abs().max()), q.shape[-1] ** 0.5)
-        assert error <= 2 * allowed + FLOOR[q.dtype] * size, name
+        assert error <= 2 * allowed + FLOOR[q.dtype] * max(1.0, float(expected.abs().max())), name
 
 
 MASKS = {
