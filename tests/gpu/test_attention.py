@@ -134,6 +134,9 @@ def test_spans_beyond_the_keys_are_cut(gpu, dtype):
     spans = torch.tensor([-5, 1000], dtype=torch.int32).expand(1, 40, 1, 2)
     out, _ = gpu(torch.ops.dllm_kernels.block_attention, q, k, v, spans, 0.25)
     assert torch.equal(out, gpu(block_attention, q, k, v))
+    nothing = torch.tensor([2**31 - 1, -(2**31)], dtype=torch.int32).expand(1, 40, 1, 2)
+    out, _ = gpu(torch.ops.dllm_kernels.block_attention, q, k, v, nothing, 0.25)
+    assert (out == 0).all()
 
 
 @pytest.mark.parametrize("length, repeats", [(70, 2), pytest.param(300, 20, marks=hardware)])

@@ -23,7 +23,7 @@ struct SequenceSpans {
   __device__ int2 at(int position, int r) const {
     if (!data) return {0, key_count};
     const int32_t* span = data + position * row_stride + r * 2;
-    return {max(span[0], 0), min(span[1], key_count)};
+    return {max(span[0], 0), max(min(span[1], key_count), 0)};
   }
   // Bit i: the query sees key keys.begin + i; a range has at most 64 keys.
   __device__ uint64_t visible_keys(int position, KeyRange keys) const {
