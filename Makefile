@@ -31,12 +31,12 @@ test: build        ## the test suite (tests/gpu skips itself without a GPU)
 lint: $(DEV_TOOLS) ## ruff and clang-format, in the versions that pyproject.toml pins
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	git ls-files 'csrc/*' | xargs $(dir $(PYTHON))clang-format --dry-run -Werror
+	git ls-files 'csrc/*' 'tests/simt/*.cpp' 'tests/simt/*.h' 'tests/simt/*.cuh' 'tests/simt/*.cu' | xargs $(dir $(PYTHON))clang-format --dry-run -Werror
 
 format: $(DEV_TOOLS) ## what lint checks, applied
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	git ls-files 'csrc/*' | xargs $(dir $(PYTHON))clang-format -i
+	git ls-files 'csrc/*' 'tests/simt/*.cpp' 'tests/simt/*.h' 'tests/simt/*.cuh' 'tests/simt/*.cu' | xargs $(dir $(PYTHON))clang-format -i
 
 bench: build       ## benchmarks against what a user would otherwise run; ARGS="-k attention", ARGS=--smoke
 	$(PYTHON) -m pytest -q benchmarks $(ARGS)
