@@ -1,8 +1,15 @@
-"""Tests of this folder run on a GPU and are skipped without one; DLLM_REQUIRE_GPU=1 forbids skipping."""
+"""CUDA kernels, on a GPU and without one.
+
+A test that takes the fixture `gpu` runs twice: "cuda" on a GPU, skipped without one, and "simt" on the emulator
+of tests/simt, anywhere. Parameters too large for the emulator carry the mark `hardware`. Tests without the
+fixture need a GPU. DLLM_REQUIRE_GPU=1 forbids skipping, and leaves out the emulator.
+"""
 
 import os
+import zlib
 from pathlib import Path
 
+import placement
 import pytest
 
 from dllm_kernels import _library
@@ -10,10 +17,29 @@ from dllm_kernels import _library
 
 def pytest_collection_modifyitems(config, items):
     reason = _library.cuda_unavailable()
+    if reason and os.environ.get("DLLM_REQUIRE_GPU"):
+        pytest.exit(f"DLLM_REQUIRE_GPU is set, but {reason}", returncode=1)
+    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    too_large = {item for item in here if _backend(item) == "simt" and item.get_closest_marker("hardware")}
+    items[:] = [item for item in items if item not in too_large]
+    config.hook.pytest_deselected(items=list(too_large))
     if reason is None:
         return
-    if os.environ.get("DLLM_REQUIRE_GPU"):
-        pytest.exit(f"DLLM_REQUIRE_GPU is set, but {reason}", returncode=1)
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
+    for item in here:
+        if _backend(item) != "simt":
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _backend(item: pytest.Item) -> str | None:
+    return item.callspec.params.get("gpu") if hasattr(item, "callspec") else None
+
+
+@pytest.fixture(params=["cuda"] if os.environ.get("DLLM_REQUIRE_GPU") else ["cuda", "simt"])
+def gpu(request):
+    """`gpu(function, *arguments)` is function(*arguments) by the CUDA kernels, for arguments and results on the
+    CPU; what it changes in place is changed. `gpu.device` and `with gpu.kernels():` serve tests that keep
+    tensors there."""
+    if request.param == "cuda":
+        return placement.OnCuda()
+    name = zlib.crc32(request.node.nodeid.encode())
+    return placement.OnEmulator(order=name if name % 4 > 1 else name % 4)

@@ -1,7 +1,7 @@
 """Builds the emulator with the CUDA kernels in it and puts its operators in place of the CPU's.
 
-`torch.ops.dllm_kernels_simt` has the schemas of `torch.ops.dllm_kernels`; what the CUDA bindings implement runs
-there on CPU tensors.
+`torch.ops.dllm_kernels_simt` has the schemas of `torch.ops.dllm_kernels`; what the CUDA bindings implement
+runs there on CPU tensors.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +86,8 @@ def in_place_of_cpu(order: int = 0) -> Iterator[None]:
     """
     library().simt_set_order(order)
     with torch.library._scoped_library("dllm_kernels", "IMPL") as scope:
-        for name in emulated():
-            scope.impl(name, _overload("dllm_kernels_simt", name), "CPU", allow_override=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
+            for name in emulated():
+                scope.impl(name, _overload("dllm_kernels_simt", name), "CPU", allow_override=True)
         yield
