@@ -2,6 +2,8 @@
 // step, and share the lists of the next view out among themselves.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include "cuda/advance/launch.h"
 
 namespace dllm::cuda {
