@@ -19,16 +19,17 @@ struct SharedTile {
   __device__ T* chunk(int row, int c) const { return data + row * kDim + (c ^ (row & 7)) * 8; }
 
   // Starts copying kRows rows: row(i) finds the first of the `dim` values of row i, aligned to 16 bytes, or
-  // is null for a row of zeros. All threads call it.
+  // is null for a row of zeros. All threads call it; eight share a row, a line of 128 bytes at a time.
   template <int kThreads, int kRows, class Row>
   __device__ void copy_rows(int dim, Row row) const {
-    static_assert(kRows * kChunks % kThreads == 0);
-    const int c = threadIdx.x % kChunks;
+    static_assert(kRows * 8 % kThreads == 0);
 #pragma unroll
-    for (int i = 0; i < kRows; i += kThreads / kChunks) {
-      const int r = i + threadIdx.x / kChunks;
+    for (int i = 0; i < kRows; i += kThreads / 8) {
+      const int r = i + threadIdx.x / 8;
       const T* from = row(r);
-      copy_async(chunk(r, c), from + c * 8, from != nullptr && c * 8 < dim);
+#pragma unroll
+      for (int c = threadIdx.x % 8; c < kChunks; c += 8)
+        copy_async(chunk(r, c), from + c * 8, from != nullptr && c * 8 < dim);
     }
   }
 
@@ -52,27 +53,30 @@ struct SharedTile {
     load_matrices_transposed(b, chunk(row + lane % 16, 2 * n + lane / 16));
   }
 
-  // Rows [row, row + 16·kRowTiles) become `sums`, rounded to T, of the warp that calls it.
-  template <int kRowTiles>
-  __device__ void put(const float (&sums)[kRowTiles][kDim / 8][4], int row) const {
+  // Columns from `column` on of rows [row, row + 16·kRowTiles) become `sums`, rounded to T, of the warp that
+  // calls it.
+  template <int kRowTiles, int kTiles>
+  __device__ void put(const float (&sums)[kRowTiles][kTiles][4], int row, int column = 0) const {
     const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
 #pragma unroll
     for (int m = 0; m < kRowTiles; m++) {
 #pragma unroll
-      for (int n = 0; n < kDim / 8; n++) {
+      for (int n = 0; n < kTiles; n++) {
 #pragma unroll
         for (int half = 0; half < 2; half++)
-          *reinterpret_cast<uint32_t*>(chunk(row + 16 * m + group + 8 * half, n) + 2 * pair) =
+          *reinterpret_cast<uint32_t*>(chunk(row + 16 * m + group + 8 * half, column / 8 + n) + 2 * pair) =
               pack<T>(sums[m][n][2 * half], sums[m][n][2 * half + 1]);
       }
     }
   }
 
-  // The first `dim` values of rows [first, last) to where to(i) finds row i, by the warp that calls it.
-  template <class Row>
-  __device__ void store_rows(int first, int last, int dim, Row to) const {
-    for (int i = first * kChunks + threadIdx.x % 32; i < last * kChunks; i += 32) {
-      const int row = i / kChunks, c = i % kChunks;
+  // kColumns columns from `column` on, as far as `dim` goes, of rows [first, last) to where to(i) finds row
+  // i, by the warp that calls it.
+  template <int kColumns, class Row>
+  __device__ void store_rows(int first, int last, int dim, Row to, int column = 0) const {
+    constexpr int kWidth = kColumns / 8;
+    for (int i = first * kWidth + threadIdx.x % 32; i < last * kWidth; i += 32) {
+      const int row = i / kWidth, c = column / 8 + i % kWidth;
       if (c * 8 < dim)
         *reinterpret_cast<uint4*>(to(row) + c * 8) = *reinterpret_cast<const uint4*>(chunk(row, c));
     }
@@ -83,15 +87,15 @@ struct SharedTile {
 // in ptx.cuh, for lane = 4·group + pair: [m][n] has row 16·m + group in [0] and [1] and row 16·m + group + 8
 // in [2] and [3], columns 8·n + 2·pair and the next one.
 
-// sums += rows [row, row + 16·kRowTiles) of `a` times `b` transposed (its rows from 0 on).
-template <class T, int kDim, int kRowTiles, int kTiles>
-__device__ void add_products_transposed(float (&sums)[kRowTiles][kTiles][4], const SharedTile<T, kDim>& a,
-                                        int row, const SharedTile<T, kDim>& b) {
-#pragma unroll
+// sums += a times `b` transposed (its rows from 0 on); load_a(fragments, k) gives columns [16k, 16k + 16) of
+// a. kUnroll: how many steps along kDim to unroll; fewer leave more registers to the caller.
+template <int kUnroll, class T, int kDim, int kRowTiles, int kTiles, class LoadA>
+__device__ void add_products_transposed(float (&sums)[kRowTiles][kTiles][4], LoadA load_a,
+                                        const SharedTile<T, kDim>& b) {
+#pragma unroll kUnroll
   for (int k = 0; k < kDim / 16; k++) {
     uint32_t left[kRowTiles][4];
-#pragma unroll
-    for (int m = 0; m < kRowTiles; m++) a.load_a(left[m], row + 16 * m, k);
+    load_a(left, k);
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {
       uint32_t right[4];
@@ -105,10 +109,23 @@ __device__ void add_products_transposed(float (&sums)[kRowTiles][kTiles][4], con
   }
 }
 
-// sums += weights, rounded to T, times `b`: the columns of the weights are its rows.
-template <class T, int kDim, int kRowTiles, int kTiles>
-__device__ void add_products(float (&sums)[kRowTiles][kDim / 8][4],
-                             const float (&weights)[kRowTiles][kTiles][4], const SharedTile<T, kDim>& b) {
+// The same where a is rows [row, row + 16·kRowTiles) of a tile.
+template <int kUnroll = 16, class T, int kDim, int kRowTiles, int kTiles>
+__device__ void add_products_transposed(float (&sums)[kRowTiles][kTiles][4], const SharedTile<T, kDim>& a,
+                                        int row, const SharedTile<T, kDim>& b) {
+  const auto load_a = [&](uint32_t (&left)[kRowTiles][4], int k) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; m++) a.load_a(left[m], row + 16 * m, k);
+  };
+  add_products_transposed<kUnroll>(sums, load_a, b);
+}
+
+// sums += weights, rounded to T, times the columns of `b` from `column` on: the columns of the weights are
+// its rows.
+template <class T, int kDim, int kRowTiles, int kTiles, int kColumnTiles>
+__device__ void add_products(float (&sums)[kRowTiles][kColumnTiles][4],
+                             const float (&weights)[kRowTiles][kTiles][4], const SharedTile<T, kDim>& b,
+                             int column = 0) {
 #pragma unroll
   for (int k = 0; k < kTiles / 2; k++) {
     uint32_t left[kRowTiles][4];
@@ -121,9 +138,9 @@ __device__ void add_products(float (&sums)[kRowTiles][kDim / 8][4],
       }
     }
 #pragma unroll
-    for (int n = 0; n < kDim / 8; n += 2) {
+    for (int n = 0; n < kColumnTiles; n += 2) {
       uint32_t right[4];
-      b.load_b(right, 16 * k, n / 2);
+      b.load_b(right, 16 * k, column / 16 + n / 2);
 #pragma unroll
       for (int m = 0; m < kRowTiles; m++) {
         mma_16x8x16<T>(sums[m][n], left[m], {right[0], right[1]});

@@ -55,22 +55,24 @@ __device__ inline void tile_bounds(const SequenceSpans& spans, int first, int co
 }
 
 // Of every query of a tile, a bit per key of a range.
-template <int kQueries, int kThreads>
+template <int kQueries, int kThreads, class Bits = uint64_t>
 struct VisibleKeys {
   static_assert(kQueries <= kThreads);
-  uint64_t of_query[kQueries];
-  uint64_t of_warp[kThreads / 32];
+  Bits of_query[kQueries];
+  Bits of_warp[kThreads / 32];
 
   // Query i gets bits(i); returns the keys that any query sees. All threads call it, and all have written
   // when it returns.
-  template <class Bits>
-  __device__ uint64_t mark(Bits bits) {
+  template <class QueryBits>
+  __device__ Bits mark(QueryBits bits) {
     const int i = threadIdx.x;
-    uint64_t seen = 0;
-    if (i < kQueries) of_query[i] = seen = bits(i);
-    const uint64_t low = __reduce_or_sync(~0u, static_cast<unsigned>(seen));
-    const uint64_t high = __reduce_or_sync(~0u, static_cast<unsigned>(seen >> 32));
-    if (i % 32 == 0) of_warp[i / 32] = high << 32 | low;
+    Bits seen = 0;
+    if (i < kQueries) of_query[i] = seen = static_cast<Bits>(bits(i));
+    if constexpr (sizeof(Bits) == 8)
+      seen = static_cast<Bits>(__reduce_or_sync(~0u, static_cast<unsigned>(seen >> 32))) << 32 |
+             __reduce_or_sync(~0u, static_cast<unsigned>(seen));
+    else seen = __reduce_or_sync(~0u, seen);
+    if (i % 32 == 0) of_warp[i / 32] = seen;
     __syncthreads();
     seen = 0;
 #pragma unroll

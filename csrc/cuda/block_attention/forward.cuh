@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(ForwardTiles<kDim>::kThreads, 2)
   const SharedTile<T, kDim> values{keys.data + kKeys * kDim};
   __shared__ SpanBounds bounds[kMaxSpanBounds];
   __shared__ VisibleKeys<Tiles::kQueries, kThreads> visible;
+  static_assert(sizeof(bounds) + sizeof(visible) <= kSmallStatics);
 
   // ---- which queries
   const int tiles = (p.q_len + Tiles::kQueries - 1) / Tiles::kQueries;
@@ -103,8 +104,8 @@ __global__ void __launch_bounds__(ForwardTiles<kDim>::kThreads, 2)
   queries.put(out, row);
   __syncwarp();
   T* to = rows_of<T>(p.out, p.out_layout, batch, head) + first * p.out_layout.position_stride;
-  queries.store_rows(row, min(row + 16 * kRowTiles, live), p.head_dim,
-                     [&](int i) { return to + i * p.out_layout.position_stride; });
+  queries.template store_rows<kDim>(row, min(row + 16 * kRowTiles, live), p.head_dim,
+                                    [&](int i) { return to + i * p.out_layout.position_stride; });
 }
 
 template <class T, int kDim>

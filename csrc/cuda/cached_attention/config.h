@@ -21,7 +21,7 @@ constexpr int kCachedKeys = 32;  // of a tile: one bit of a word, one lane of a 
 // to outweigh the writing and merging of its partial result.
 constexpr int kTargetTiles = 512;
 constexpr int kSplitRows = 32;
-constexpr int kMinKeyTiles = 6;
+constexpr int kMinKeyTiles = 4;
 
 // rows: the live queries times the heads of a group.
 DLLM_HOST_DEVICE constexpr int split_count(int key_tiles, int kv_heads, int rows) {
@@ -30,7 +30,7 @@ DLLM_HOST_DEVICE constexpr int split_count(int key_tiles, int kv_heads, int rows
   const int splits = wanted < most ? wanted : most;
   return splits < 1 ? 1 : splits;
 }
-static_assert(split_count(38 + 1, 32, 32) == 6 && split_count(512 + 1, 32, 32) == 16, "32 heads, 32 queries");
+static_assert(split_count(38 + 1, 32, 32) == 9 && split_count(512 + 1, 32, 32) == 16, "32 heads, 32 queries");
 static_assert(split_count(512 + 1, 8, 4 * 32) == 16, "four query heads to a kv head");
 static_assert(split_count(1 << 20, 1, 1) == kTargetTiles && split_count(0, 64, 1 << 20) == 1);
 
@@ -50,13 +50,15 @@ struct CachedTiles {
   static constexpr int kRowTiles = kManyRows && kDim <= 128 ? 2 : 1;  // of 16 rows, to a warp
   static constexpr int kWarpRows = 16 * kRowTiles;
   static constexpr int kRows = kWarps * kWarpRows;
-  static constexpr int kCtas = kManyRows ? 2 : 3;  // at least, with registers on a multiprocessor
+  static constexpr int kCtas = kManyRows || kDim > 128 ? 2 : 4;  // that a multiprocessor has registers for
+  static constexpr bool kHoldsQueries = !kManyRows && kDim <= 128;  // in registers, else in shared memory
   static constexpr int kStages = kDim <= 64 ? 4 : kDim <= 128 ? 3 : 2;  // of keys and values under way
   // Rows that fill more than half of a large tile are many.
   static constexpr bool fits(int64_t rows) { return kManyRows == (rows > CachedTiles<kDim, true>::kRows / 2); }
-  static constexpr size_t kSharedBytes = 2 * kDim * (kRows + kStages * 2 * kCachedKeys);
+  static constexpr size_t kSharedBytes = 2 * kDim * ((kHoldsQueries ? 0 : kRows) + kStages * 2 * kCachedKeys);
 };
 constexpr size_t kCachedStatics = 2 * 1024;  // bounds and visible keys come on top of these plans
+static_assert(4 * (CachedTiles<128, false>::kSharedBytes + kCachedStatics) <= 227 * 1024, "four CTAs share it");
 static_assert(CachedTiles<128, true>::kSharedBytes + kCachedStatics <= 99 * 1024, "fits every GPU from Ampere on");
 static_assert(CachedTiles<256, true>::kSharedBytes + kCachedStatics <= 99 * 1024);
 

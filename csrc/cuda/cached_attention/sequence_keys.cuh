@@ -13,7 +13,8 @@ struct KeyTile {
   int begin;
   bool cached;
 
-  __device__ KeyRange range() const { return {begin, begin + kCachedKeys, false}; }
+  __device__ int end() const { return begin + kCachedKeys; }
+  __device__ KeyRange range() const { return {begin, end(), false}; }
 };
 
 struct SequenceKeys {
@@ -40,7 +41,7 @@ __device__ inline SequenceKeys sequence_keys(const CachedAttentionParams& p, int
   SequenceKeys keys;
   keys.live = p.q_lengths ? min(max(p.q_lengths[batch], 0), p.q_len) : p.q_len;
   const SequenceSpans spans(p.cache_spans, batch, cached_positions(p));
-  tile_bounds(spans, 0, spans.row_stride ? keys.live : min(keys.live, 1), bounds);
+  tile_bounds(spans, 0, spans.row_stride ? keys.live : 1, bounds);  // shared ones are read beside the length
   __syncwarp();
   int begin = INT_MAX, end = 0;
   for (int r = 0; r < spans.bounds_count(); r++) {
@@ -48,6 +49,7 @@ __device__ inline SequenceKeys sequence_keys(const CachedAttentionParams& p, int
     end = max(end, bounds[r].max_end);
   }
   __syncwarp();
+  if (keys.live == 0) begin = end;
   keys.first_cached = begin < end ? begin / kCachedKeys * kCachedKeys : 0;
   keys.cached_tiles = begin < end ? (end - keys.first_cached + kCachedKeys - 1) / kCachedKeys : 0;
   keys.tiles = keys.cached_tiles + (keys.live + kCachedKeys - 1) / kCachedKeys;

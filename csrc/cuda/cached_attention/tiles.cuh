@@ -18,11 +18,12 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
   constexpr int kStages = Tiles::kStages;
   const CachedAttentionParams& p = split_params.attention;
 
-  // ---- shared memory plan
-  const SharedTile<T, kDim> queries{dynamic_shared<T>()};  // then the output
-  T* const stages = queries.data + kRows * kDim;           // [kStages][keys, values][kCachedKeys][kDim]
-  __shared__ SpanBounds bounds[2][kMaxSpanBounds];         // of cached and fresh keys
-  __shared__ uint64_t visible[kRows];                      // a bit per key of a tile
+  // ---- shared memory plan: [kStages][keys, values][kCachedKeys][kDim], and the queries, where they are held in
+  // registers in the place of the last stage
+  T* const stages = dynamic_shared<T>();
+  const SharedTile<T, kDim> queries{stages + (kStages - Tiles::kHoldsQueries) * 2 * kCachedKeys * kDim};
+  __shared__ SpanBounds bounds[2][kMaxSpanBounds];  // of cached and fresh keys
+  __shared__ uint64_t visible[kRows];               // a bit per key of a tile
   __shared__ SequenceKeys keys;
 
   // ---- which rows and keys
@@ -32,84 +33,101 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
   const int split = blockIdx.x / row_tiles / p.kv_heads % split_params.max_splits;
   const int64_t batch = blockIdx.x / row_tiles / p.kv_heads / split_params.max_splits;
   const GroupRows rows(p, batch, kv_head);
+  const int present = min(p.q_len * group - first, kRows);
+  queries.template copy_rows<kThreads, kRows>(p.head_dim, [&](int i) {
+    return i < present ? rows.template at<T>(p.q, p.q_layout, first + i) : nullptr;
+  });
   if (threadIdx.x < 32) {
     const SequenceKeys mine = sequence_keys(p, batch, bounds[0]);
     if (threadIdx.x == 0) keys = mine;
   }
   __syncthreads();
-  if (split >= keys.splits) return;
   const int live = max(min(keys.live * group - first, kRows), 0);
-  const int present = min(p.q_len * group - first, kRows);
+  if (split >= keys.splits || (live == 0 && split > 0)) return;
   const auto spans = [&](KeyTile tile) { return spans_of(p, batch, keys.live, tile); };
-  const int first_query = rows.position(first), queries_here = live > 0 ? rows.position(first + live - 1) - first_query + 1 : 0;
+  const int first_query = rows.position(first);
+  const int live_queries = live > 0 ? rows.position(first + live - 1) - first_query + 1 : 0;
   if (threadIdx.x < 32) {
-    tile_bounds(spans({0, true}), first_query, queries_here, bounds[0]);
-    tile_bounds(spans({0, false}), first_query, queries_here, bounds[1]);
+    if (p.cache_spans.row_stride) tile_bounds(spans({0, true}), first_query, live_queries, bounds[0]);
+    tile_bounds(spans({0, false}), first_query, live_queries, bounds[1]);
   }
-  queries.template copy_rows<kThreads, kRows>(p.head_dim, [&](int i) {
-    return i < live ? rows.template at<T>(p.q, p.q_layout, first + i) : nullptr;
-  });
   __syncthreads();
 
-  const auto seen_by_tile = [&](KeyTile tile) {
-    const int count = spans(tile).bounds_count();
-    return visibility(bounds[!tile.cached], count, tile.begin, tile.begin + kCachedKeys);
-  };
   // ---- copies: lane i finds where key i of a tile lies; what no query of this CTA sees is not read
   KeyRows<T> key_rows(p, batch, kv_head);
   const int begin = live > 0 ? keys.split_begin(split) : 0, end = live > 0 ? keys.split_begin(split + 1) : 0;
   const auto stage_of = [&](int t) { return stages + (t - begin) % kStages * 2 * kCachedKeys * kDim; };
   const auto copy_tile = [&](int t) {
-    const KeyTile tile = keys.tile(t);
-    const Visibility visibility = t < end ? seen_by_tile(tile) : Visibility::none;
-    if (visibility != Visibility::none) {
+    Visibility seen_by_rows = Visibility::none;
+    if (t < end) {
+      const KeyTile tile = keys.tile(t);
+      seen_by_rows = visibility(bounds[!tile.cached], spans(tile).bounds_count(), tile.begin, tile.end());
       unsigned seen = ~0u;
-      if (visibility == Visibility::partial) {
+      if (seen_by_rows == Visibility::partial) {
         const SequenceSpans here = spans(tile);
         seen = 0;
-        for (int i = threadIdx.x % 32; i < (here.row_stride ? queries_here : 1); i += 32)
+        for (int i = threadIdx.x % 32; i < (here.row_stride ? live_queries : 1); i += 32)
           seen |= static_cast<unsigned>(here.visible_keys(first_query + i, tile.range()));
         seen = __reduce_or_sync(~0u, seen);
       }
-      const auto mine = key_rows.rows(tile);
-      const bool read = seen >> threadIdx.x % 32 & 1;
-      const T *key = read ? mine.key : nullptr, *value = read ? mine.value : nullptr;
-      const SharedTile<T, kDim> k{stage_of(t)}, v{stage_of(t) + kCachedKeys * kDim};
-      k.template copy_rows<kThreads, kCachedKeys>(p.head_dim, [&](int i) { return shuffled(key, i); });
-      v.template copy_rows<kThreads, kCachedKeys>(p.head_dim, [&](int i) { return shuffled(value, i); });
+      if (seen_by_rows != Visibility::none) {
+        auto [key, value] = key_rows.rows(tile);
+        if (!(seen >> threadIdx.x % 32 & 1)) key = value = nullptr;
+        const SharedTile<T, kDim> k{stage_of(t)}, v{stage_of(t) + kCachedKeys * kDim};
+        k.template copy_rows<kThreads, kCachedKeys>(p.head_dim, [&](int i) { return shuffled(key, i); });
+        v.template copy_rows<kThreads, kCachedKeys>(p.head_dim, [&](int i) { return shuffled(value, i); });
+      }
+      if (t + 1 < end) key_rows.look_up(keys.tile(t + 1));
     }
-    if (t + 1 < end) key_rows.look_up(keys.tile(t + 1));
     commit_copies();
+    return seen_by_rows;
   };
   if (begin < end) key_rows.look_up(keys.tile(begin));
-#pragma unroll 1
-  for (int stage = 0; stage < kStages - 1; stage++) copy_tile(begin + stage);
+  Visibility ahead[kStages];  // of tiles under way
+#pragma unroll
+  for (int stage = 0; stage < kStages - 1; stage++) ahead[stage] = copy_tile(begin + stage);
 
   // ---- main loop over the key tiles of this split
   const int row = threadIdx.x / 32 * Tiles::kWarpRows;  // the first of this warp
+  uint32_t held[Tiles::kHoldsQueries ? kDim / 16 : 1][4];
+  if constexpr (Tiles::kHoldsQueries) {
+    wait_copies<kStages - 2>();
+    __syncthreads();  // the queries are there
+#pragma unroll
+    for (int k = 0; k < kDim / 16; k++) queries.load_a(held[k], row, k);
+  }
   SoftmaxRows<kRowTiles> softmax(p.scale);
   float out[kRowTiles][kDim / 8][4] = {};
   for (int t = begin; t < end; t++) {
     wait_copies<kStages - 2>();
     __syncthreads();  // tile t is there, tile t - 1 was used
-    copy_tile(t + kStages - 1);
+    ahead[kStages - 1] = copy_tile(t + kStages - 1);
+    const Visibility seen_by_rows = ahead[0];
+#pragma unroll
+    for (int i = 0; i < kStages - 1; i++) ahead[i] = ahead[i + 1];
 
-    const KeyTile tile = keys.tile(t);
-    const Visibility visibility = seen_by_tile(tile);
-    if (visibility == Visibility::none || row >= live) continue;
-    if (visibility == Visibility::partial) {
+    if (seen_by_rows == Visibility::none || row >= live) continue;
+    if (seen_by_rows == Visibility::partial) {
+      const KeyTile tile = keys.tile(t);
       const int i = row + threadIdx.x % Tiles::kWarpRows;
-      const uint64_t mine =
-          i < live ? spans(tile).visible_keys(rows.position(first + i), tile.range()) : 0;
+      const uint64_t mine = i < live ? spans(tile).visible_keys(rows.position(first + i), tile.range()) : 0;
       if (threadIdx.x % 32 < Tiles::kWarpRows) visible[i] = mine;
       __syncwarp();
       if (!__any_sync(~0u, mine != 0)) continue;
     }
     const SharedTile<T, kDim> k{stage_of(t)}, v{stage_of(t) + kCachedKeys * kDim};
     float scores[kRowTiles][kCachedKeys / 8][4] = {};
-    add_products_transposed(scores, queries, row, k);
+    if constexpr (Tiles::kHoldsQueries) {
+      const auto load_a = [&](uint32_t (&a)[1][4], int step) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[0][i] = held[step][i];
+      };
+      add_products_transposed<kDim / 16>(scores, load_a, k);
+    } else {
+      add_products_transposed(scores, queries, row, k);
+    }
     if (p.scale < 0.0f) negate(scores);
-    if (visibility == Visibility::partial) hide_invisible(scores, visible + row);
+    if (seen_by_rows == Visibility::partial) hide_invisible(scores, visible + row);
     float decay[kRowTiles][2];
     if (softmax.update(scores, decay)) scale_rows(out, decay);
     add_products(out, scores, v);
@@ -145,10 +163,10 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
   if (keys.splits == 1) {
     scale_rows(out, inverse);
     wait_copies<0>();
-    __syncthreads();  // no copy of queries is under way, and none is used
+    __syncthreads();  // no copy is under way, and no tile is used
     queries.put(out, row);
     __syncwarp();
-    queries.store_rows(row, live_end, p.head_dim, result);
+    queries.template store_rows<kDim>(row, live_end, p.head_dim, result);
   }
   if (split > 0) return;
   for (int i = live + static_cast<int>(threadIdx.x); i < present; i += kThreads) {
