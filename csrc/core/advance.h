@@ -1,9 +1,10 @@
 // How rows of block-causal decoding move from step to step and from block to block, for host and device.
 //
-// A row decodes its active block [block_start, block_end). Keys and values of its positions before `cached` are in
-// pages; the next forward computes the positions from there to block_end, so the first step of a block also
-// computes the block finished before it and leaves its keys and values in the pages. Where a forward has no room
-// for all of them, forwards before it catch up: they compute final blocks only, and nothing is committed.
+// A row decodes its active block [block_start, block_end). Keys and values of its positions before `cached`
+// are in pages; the next forward computes the positions from there to block_end, so the first step of a block
+// also computes the block finished before it and leaves its keys and values in the pages. Where a forward has
+// no room for all of them, forwards before it catch up: they compute final blocks only, and nothing is
+// committed.
 #pragma once
 
 #include <stdint.h>
@@ -23,12 +24,12 @@ struct AdvanceParams {
   int32_t canvas_length;
   int64_t mask_id, stop_ids[kMaxStopIds];
   int32_t stop_count;
-  // What a row is asked to do, [batch]: where its completion starts and stops, where its canvas ends, steps of a
-  // block (0: one for each token of its quotas).
+  // What a row is asked to do, [batch]: where its completion starts and stops, where its canvas ends, steps
+  // of a block (0: one for each token of its quotas).
   const int32_t *given, *stop, *canvas_end, *steps;
   int32_t quota_total;  // what a block's quotas sum up to; 0: its masks
-  // Where it is, [batch]: q_lengths are the queries of the last forward, block_masks the masks that the block had at
-  // its first step, step the steps of all blocks, block_step those of this one.
+  // Where it is, [batch]: q_lengths are the queries of the last forward, block_masks the masks that the block
+  // had at its first step, step the steps of all blocks, block_step those of this one.
   int32_t *block_start, *cached, *q_lengths, *block_masks, *step, *block_step;
   // What the next step works on.
   int32_t* quota;            // [batch]
@@ -59,14 +60,15 @@ struct BlockRow {
   DLLM_HOST_DEVICE int completion() const { return block_start > given ? block_start : given; }
 };
 
-// What the canvas holds after a commit, for a row with the active block [block_start, end): the first mask there,
-// the first stop token from completion() on, the first mask in [end, stop); where there is none, the range's end.
+// What the canvas holds after a commit, for a row with the active block [block_start, end): the first mask
+// there, the first stop token from completion() on, the first mask in [end, stop); where there is none, the
+// range's end.
 struct BlockScan {
   int first_mask, first_stop, next_mask;
 };
 
-// After a forward and the commit of what it proposed. Where block_step is 0 then, the masks of the active block are
-// still to be counted.
+// After a forward and the commit of what it proposed. Where block_step is 0 then, the masks of the active
+// block are still to be counted.
 DLLM_HOST_DEVICE BlockRow advanced(BlockRow row, const BlockScan& scan, int block_size) {
   if (row.finished()) return row;
   if (row.denoised()) row.step++, row.block_step++;
@@ -96,8 +98,8 @@ DLLM_HOST_DEVICE BlockView block_view(const BlockRow& row, int block_size, int q
 }
 
 // What stands at index i of the lists of row b; i < block_size for candidates, < queries for the others.
-DLLM_HOST_DEVICE void write_view(const AdvanceParams& p, int64_t b, const BlockRow& row, const BlockView& view,
-                                 int i) {
+DLLM_HOST_DEVICE void write_view(const AdvanceParams& p, int64_t b, const BlockRow& row,
+                                 const BlockView& view, int i) {
   const int position = view.first + i, block_start = row.block_start;
   if (i < p.block_size) {
     const int candidate = block_start + i;
@@ -120,12 +122,19 @@ DLLM_HOST_DEVICE BlockRow block_row(const AdvanceParams& p, int64_t b) {
     return position < 0 ? 0 : position > p.canvas_length ? p.canvas_length : position;
   };
   const int end = inside(p.canvas_end[b]), stop = inside(p.stop[b]);
-  return {inside(p.given[b]), stop < end ? stop : end,          end,
-          inside(p.block_start[b]),   inside(p.cached[b]), inside(p.q_lengths[b]), p.block_masks[b], p.step[b],
+  return {inside(p.given[b]),
+          stop < end ? stop : end,
+          end,
+          inside(p.block_start[b]),
+          inside(p.cached[b]),
+          inside(p.q_lengths[b]),
+          p.block_masks[b],
+          p.step[b],
           p.block_step[b]};
 }
 
-DLLM_HOST_DEVICE void store_row(const AdvanceParams& p, int64_t b, const BlockRow& row, const BlockView& view) {
+DLLM_HOST_DEVICE void store_row(const AdvanceParams& p, int64_t b, const BlockRow& row,
+                                const BlockView& view) {
   const int total = p.quota_total > 0 ? p.quota_total : row.block_masks;
   const int steps = p.steps[b] > 0 ? p.steps[b] : total;
   p.block_start[b] = row.block_start;

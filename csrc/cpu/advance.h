@@ -3,8 +3,4 @@
 
 #include "core/advance.h"
 
-namespace dllm::cpu {
-
-void advance(const AdvanceParams& p);
-
-}  // namespace dllm::cpu
+namespace dllm::cpu { void advance(const AdvanceParams& p); }  // namespace dllm::cpu

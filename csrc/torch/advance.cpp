@@ -13,9 +13,9 @@ void advance_cpu(Tensor canvas, Tensor given, Tensor stop, Tensor canvas_end, Te
                  Tensor block_step, Tensor quota, Tensor candidates, Tensor query_positions,
                  Tensor write_positions, Tensor cache_spans, Tensor fresh_spans, int64_t mask_id,
                  int64_t quota_total, std::vector<int64_t> stop_ids) {
-  const AdvanceTensors rows{given,       stop,           canvas_end, steps,      block_start,     cached,
-                            q_lengths,   block_masks,    step,       block_step, quota,           candidates,
-                            query_positions, write_positions, cache_spans, fresh_spans};
+  const AdvanceTensors rows{
+      given, stop,       canvas_end, steps,      block_start,     cached,          q_lengths,   block_masks,
+      step,  block_step, quota,      candidates, query_positions, write_positions, cache_spans, fresh_spans};
   cpu::advance(advance_params("advance_", canvas, rows, mask_id, quota_total, stop_ids));
 }
 

@@ -1,5 +1,5 @@
-// advance_ on CUDA tensors: the launch on the current stream. What the tensors hold stays on the device; the kernel
-// cuts positions to the canvas.
+// advance_ on CUDA tensors: the launch on the current stream. What the tensors hold stays on the device; the
+// kernel cuts positions to the canvas.
 #include "cuda/advance/launch.h"
 #include "torch/advance_arguments.h"
 #include "torch/cuda_launch.h"
@@ -12,9 +12,9 @@ void advance_cuda(Tensor canvas, Tensor given, Tensor stop, Tensor canvas_end, T
                   Tensor block_step, Tensor quota, Tensor candidates, Tensor query_positions,
                   Tensor write_positions, Tensor cache_spans, Tensor fresh_spans, int64_t mask_id,
                   int64_t quota_total, std::vector<int64_t> stop_ids) {
-  const AdvanceTensors rows{given,       stop,           canvas_end, steps,      block_start,     cached,
-                            q_lengths,   block_masks,    step,       block_step, quota,           candidates,
-                            query_positions, write_positions, cache_spans, fresh_spans};
+  const AdvanceTensors rows{
+      given, stop,       canvas_end, steps,      block_start,     cached,          q_lengths,   block_masks,
+      step,  block_step, quota,      candidates, query_positions, write_positions, cache_spans, fresh_spans};
   const OnDeviceOf device(canvas);
   const AdvanceParams p = advance_params("advance_", canvas, rows, mask_id, quota_total, stop_ids);
   check_launch("advance_", cuda::launch_advance(p, device.stream()));

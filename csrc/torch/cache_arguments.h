@@ -1,5 +1,5 @@
-// Arguments of cached_block_attention and kv_write_, checked once for CPU and CUDA. What index tensors hold is
-// checked on the CPU only; CUDA kernels stay inside by themselves.
+// Arguments of cached_block_attention and kv_write_, checked once for CPU and CUDA. What index tensors hold
+// is checked on the CPU only; CUDA kernels stay inside by themselves.
 #pragma once
 
 #include "torch/attention_arguments.h"
@@ -41,9 +41,9 @@ inline void check_page_table(const char* op, const Tensor& page_table, const Ten
 }
 
 inline void check_cached_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                            const Tensor& cache_k, const Tensor& cache_v, const Tensor& page_table,
-                            const Tensor& cache_spans, const std::optional<Tensor>& fresh_spans,
-                            const std::optional<Tensor>& q_lengths) {
+                                   const Tensor& cache_k, const Tensor& cache_v, const Tensor& page_table,
+                                   const Tensor& cache_spans, const std::optional<Tensor>& fresh_spans,
+                                   const std::optional<Tensor>& q_lengths) {
   check_heads(op, q, k, v);
   check_size(op, "k", k, 2, q.size(2), "the queries are the fresh keys");
   check_caches(op, cache_k, cache_v, k);

@@ -47,8 +47,7 @@ std::tuple<Tensor, Tensor> cached_block_attention_cpu(const Tensor& q, const Ten
                                                       const std::optional<Tensor>& fresh_spans,
                                                       const std::optional<Tensor>& q_lengths, double scale) {
   const char* op = "cached_block_attention";
-  check_cached_attention(op, q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans,
-                                          q_lengths);
+  check_cached_attention(op, q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths);
   const CachedAttentionTensors tensors(op, q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans,
                                        q_lengths, scale);
   const CachedAttentionParams p = tensors.params();

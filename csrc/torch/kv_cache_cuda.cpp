@@ -1,5 +1,5 @@
-// cached_block_attention and kv_write_ on CUDA tensors: allocation and launches on the current stream. What index
-// tensors hold stays on the device; the kernels cut spans, lengths and pages to what there is.
+// cached_block_attention and kv_write_ on CUDA tensors: allocation and launches on the current stream. What
+// index tensors hold stays on the device; the kernels cut spans, lengths and pages to what there is.
 #include <tuple>
 
 #include "cuda/cached_attention/launch.h"
@@ -14,7 +14,8 @@ namespace {
 void check_aligned(const char* op, const char* name, const Tensor& cache) {
   const auto bytes = static_cast<int64_t>(cache.element_size());
   bool aligned = reinterpret_cast<uintptr_t>(cache.data_ptr()) % 16 == 0;
-  for (int64_t dim = 0; dim < 3; dim++) aligned &= cache.size(dim) <= 1 || cache.stride(dim) * bytes % 16 == 0;
+  for (int64_t dim = 0; dim < 3; dim++)
+    aligned &= cache.size(dim) <= 1 || cache.stride(dim) * bytes % 16 == 0;
   check(aligned, op, ": ", name, " must start every row of a head at a multiple of 16 bytes on CUDA");
 }
 
@@ -28,8 +29,9 @@ std::tuple<Tensor, Tensor> cached_block_attention_cuda(const Tensor& q, const Te
   check_aligned(op, "cache_k", cache_k);
   check_aligned(op, "cache_v", cache_v);
   const OnDeviceOf device(q);
-  const CachedAttentionTensors tensors(op, with_aligned_rows(q), with_aligned_rows(k), with_aligned_rows(v), cache_k,
-                                       cache_v, page_table, cache_spans, fresh_spans, q_lengths, scale);
+  const CachedAttentionTensors tensors(op, with_aligned_rows(q), with_aligned_rows(k), with_aligned_rows(v),
+                                       cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths,
+                                       scale);
   cuda::SplitParams p;
   p.attention = tensors.params();
   cuda::plan_splits(p);

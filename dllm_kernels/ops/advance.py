@@ -17,21 +17,23 @@ _ops = torch.ops.dllm_kernels
 
 @dataclass(frozen=True, eq=False)
 class BlockRows:
-    """B rows of block-causal decoding and their next step, in int32 tensors that keep their place, so that a CUDA
-    graph can hold them. C is the block size, Q >= C the tokens of a row in one forward; 2 C lets a block's first
-    step also write the keys and values of the block before it.
+    """B rows of block-causal decoding and their next step, in int32 tensors that keep their place, so that a
+    CUDA graph can hold them.
 
-    Asked of a row, [B]: given, stop: where its completion starts and stops; canvas_end: where its canvas ends;
-    steps: of each block, 0 for one token per step.
+    C is the block size, Q >= C the tokens of a row in one forward. With 2 C a block's first step has room to
+    write the keys and values of the block before it too.
 
-    Where it is, [B]: block_start: of its active block, canvas_end when it is finished; cached: its positions from
-    0 on whose keys and values are in pages; q_lengths: its tokens in the next forward; block_masks: masks its
-    block had at the first step; step, block_step: steps of the row and of its block so far.
+    Asked of a row, [B]: given, stop: where its completion starts and stops; canvas_end: where its canvas
+    ends; steps: of each block, 0 for one token per step.
 
-    The next step: quota [B] and candidates [B, C], the positions that may be unmasked, -1 for none: for
-    `commit_`. query_positions [B, Q]: the tokens of the forward, of which the first q_lengths count. cache_spans
-    [B, 1, 1, 2], fresh_spans [B, Q, 1, 2], q_lengths: for `cached_block_attention`. write_positions [B, Q]: those
-    of final tokens, else -1: for `kv_write_`.
+    Where it is, [B]: block_start: of its active block, canvas_end when it is finished; cached: how many
+    positions, from 0 on, have keys and values in pages; q_lengths: its tokens in the next forward;
+    block_masks: masks its block had at the first step; step, block_step: steps of the row and of its block.
+
+    The next step, for `commit_`: quota [B], and candidates [B, C], the positions that may be unmasked, -1 for
+    none. For the forward: query_positions [B, Q]; the first q_lengths count. For `cached_block_attention`:
+    cache_spans [B, 1, 1, 2], fresh_spans [B, Q, 1, 2] and q_lengths. For `kv_write_`: write_positions [B, Q],
+    those of final tokens, else -1.
     """
 
     given: Tensor
@@ -104,24 +106,27 @@ def advance_(
     quota_total: int | None = None,
     stop_ids: Sequence[int] = (),
 ) -> None:
-    """Move every row to its next step, in place: after a forward over `rows` and its `commit_`, or before the first.
+    """Move every row to its next step, in place: after a forward over `rows` and its `commit_`, or before the
+    first one. Runs on the device of the tensors, without synchronisation.
 
-    canvas: int64 or int32 [B, T], read. A row stays in its block while this holds a mask before `stop`; then it
-    goes to the next block that does, or is finished. It is finished too when its block has one of `stop_ids` in
-    the completion with no mask before it. What the last forward wrote counts as cached, and the next one computes
-    the positions from there to the end of the active block: in a block's first step also the block before. If that
-    is more than Q, as with a long prompt, it computes only as many final blocks as have room and commits nothing.
+    canvas: int64 or int32 [B, T], read. A row stays in its block while a mask before `stop` is left there;
+    then it goes to the next block with one, or is finished. It is finished too when its block has one of
+    `stop_ids` in the completion with no mask before it (what comes after is for the caller to fill).
 
-    The quota of a step is that of the `llada` schedule: `quota_total` (None: the masks of the block) spread over
-    `steps`; a step beyond them takes all. Rules without a quota leave it aside. Everything runs on the device of
-    the tensors, without synchronisation.
+    What the last forward wrote is cached now. The next one computes the positions from there to the end of
+    the active block: in a block's first step the finished block before it as well, which saves that a forward
+    of its own. Where that is more than Q, as after a long prompt, it computes only as many final blocks as
+    have room, and nothing is committed.
 
-    One round, of which a CUDA graph can hold all (`model` reads and writes the pages)::
+    The quota is that of the `llada` schedule: `quota_total` (None: the masks of the block) over `steps`; a
+    step after the last takes all. Rules without a quota leave it aside.
 
-        tokens = canvas.gather(1, rows.query_positions.long())
-        hidden = model(tokens, rows)                       # attends and kv_write_s by the spans and positions
-        place = (rows.candidates - rows.cached[:, None]).clamp(0, rows.query_positions.shape[1] - 1)
-        commit_(canvas, rows.candidates, stats_of(hidden, place), rule, mask_id=mask_id, quota=rows.quota, step=rows.step)
+    One round, all of which a CUDA graph can hold; `forward` attends by the spans and writes final tokens::
+
+        hidden = forward(canvas.gather(1, rows.query_positions.long()), rows)  # [B, Q, hidden]
+        place = (rows.candidates - rows.cached[:, None]).clamp(0, Q - 1)
+        stats = linear_token_stats(hidden[arange(B)[:, None], place].flatten(0, 1), head, ...)
+        commit_(canvas, rows.candidates, stats, rule, mask_id=mask_id, quota=rows.quota, step=rows.step)
         advance_(canvas, rows, mask_id=mask_id, stop_ids=stop_ids)
     """
     check_tensors(canvas=canvas)

@@ -44,7 +44,9 @@ def commit_quotas(canvas, rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-@pytest.mark.parametrize("size, queries, length", [(1, 1, 4), (4, 8, 20), (5, 7, 23), (32, 64, 96), (160, 400, 480)])
+@pytest.mark.parametrize(
+    "size, queries, length", [(1, 1, 4), (4, 8, 20), (5, 7, 23), (32, 64, 96), (160, 400, 480)]
+)
 def test_equals_the_reference_from_admission_to_the_end(gpu, size, queries, length, dtype):
     canvas, rows = random_rows(size, queries, length, dtype=dtype)
     options = dict(mask_id=MASK, stop_ids=[END], quota_total=size if size == 4 else None)

@@ -52,14 +52,18 @@ def poison_unseen(call, cache_spans, fresh_spans, q_lengths):
     for b, position in (shown & live[..., None]).any(1).nonzero().tolist():
         seen[table[b, position // page_size], position % page_size] = True
     cache_k[~seen], cache_v[~seen] = torch.nan, torch.nan
-    fresh = live if fresh_spans is None else (reference.visible_keys(fresh_spans, length) & live[..., None]).any(1)
+    fresh = (
+        live
+        if fresh_spans is None
+        else (reference.visible_keys(fresh_spans, length) & live[..., None]).any(1)
+    )
     for tensor in (k, v):
         tensor.transpose(1, 2)[~(fresh & live)] = torch.nan
     q.transpose(1, 2)[~live] = torch.nan
 
 
 def assert_right(gpu, call, cache_spans, fresh_spans=None, q_lengths=None, scale=None):
-    """Within twice the error that the same dtype costs in PyTorch, plus a rounding floor; unseen slots unread."""
+    """Within twice the error of PyTorch in the same dtype, plus a rounding floor; what is unseen is NaN."""
     poison_unseen(call, cache_spans, fresh_spans, q_lengths)
     options = dict(fresh_spans=fresh_spans, q_lengths=q_lengths, scale=scale)
     out, lse = gpu(cached_block_attention, *call, cache_spans, **options, return_lse=True)
@@ -80,7 +84,9 @@ def assert_right(gpu, call, cache_spans, fresh_spans=None, q_lengths=None, scale
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cached", [0, 1, 31, 32, 33, 64, SPLIT, 2 * SPLIT - 33, 2 * SPLIT - 32, 2 * SPLIT + 5])
+@pytest.mark.parametrize(
+    "cached", [0, 1, 31, 32, 33, 64, SPLIT, 2 * SPLIT - 33, 2 * SPLIT - 32, 2 * SPLIT + 5]
+)
 def test_lengths_around_tile_page_and_split_borders(gpu, cached, dtype):
     call = random_call(length=3, page_size=16, pages=-(-2 * SPLIT // 16) + 1, dtype=dtype)
     assert_right(gpu, call, spans_of([[[0, cached]]]))
@@ -133,7 +139,11 @@ def test_empty_and_blind(gpu):
     assert_right(gpu, random_call(pages=14), spans_of([[[0, 0], [5, 5]]]))
     blind = torch.zeros(1, 8, 1, 2, dtype=torch.int32)
     out, lse = gpu(
-        cached_block_attention, *random_call(pages=14), spans_of([[[0, 0]]]), fresh_spans=blind, return_lse=True
+        cached_block_attention,
+        *random_call(pages=14),
+        spans_of([[[0, 0]]]),
+        fresh_spans=blind,
+        return_lse=True,
     )
     assert (out == 0).all() and (lse == -torch.inf).all()
 
@@ -184,7 +194,9 @@ def test_any_strides_and_alignment(gpu, dtype):
     columns = k.transpose(2, 3).contiguous().transpose(2, 3)
     shifted = torch.empty(v.numel() + 1, dtype=dtype)[1:].view(v.shape).copy_(v)
     heads_first = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in cache]
-    got = gpu(cached_block_attention, transposed, columns, shifted, *heads_first, table.T.contiguous().T, spans)
+    got = gpu(
+        cached_block_attention, transposed, columns, shifted, *heads_first, table.T.contiguous().T, spans
+    )
     assert torch.equal(got, expected)
     odd = torch.empty(cache[0].numel() + 1, dtype=dtype)[1:].view(cache[0].shape)
     with pytest.raises(ValueError, match="cache_k must start every row of a head at a multiple of 16 bytes"):
@@ -201,7 +213,10 @@ def test_repeats_have_the_same_bits(gpu, cached, repeats):
 
 @pytest.mark.parametrize(
     "kv_heads, group, length",
-    [pytest.param(*shape, marks=hardware) for shape in [(32, 1, 32), (8, 4, 32), (4, 8, 64), (2, 6, 256), (1, 1, 1)]],
+    [
+        pytest.param(*shape, marks=hardware)
+        for shape in [(32, 1, 32), (8, 4, 32), (4, 8, 64), (2, 6, 256), (1, 1, 1)]
+    ],
 )
 def test_shapes_of_models(gpu, kv_heads, group, length):
     call = random_call(2, kv_heads, group, length, 128, pages=128)
@@ -241,7 +256,9 @@ def test_runs_on_the_current_stream():
 
 def test_opcheck():
     call, spans = on_gpu(*random_call(2, 2, 2, 8)), spans_of([[[0, 60]]], [[[0, 5]]]).cuda()
-    torch.library.opcheck(torch.ops.dllm_kernels.cached_block_attention.default, (*call, spans, None, None, 0.5))
+    torch.library.opcheck(
+        torch.ops.dllm_kernels.cached_block_attention.default, (*call, spans, None, None, 0.5)
+    )
 
 
 def test_tensors_on_two_devices_are_refused():

@@ -32,7 +32,9 @@ def assert_right(gpu, call):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens, page_size, dim", [(0, 4, 8), (1, 1, 8), (9, 5, 64), (40, 32, 24), (5, 4, 7)])
+@pytest.mark.parametrize(
+    "tokens, page_size, dim", [(0, 4, 8), (1, 1, 8), (9, 5, 64), (40, 32, 24), (5, 4, 7)]
+)
 def test_equals_the_reference(gpu, tokens, page_size, dim, dtype):
     assert_right(gpu, random_call(2, 3, tokens, dim, page_size, 10 if page_size < 8 else 2, dtype))
 

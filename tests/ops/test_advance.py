@@ -28,7 +28,12 @@ def rows_of(canvas, size, queries, *, given=0, stop=None, steps=0, cached=0):
     rows = BlockRows.empty(len(canvas), size, queries, canvas.device)
     for row in range(len(canvas)):
         rows.admit_(
-            row, given=given, stop=stop or canvas.shape[1], canvas_end=canvas.shape[1], steps=steps, cached=cached
+            row,
+            given=given,
+            stop=stop or canvas.shape[1],
+            canvas_end=canvas.shape[1],
+            steps=steps,
+            cached=cached,
         )
     return rows
 
@@ -58,12 +63,20 @@ def test_equals_the_reference_from_admission_to_the_end(data):
     size, batch = draw(st.integers(1, 6)), draw(st.integers(0, 3))
     queries = draw(st.integers(size, 3 * size))
     length = draw(st.integers(1, 5)) * size
-    canvas = torch.where(torch.rand(batch, length) < 0.5, MASK, 1).to(draw(st.sampled_from([torch.int32, torch.int64])))
+    canvas = torch.where(torch.rand(batch, length) < 0.5, MASK, 1).to(
+        draw(st.sampled_from([torch.int32, torch.int64]))
+    )
     rows = BlockRows.empty(batch, size, queries, "cpu")
     for row in range(batch):
         prompt = draw(st.integers(0, length))
         canvas[row, :prompt] = 1
-        rows.admit_(row, given=prompt, stop=draw(st.integers(prompt, length)), canvas_end=length, steps=draw(st.integers(0, 4)))
+        rows.admit_(
+            row,
+            given=prompt,
+            stop=draw(st.integers(prompt, length)),
+            canvas_end=length,
+            steps=draw(st.integers(0, 4)),
+        )
     options = dict(mask_id=MASK, stop_ids=[END, 7], quota_total=draw(st.sampled_from([None, size])))
     for _ in range(4 * length):
         expected = copied(rows)
@@ -112,7 +125,9 @@ def test_a_long_prompt_is_caught_up_with_before_anything_is_committed():
     seen = []
     for _ in range(3):
         advance_(canvas, rows, mask_id=MASK)
-        seen.append((int(rows.cached), int(rows.q_lengths), int(rows.quota), rows.write_positions[0].tolist()))
+        seen.append(
+            (int(rows.cached), int(rows.q_lengths), int(rows.quota), rows.write_positions[0].tolist())
+        )
     assert seen == [
         (0, 8, 0, list(range(8))),
         (8, 8, 0, list(range(8, 16))),
@@ -193,7 +208,11 @@ def replaced(name, value):
         ("candidates", torch.zeros(1, 0).int(), "block_size of at least 1"),
         ("candidates", torch.zeros(1, 9).int(), r"query_positions must have from 9 \(block_size\) to"),
         ("cache_spans", torch.zeros(1, 1, 2).int(), r"cache_spans must be contiguous \[1, 1, 1, 2\]"),
-        ("write_positions", torch.zeros(8, 1).int().T[:, ::2], r"write_positions must be contiguous \[1, 8\]"),
+        (
+            "write_positions",
+            torch.zeros(8, 1).int().T[:, ::2],
+            r"write_positions must be contiguous \[1, 8\]",
+        ),
     ],
 )
 def test_bad_rows_are_refused_by_name(name, value, text):

@@ -16,7 +16,9 @@ class FixedView:
         self.rows, self.cache, self.table, self.layers = rows, cache, table, set()
 
     def attend(self, layer, query, key, value, scale, window):
-        q, k, v = (t[0].unflatten(1, self.rows.query_positions.shape).transpose(0, 1) for t in (query, key, value))
+        q, k, v = (
+            t[0].unflatten(1, self.rows.query_positions.shape).transpose(0, 1) for t in (query, key, value)
+        )
         pages = self.cache.keys(layer), self.cache.values(layer)
         output = cached_block_attention(
             q, k, v, *pages, self.table, self.rows.cache_spans,
@@ -61,7 +63,10 @@ RULES = {
     "quota": (dk.Rule.quota(), dict(steps_per_block=3)),
     "threshold": (dk.Rule.threshold(0.3), dict(threshold=0.3)),
     "random confidence": (dk.Rule.quota(confidence="random"), dict(confidence="random", temperature=1.0)),
-    "quota or threshold": (dk.Rule.quota_or_threshold(0.5), dict(rule="quota_or_threshold", threshold=0.5, steps_per_block=4)),
+    "quota or threshold": (
+        dk.Rule.quota_or_threshold(0.5),
+        dict(rule="quota_or_threshold", threshold=0.5, steps_per_block=4),
+    ),
 }
 
 

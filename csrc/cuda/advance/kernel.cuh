@@ -1,5 +1,5 @@
-// advance_ on CUDA: the threads of a CTA search the canvas of one row together, all of them then take the same
-// step, and share the lists of the next view out among themselves.
+// advance_ on CUDA: the threads of a CTA search the canvas of one row together, all of them then take the
+// same step, and share the lists of the next view out among themselves.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,5 +1,5 @@
-// Launches of the cached_block_attention kernels on a stream: partial results of the splits, then their merge. Float
-// strides and pointers are multiples of 16 bytes.
+// Launches of the cached_block_attention kernels on a stream: partial results of the splits, then their
+// merge. Float strides and pointers are multiples of 16 bytes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -23,8 +23,8 @@ void plan_splits(SplitParams& p);
 
 cudaError_t launch_cached_attention(const SplitParams& p, cudaStream_t stream);
 
-// One kernel for each 16-bit type, padded head dim and number of rows (instantiations/tiles_*.cu), one for float32,
-// and the merge of each type's.
+// One kernel for each 16-bit type, padded head dim and number of rows (instantiations/tiles_*.cu), one for
+// float32, and the merge of each type's.
 template <class T, int kDim, bool kManyRows>
 cudaError_t launch_cached_tiles(const SplitParams& p, cudaStream_t stream);
 cudaError_t launch_cached_plain(const SplitParams& p, cudaStream_t stream);

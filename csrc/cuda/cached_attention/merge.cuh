@@ -8,7 +8,8 @@
 namespace dllm::cuda {
 
 template <class T>
-__global__ void __launch_bounds__(32 * kMergeRows) merge_kernel(const __grid_constant__ SplitParams split_params) {
+__global__ void __launch_bounds__(32 * kMergeRows)
+    merge_kernel(const __grid_constant__ SplitParams split_params) {
   const CachedAttentionParams& p = split_params.attention;
   __shared__ SpanBounds bounds[kMergeRows][kMaxSpanBounds];
   const int group = p.q_heads / p.kv_heads, row_tiles = (p.q_len * group + kMergeRows - 1) / kMergeRows;

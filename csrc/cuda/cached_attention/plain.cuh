@@ -1,5 +1,5 @@
-// cached_block_attention in float32 on the CUDA cores, in the splits and the order of the tensor-core kernels: a warp
-// for each row, a lane for each key of a tile, then for each group of four dims.
+// cached_block_attention in float32 on the CUDA cores, in the splits and the order of the tensor-core
+// kernels: a warp for each row, a lane for each key of a tile, then for each group of four dims.
 #pragma once
 
 #include "core/softmax_state.h"
@@ -17,7 +17,8 @@ __global__ void __launch_bounds__(32 * kCachedPlainRows, 4)
   __shared__ SpanBounds bounds[kCachedPlainRows][kMaxSpanBounds];
 
   // ---- which row and keys
-  const int group = p.q_heads / p.kv_heads, row_tiles = (p.q_len * group + kCachedPlainRows - 1) / kCachedPlainRows;
+  const int group = p.q_heads / p.kv_heads,
+            row_tiles = (p.q_len * group + kCachedPlainRows - 1) / kCachedPlainRows;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row = static_cast<int>(blockIdx.x % row_tiles) * kCachedPlainRows + warp;
   const int kv_head = blockIdx.x / row_tiles % p.kv_heads;
@@ -36,7 +37,8 @@ __global__ void __launch_bounds__(32 * kCachedPlainRows, 4)
   const int end = row < live ? keys.split_begin(split + 1) : 0;
   for (int t = keys.split_begin(split); t < end; t++) {
     const KeyTile tile = keys.tile(t);
-    const auto seen = static_cast<unsigned>(spans_of(p, batch, keys.live, tile).visible_keys(rows.position(row), tile.range()));
+    const auto seen = static_cast<unsigned>(
+        spans_of(p, batch, keys.live, tile).visible_keys(rows.position(row), tile.range()));
     if (seen == 0) continue;
     key_rows.look_up(tile);
     const auto [key, value] = key_rows.rows(tile);
@@ -50,7 +52,8 @@ __global__ void __launch_bounds__(32 * kCachedPlainRows, 4)
 
     SoftmaxState next = state;
     next.max = fmaxf(state.max, score);
-    for (int other = 16; other > 0; other /= 2) next.max = fmaxf(next.max, __shfl_xor_sync(~0u, next.max, other));
+    for (int other = 16; other > 0; other /= 2)
+      next.max = fmaxf(next.max, __shfl_xor_sync(~0u, next.max, other));
     const float weight = exp2f(score - next.shift()), decay = exp2f(state.max - next.shift());
     float sum = weight;
     for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);

@@ -57,7 +57,8 @@ __device__ inline SequenceKeys sequence_keys(const CachedAttentionParams& p, int
   return keys;
 }
 
-__device__ inline SequenceSpans spans_of(const CachedAttentionParams& p, int64_t batch, int live, KeyTile tile) {
+__device__ inline SequenceSpans spans_of(const CachedAttentionParams& p, int64_t batch, int live,
+                                         KeyTile tile) {
   if (tile.cached) return {p.cache_spans, batch, cached_positions(p)};
   return {p.fresh_spans, batch, live};
 }
@@ -82,12 +83,13 @@ struct GroupRows {
 };
 
 // Of row 0 of a split; `rows` are the live ones.
-__device__ inline int64_t partial_index(const SplitParams& p, int64_t batch, int split, int kv_head, int rows) {
+__device__ inline int64_t partial_index(const SplitParams& p, int64_t batch, int split, int kv_head,
+                                        int rows) {
   return batch * p.partial_rows + (static_cast<int64_t>(split) * p.attention.kv_heads + kv_head) * rows;
 }
 
-// Finds, for each lane, the row of one position of a tile. Addresses are worked out anew for each tile: registers
-// are dearer.
+// Finds, for each lane, the row of one position of a tile. Addresses are worked out anew for each tile:
+// registers are dearer.
 template <class T>
 class KeyRows {
  public:

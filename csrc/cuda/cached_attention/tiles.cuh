@@ -1,6 +1,6 @@
-// cached_block_attention on tensor cores (mma.sync): a CTA takes a tile of the rows that share a kv head (queries
-// times the heads of a group) past the key tiles of one split, with an online softmax in base 2. Copies of a few key
-// tiles are under way at any time.
+// cached_block_attention on tensor cores (mma.sync): a CTA takes a tile of the rows that share a kv head
+// (queries times the heads of a group) past the key tiles of one split, with an online softmax in base 2.
+// Copies of a few key tiles are under way at any time.
 #pragma once
 
 #include "cuda/attention/shared_tile.cuh"
@@ -18,8 +18,8 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
   constexpr int kStages = Tiles::kStages;
   const CachedAttentionParams& p = split_params.attention;
 
-  // ---- shared memory plan: [kStages][keys, values][kCachedKeys][kDim], and the queries, where they are held in
-  // registers in the place of the last stage
+  // ---- shared memory plan: [kStages][keys, values][kCachedKeys][kDim], and the queries, where they are held
+  // in registers in the place of the last stage
   T* const stages = dynamic_shared<T>();
   const SharedTile<T, kDim> queries{stages + (kStages - Tiles::kHoldsQueries) * 2 * kCachedKeys * kDim};
   __shared__ SpanBounds bounds[2][kMaxSpanBounds];  // of cached and fresh keys
@@ -80,12 +80,12 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
       if (t + 1 < end) key_rows.look_up(keys.tile(t + 1));
     }
     commit_copies();
-    return seen_by_rows;
+    return static_cast<unsigned>(seen_by_rows);
   };
   if (begin < end) key_rows.look_up(keys.tile(begin));
-  Visibility ahead[kStages];  // of tiles under way
-#pragma unroll
-  for (int stage = 0; stage < kStages - 1; stage++) ahead[stage] = copy_tile(begin + stage);
+  unsigned ahead = 0;  // visibility of the tiles under way, two bits for each
+#pragma unroll 1
+  for (int stage = 0; stage < kStages - 1; stage++) ahead |= copy_tile(begin + stage) << 2 * stage;
 
   // ---- main loop over the key tiles of this split
   const int row = threadIdx.x / 32 * Tiles::kWarpRows;  // the first of this warp
@@ -101,11 +101,8 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
   for (int t = begin; t < end; t++) {
     wait_copies<kStages - 2>();
     __syncthreads();  // tile t is there, tile t - 1 was used
-    ahead[kStages - 1] = copy_tile(t + kStages - 1);
-    const Visibility seen_by_rows = ahead[0];
-#pragma unroll
-    for (int i = 0; i < kStages - 1; i++) ahead[i] = ahead[i + 1];
-
+    const auto seen_by_rows = static_cast<Visibility>(ahead & 3);
+    ahead = ahead >> 2 | copy_tile(t + kStages - 1) << 2 * (kStages - 2);
     if (seen_by_rows == Visibility::none || row >= live) continue;
     if (seen_by_rows == Visibility::partial) {
       const KeyTile tile = keys.tile(t);

@@ -1,5 +1,5 @@
-// Launch of the kv_write_ kernel on a stream. Tokens with a position outside their sequence's table, or on a page
-// that does not exist, are skipped.
+// Launch of the kv_write_ kernel on a stream. Tokens with a position outside their sequence's table, or on a
+// page that does not exist, are skipped.
 #pragma once
 
 #include <cuda_runtime_api.h>

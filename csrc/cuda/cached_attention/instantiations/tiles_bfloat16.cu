@@ -9,4 +9,4 @@ template cudaError_t launch_cached_tiles<__nv_bfloat16, 128, true>(const SplitPa
 template cudaError_t launch_cached_tiles<__nv_bfloat16, 256, false>(const SplitParams&, cudaStream_t);
 template cudaError_t launch_cached_tiles<__nv_bfloat16, 256, true>(const SplitParams&, cudaStream_t);
 template cudaError_t launch_merge<__nv_bfloat16>(const SplitParams&, cudaStream_t);
-}
+}  // namespace dllm::cuda
