@@ -19,17 +19,20 @@ struct SharedTile {
   __device__ T* chunk(int row, int c) const { return data + row * kDim + (c ^ (row & 7)) * 8; }
 
   // Starts copying kRows rows: row(i) finds the first of the `dim` values of row i, aligned to 16 bytes, or
-  // is null for a row of zeros. All threads call it; eight share a row, a line of 128 bytes at a time.
-  template <int kThreads, int kRows, class Row>
+  // is null for a row of zeros. All threads call it, kRowThreads share a row: fewer ask for fewer rows.
+  template <int kThreads, int kRows, int kRowThreads = kChunks, class Row>
   __device__ void copy_rows(int dim, Row row) const {
-    static_assert(kRows * 8 % kThreads == 0);
+    static_assert(kRows * kRowThreads % kThreads == 0 && kChunks % kRowThreads == 0);
+    const int first = threadIdx.x % kRowThreads;
 #pragma unroll
-    for (int i = 0; i < kRows; i += kThreads / 8) {
-      const int r = i + threadIdx.x / 8;
+    for (int i = 0; i < kRows; i += kThreads / kRowThreads) {
+      const int r = i + threadIdx.x / kRowThreads;
       const T* from = row(r);
 #pragma unroll
-      for (int c = threadIdx.x % 8; c < kChunks; c += 8)
+      for (int n = 0; n < kChunks; n += kRowThreads) {
+        const int c = first + n;
         copy_async(chunk(r, c), from + c * 8, from != nullptr && c * 8 < dim);
+      }
     }
   }
 

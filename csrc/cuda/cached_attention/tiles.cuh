@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
         auto [key, value] = key_rows.rows(tile);
         if (!(seen >> threadIdx.x % 32 & 1)) key = value = nullptr;
         const SharedTile<T, kDim> k{stage_of(t)}, v{stage_of(t) + kCachedKeys * kDim};
-        k.template copy_rows<kThreads, kCachedKeys>(p.head_dim, [&](int i) { return shuffled(key, i); });
-        v.template copy_rows<kThreads, kCachedKeys>(p.head_dim, [&](int i) { return shuffled(value, i); });
+        k.template copy_rows<kThreads, kCachedKeys, 8>(p.head_dim, [&](int i) { return shuffled(key, i); });
+        v.template copy_rows<kThreads, kCachedKeys, 8>(p.head_dim, [&](int i) { return shuffled(value, i); });
       }
       if (t + 1 < end) key_rows.look_up(keys.tile(t + 1));
     }
