@@ -174,8 +174,8 @@ def test_a_row_has_the_same_bits_in_any_company(gpu, dtype):
 
 
 def test_splits_follow_a_row_s_own_length(gpu):
-    """Many heads: queries that are not live would leave room for fewer splits."""
-    *tensors, cache_k, cache_v, table = random_call(1, 64, 1, 33, pages=20)
+    """All queries together would leave room for fewer splits than those that are live."""
+    *tensors, cache_k, cache_v, table = random_call(1, 32, 1, 97, pages=20)
     spans = spans_of([[[0, 640]]])
     lengths = torch.tensor([5], dtype=torch.int32)
     long = gpu(cached_block_attention, *tensors, cache_k, cache_v, table, spans, q_lengths=lengths)
