@@ -58,13 +58,13 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
   const int64_t batch = blockIdx.x / row_tiles / p.kv_heads / split_params.max_splits;
   const GroupRows rows(p, batch, kv_head);
   const int present = min(p.q_len * group - first, kRows);
-  queries.template copy_rows<kThreads, kRows>(p.head_dim, [&](int i) {
-    return i < present ? rows.template at<T>(p.q, p.q_layout, first + i) : nullptr;
-  });
   if (threadIdx.x < 32) {
     const SequenceKeys mine = sequence_keys(p, batch, bounds[0]);
     if (threadIdx.x == 0) keys = mine;
   }
+  queries.template copy_rows<kThreads, kRows>(p.head_dim, [&](int i) {
+    return i < present ? rows.template at<T>(p.q, p.q_layout, first + i) : nullptr;
+  });
   __syncthreads();
   const int live = max(min(keys.live * group - first, kRows), 0);
   if (split >= keys.splits || (live == 0 && split > 0)) return;
