@@ -118,7 +118,8 @@ std::string Cta::deadlock() const {
 
 // ---- barriers ----------------------------------------------------------------------------------
 int barrier(const char* what, int id, int threads, bool wait, bool predicate, Site site) {
-  if (id < 0 || id >= kBarriers) fail_at(what + (": there is no barrier " + std::to_string(id)), site_text(site));
+  if (id < 0 || id >= kBarriers)
+    fail_at(what + (": there is no barrier " + std::to_string(id)), site_text(site));
   if (threads % kLanes || threads < 0 || threads > cta.threads)
     fail_at(std::string(what) + " for " + std::to_string(threads) +
                 " threads: they must be whole warps of this CTA of " + std::to_string(cta.threads),
@@ -145,8 +146,7 @@ int barrier(const char* what, int id, int threads, bool wait, bool predicate, Si
   barrier.arrived++;
   barrier.predicates += predicate;
   barrier.lanes[cta.current / kLanes]++;
-  const bool everyone = expected == cta.threads;
-  if (!everyone) release_clock(cta.current, barrier.clocks);
+  if (!whole_cta) release_clock(cta.current, barrier.clocks);
   if (barrier.arrived < barrier.expected) {
     if (!wait) return 0;
     barrier.waiting.push_back(cta.current);
@@ -159,8 +159,7 @@ int barrier(const char* what, int id, int threads, bool wait, bool predicate, Si
               site_text(site));
   barrier.arrived = 0;
   if (wait) barrier.waiting.push_back(cta.current);
-  if (everyone && barrier.waiting.size() == static_cast<size_t>(cta.threads))
-    begin_epoch();
+  if (barrier.waiting.size() == static_cast<size_t>(cta.threads)) begin_epoch();
   else
     for (const int i : barrier.waiting) acquire_clock(i, barrier.clocks);
   for (const int i : barrier.waiting) cta.thread[i].predicates = barrier.predicates;

@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "cta.h"
+#include "guarded_memory.h"
 #include "shared_memory.h"
 
 namespace simt {
@@ -32,12 +33,14 @@ cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int v
   return cudaSuccess;
 }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread) {
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                   const std::function<void()>& thread) {
   const dim3 grid = config.gridDim, block = config.blockDim;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   const auto allowed = allowed_shared_bytes().find(kernel);
-  const size_t shared = allowed == allowed_shared_bytes().end() ? kDefaultSharedBytes
-                                                                : std::max<size_t>(allowed->second, kDefaultSharedBytes);
+  const size_t shared = allowed == allowed_shared_bytes().end()
+                            ? kDefaultSharedBytes
+                            : std::max<size_t>(allowed->second, kDefaultSharedBytes);
   if (threads == 0 || threads > kMaxThreads || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
       grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ)
     return cudaErrorInvalidConfiguration;
@@ -48,6 +51,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   static std::mutex one_at_a_time;
   const std::lock_guard guard(one_at_a_time);
   const Running running;
+  const FaultsReported faults;
   cta.start(kernel, grid, block, thread);
   reserve_shared_memory(config.dynamicSmemBytes, static_cast<int>(threads));
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
@@ -100,5 +104,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 // ---- what Python asks for
 extern "C" {
 [[gnu::visibility("default")]] void simt_set_order(unsigned seed) { simt::cta.order.seed = seed; }
+[[gnu::visibility("default")]] void simt_guard_tensors(bool on) { simt::guard_tensors(on); }
 [[gnu::visibility("default")]] uint64_t simt_switches() { return simt::switches; }
 }

@@ -12,7 +12,8 @@
 namespace simt {
 namespace {
 
-// ---- the bytes: one arena for dynamic shared memory, the thread-local storage of this library for static one
+// ---- the bytes: one arena for dynamic shared memory, the thread-local storage of this library for static
+// one
 constexpr size_t kMargin = 64 * 1024;  // accesses this near beyond the end are still told from others
 alignas(1024) unsigned char arena[kMaxSharedBytes + kMargin];
 size_t dynamic_bytes = 0;
@@ -23,7 +24,7 @@ void find_statics() {
   const auto visit = [](dl_phdr_info* info, size_t, void*) {
     bool here = false;
     for (int i = 0; i < info->dlpi_phnum; i++) {
-      const ElfW(Phdr)& part = info->dlpi_phdr[i];
+      const ElfW(Phdr) & part = info->dlpi_phdr[i];
       here |= part.p_type == PT_LOAD &&
               reinterpret_cast<uintptr_t>(arena) - info->dlpi_addr - part.p_vaddr < part.p_memsz;
     }
@@ -48,7 +49,7 @@ struct Stamp {
 };
 struct Cell {
   Stamp write, read, other_read;  // epochs before first_epoch: never. Reads: the last two, by two threads
-  uint32_t copying;               // an asynchronous copy of this CTA is under way: its number, else 0
+  uint32_t copied_by;             // the CTA of which an asynchronous copy is under way, by its first epoch
   bool atomic;                    // the last write was
 };
 // A cell per word; where accesses are narrower, in this CTA, a cell for each of its bytes.
@@ -96,7 +97,9 @@ struct Asked {
   const char* where;
 
   std::string text() const {
-    const char* name = access == Access::read ? "read" : access == Access::write ? "write" : "atomic operation";
+    const char* name = access == Access::read    ? "read"
+                       : access == Access::write ? "write"
+                                                 : "atomic operation";
     const size_t offset = address - arena;
     return std::string(name) + " of " + std::to_string(bytes) +
            (offset < sizeof arena ? " bytes at offset " + std::to_string(offset) + " of dynamic shared memory"
@@ -115,7 +118,8 @@ struct Asked {
 void check_cell(Cell& cell, const Asked& asked) {
   const int thread = cta.current;
   const bool written = cell.write.epoch >= first_epoch;
-  if (cell.copying && written) asked.fail("that an asynchronous copy is still on its way to: wait_copies() is missing");
+  if (cell.copied_by == first_epoch)
+    asked.fail("that an asynchronous copy is still on its way to: wait_copies() is missing");
   if (asked.access != Access::write && !written) asked.fail("that no thread wrote");
   if (cell.write.epoch == epoch && !(cell.atomic && asked.access == Access::atomic) &&
       !is_ordered(cell.write, thread))
@@ -230,7 +234,8 @@ void check_atomic(const void* address, size_t bytes, Site site) {
   size_t at = 0;
   if (find(address, at)) {
     const std::string where = site_text(site);
-    check_shared(at, {Access::atomic, static_cast<const unsigned char*>(address), bytes, nullptr, where.c_str()});
+    check_shared(at,
+                 {Access::atomic, static_cast<const unsigned char*>(address), bytes, nullptr, where.c_str()});
   }
 }
 
@@ -243,7 +248,7 @@ void copy_async(void* shared, const void* global, Site site) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     fail_at("copy_async needs addresses that are multiples of 16 bytes", where);
   check_shared(at, {Access::write, static_cast<unsigned char*>(shared), 16, nullptr, where.c_str()});
-  for_cells(at, 16, true, [](Cell& cell) { cell.copying = 1; });
+  for_cells(at, 16, true, [](Cell& cell) { cell.copied_by = first_epoch; });
   memset(shared, 0xFF, 16);
   Copies& mine = copies[cta.current];
   mine.under_way.push_back({shared, global, mine.open_group});
@@ -254,17 +259,15 @@ void commit_copies() { copies[cta.current].open_group++; }
 void wait_copies(int pending) {
   Copies& mine = copies[cta.current];
   const int64_t last_done = static_cast<int64_t>(mine.open_group) - 1 - pending;
-  const auto waiting = std::ranges::stable_partition(mine.under_way,
-                                                     [&](const Copy& copy) { return copy.group <= last_done; });
+  const auto waiting = std::ranges::stable_partition(
+      mine.under_way, [&](const Copy& copy) { return copy.group <= last_done; });
   for (auto copy = mine.under_way.begin(); copy != waiting.begin(); ++copy) {
-    if (copy->from)
-      memcpy(copy->to, copy->from, 16);
-    else
-      memset(copy->to, 0, 16);
+    if (copy->from) memcpy(copy->to, copy->from, 16);
+    else memset(copy->to, 0, 16);
     size_t at = 0;
     find(copy->to, at);
     for_cells(at, 16, true, [](Cell& cell) {
-      cell.copying = 0;
+      cell.copied_by = 0;
       cell.write = stamp(cta.current);
     });
   }
@@ -282,23 +285,23 @@ void* shared_pointer(size_t offset) {
 
 }  // namespace simt
 
-// ---- what the compiler calls before every access of instrumented code (-fsanitize=thread; the sanitizer's own
-// runtime is not linked)
-#define SIMT_HOOK(name, access, bytes)                                                                      \
-  extern "C" void name(void* address) {                                                                     \
-    size_t at = 0;                                                                                              \
-    if (simt::cta.kernel && simt::find(address, at))                                                        \
-      simt::check_shared(at, {simt::Access::access, static_cast<unsigned char*>(address), bytes,            \
-                              __builtin_return_address(0), nullptr});                                       \
+// ---- what the compiler calls before every access of instrumented code (-fsanitize=thread; the sanitizer's
+// own runtime is not linked)
+#define SIMT_HOOK(name, access, bytes)                                                           \
+  extern "C" void name(void* address) {                                                          \
+    size_t at = 0;                                                                               \
+    if (simt::cta.kernel && simt::find(address, at))                                             \
+      simt::check_shared(at, {simt::Access::access, static_cast<unsigned char*>(address), bytes, \
+                              __builtin_return_address(0), nullptr});                            \
   }
-#define SIMT_HOOKS(bytes)                                          \
-  SIMT_HOOK(__tsan_read##bytes, read, bytes)                       \
-  SIMT_HOOK(__tsan_write##bytes, write, bytes)                     \
-  SIMT_HOOK(__tsan_unaligned_read##bytes, read, bytes)             \
-  SIMT_HOOK(__tsan_unaligned_write##bytes, write, bytes)           \
-  SIMT_HOOK(__tsan_volatile_read##bytes, read, bytes)              \
-  SIMT_HOOK(__tsan_volatile_write##bytes, write, bytes)            \
-  SIMT_HOOK(__tsan_unaligned_volatile_read##bytes, read, bytes)    \
+#define SIMT_HOOKS(bytes)                                       \
+  SIMT_HOOK(__tsan_read##bytes, read, bytes)                    \
+  SIMT_HOOK(__tsan_write##bytes, write, bytes)                  \
+  SIMT_HOOK(__tsan_unaligned_read##bytes, read, bytes)          \
+  SIMT_HOOK(__tsan_unaligned_write##bytes, write, bytes)        \
+  SIMT_HOOK(__tsan_volatile_read##bytes, read, bytes)           \
+  SIMT_HOOK(__tsan_volatile_write##bytes, write, bytes)         \
+  SIMT_HOOK(__tsan_unaligned_volatile_read##bytes, read, bytes) \
   SIMT_HOOK(__tsan_unaligned_volatile_write##bytes, write, bytes)
 SIMT_HOOKS(1)
 SIMT_HOOKS(2)

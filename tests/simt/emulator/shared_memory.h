@@ -1,8 +1,9 @@
-// Shared memory of the running CTA, and what is known about each of its bytes: who wrote and read it last, and
-// whether an asynchronous copy into it is under way.
+// Shared memory of the running CTA, and what is known about each of its bytes: who wrote and read it last,
+// and whether an asynchronous copy into it is under way.
 //
-// Time: barriers of the whole CTA cut a launch into epochs; whatever happened in an earlier epoch is seen by all.
-// Within an epoch every thread has a clock, and knows of the others' clocks what narrower barriers told it.
+// Time: barriers of the whole CTA cut a launch into epochs; whatever happened in an earlier epoch is seen by
+// all. Within an epoch every thread has a clock, and knows of the others' clocks what narrower barriers told
+// it.
 #pragma once
 
 #include <cstddef>

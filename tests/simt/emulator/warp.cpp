@@ -32,9 +32,11 @@ void rendezvous(const char* what, unsigned mask, void* exchange, Work work, bool
   const int warp = cta.current / kLanes, lane = cta.current % kLanes;
   const unsigned self = 1u << lane;
   const int lanes = std::min(cta.threads - warp * kLanes, kLanes);
-  if (!(mask & self)) fail_at(std::string(what) + " names lanes " + lanes_text(mask) + " without this one", site_text(site));
+  if (!(mask & self))
+    fail_at(std::string(what) + " names lanes " + lanes_text(mask) + " without this one", site_text(site));
   if (lanes < kLanes && mask >> lanes)
-    fail_at(std::string(what) + " names lanes " + lanes_text(mask) + ", but this warp has " + std::to_string(lanes),
+    fail_at(std::string(what) + " names lanes " + lanes_text(mask) + ", but this warp has " +
+                std::to_string(lanes),
             site_text(site));
 
   auto& pending = cta.rendezvous[warp];
@@ -71,10 +73,10 @@ void shuffle(ShuffleKind kind, unsigned mask, Shuffle& exchange, Site site) {
                                            "__shfl_xor_sync"};
   const int lane = lane_index(), width = exchange.width, operand = exchange.operand;
   const int first = lane & ~(width - 1), last = first + width - 1;
-  int source = kind == ShuffleKind::index          ? first | (operand & (width - 1))
-               : kind == ShuffleKind::up           ? lane - operand
-               : kind == ShuffleKind::down         ? lane + operand
-                                                   : lane ^ operand;
+  int source = kind == ShuffleKind::index  ? first | (operand & (width - 1))
+               : kind == ShuffleKind::up   ? lane - operand
+               : kind == ShuffleKind::down ? lane + operand
+                                           : lane ^ operand;
   if (kind == ShuffleKind::up ? source < first : source > last) source = lane;
   const char* what = kNames[static_cast<int>(kind)];
   if (width <= 0 || width > kLanes || width & (width - 1))

@@ -54,9 +54,7 @@ enum cudaFuncAttribute {
   cudaFuncAttributePreferredSharedMemoryCarveout = 9,
   cudaFuncAttributeNonPortableClusterSizeAllowed = 13,
 };
-namespace simt {
-cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
-}
+namespace simt { cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value); }
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
   return simt::set_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
@@ -92,5 +90,6 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   std::tuple<Parameters...> parameters(static_cast<Arguments&&>(arguments)...);
-  return simt::launch(*config, reinterpret_cast<const void*>(kernel), [&] { std::apply(kernel, parameters); });
+  return simt::launch(*config, reinterpret_cast<const void*>(kernel),
+                      [&] { std::apply(kernel, parameters); });
 }
