@@ -24,7 +24,7 @@ struct ForwardTiles {
   static constexpr int kQueryBytes = kPanels * panel_bytes(kQueries);
   static constexpr int kKeyBytes = kPanels * panel_bytes(kKeys);
   static constexpr size_t kSharedBytes = kPanelAlignment + kQueryBytes + 2 * kStages * kKeyBytes;
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 
   static_assert(kDim % kPanelColumns == 0);
   static_assert(kQueryBytes % kPanelAlignment == 0 && kKeyBytes % kPanelAlignment == 0);

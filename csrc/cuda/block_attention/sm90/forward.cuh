@@ -68,11 +68,11 @@ struct Forward {
     tile_bounds(spans, q.first, q.live, bounds);
     __syncwarp();
     KeyWalk walk(bounds, spans.bounds_count(), kKeys);
-    KeyRange range = walk.next();
-    for (bool last = false; !last;) {
+    KeyRange range;
+    for (bool begun = false, last = false; !last; begun = true) {
       const KeyRange next = walk.next();
-      last = next.begin >= next.end;
-      visit(KeyTile{range.begin, range.end, range.full && range.end - range.begin == kKeys, last});
+      last = begun && next.begin >= next.end;
+      if (begun) visit(KeyTile{range.begin, range.end, range.full && range.end - range.begin == kKeys, last});
       range = next;
     }
   }
@@ -152,6 +152,7 @@ struct Forward {
 #pragma unroll
     for (int word = 0; word < kKeys / 64; word++) {
       uint64_t bits = 0;
+#pragma unroll 1
       for (int i = threadIdx.x % 32; i < q.live; i += 32)
         bits |= spans.visible_keys(q.first + i, {tile.begin + 64 * word, tile.end, false});
       seen[word] = static_cast<uint64_t>(__reduce_or_sync(~0u, static_cast<unsigned>(bits >> 32))) << 32 |
@@ -163,6 +164,7 @@ struct Forward {
 #pragma unroll
     for (int word = 0; word < kKeys / 64; word++) {
       if (seen[word] == ~uint64_t{0}) continue;
+#pragma unroll 1
       for (int i = lane / 8; i < 64; i += 4) {
         if (seen[word] >> i & 1) continue;
         for (int panel = 0; panel < kPanels; panel++)
@@ -255,9 +257,10 @@ struct Forward {
       while (!tile.last) {
         tile = await_keys();
         await_turn(group);
-        begin_products(scores[0], out[0], weights);
+        begin_products(scores[0]);
         start_scores(scores[0], group, key_ring.stage);
         shared.values[value_ring.stage].wait_full(value_ring.parity);
+        begin_products(out[0], weights);
         start_sums(out[0], weights, value_ring.stage);
         pass_turn(group);
         wait_products<1>(scores[0]);

@@ -18,9 +18,9 @@ inline bool is_mappable(const void* data, const HeadsLayout& layout, int batch, 
          fits(layout.head_stride, heads) && fits(layout.batch_stride, batch);
 }
 
-// Whether these kernels are the ones for this problem on a GPU of this compute capability.
-inline bool serves(const BlockAttentionParams& p, int major, int minor) {
-  return major == 9 && minor == 0 && p.dtype != DType::float32 && (p.head_dim == 64 || p.head_dim == 128) &&
+// Whether these kernels are the ones for this problem on a GPU of this compute capability, 90 for 9.0.
+inline bool serves(const BlockAttentionParams& p, int capability) {
+  return capability == 90 && p.dtype != DType::float32 && (p.head_dim == 64 || p.head_dim == 128) &&
          p.batch > 0 && p.q_len > 0 && p.kv_len > 0 && is_mappable(p.q, p.q_layout, p.batch, p.q_heads) &&
          is_mappable(p.k, p.k_layout, p.batch, p.kv_heads) &&
          is_mappable(p.v, p.v_layout, p.batch, p.kv_heads);

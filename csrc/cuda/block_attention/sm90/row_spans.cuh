@@ -28,6 +28,7 @@ class RowSpans {
     uint32_t visible = 0;
 #pragma unroll
     for (int r = 0; r < kKept; r++) visible |= bits(kept_[r]);
+#pragma unroll 1
     for (int r = kKept; r < count_; r++) visible |= bits(spans.at(position_, r));
     return visible;
   }
