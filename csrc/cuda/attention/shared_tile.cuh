@@ -19,16 +19,17 @@ struct SharedTile {
   __device__ T* chunk(int row, int c) const { return data + row * kDim + (c ^ (row & 7)) * 8; }
 
   // Starts copying kRows rows: row(i) finds the first of the `dim` values of row i, aligned to 16 bytes, or
-  // is null for a row of zeros. All threads call it.
+  // is null for a row of zeros. All threads call it; eight share a row, a line of 128 bytes at a time.
   template <int kThreads, int kRows, class Row>
   __device__ void copy_rows(int dim, Row row) const {
-    static_assert(kRows * kChunks % kThreads == 0);
-    const int c = threadIdx.x % kChunks;
+    static_assert(kRows * 8 % kThreads == 0);
 #pragma unroll
-    for (int i = 0; i < kRows; i += kThreads / kChunks) {
-      const int r = i + threadIdx.x / kChunks;
+    for (int i = 0; i < kRows; i += kThreads / 8) {
+      const int r = i + threadIdx.x / 8;
       const T* from = row(r);
-      copy_async(chunk(r, c), from + c * 8, from != nullptr && c * 8 < dim);
+#pragma unroll
+      for (int c = threadIdx.x % 8; c < kChunks; c += 8)
+        copy_async(chunk(r, c), from + c * 8, from != nullptr && c * 8 < dim);
     }
   }
 

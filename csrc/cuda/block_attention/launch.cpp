@@ -3,8 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <type_traits>
-
+#include "cuda/attention/padded_dim.h"
 #include "cuda/block_attention/config.h"
 #include "cuda/launch_kernel.h"
 #ifdef DLLM_CUDA_HAS_SM90A
@@ -14,14 +13,6 @@
 
 namespace dllm::cuda {
 namespace {
-
-// visit(kDim) with the smallest padded head dim that holds `dim`, as a constant.
-template <class Visit>
-auto with_padded_dim(int dim, const Visit& visit) {
-  if (dim <= 64) return visit(std::integral_constant<int, 64>());
-  if (dim <= 128) return visit(std::integral_constant<int, 128>());
-  return visit(std::integral_constant<int, 256>());
-}
 
 // In order; the first that fails ends it.
 template <class... Launches>

@@ -1,21 +1,10 @@
 // Rows of float32 in shared memory for the plain kernels, four values at a time.
 #pragma once
 
-#include <cuda_runtime.h>
-
+#include "cuda/attention/float4.cuh"
 #include "cuda/block_attention/config.h"
 
 namespace dllm::cuda {
-
-__device__ inline float4 load4(const float* from) { return *reinterpret_cast<const float4*>(from); }
-__device__ inline void store4(float* to, float4 x) { *reinterpret_cast<float4*>(to) = x; }
-__device__ inline float4 scaled(float4 a, float b) { return {a.x * b, a.y * b, a.z * b, a.w * b}; }
-__device__ inline float4 add_scaled(float4 sum, float4 a, float b) {
-  return {fmaf(a.x, b, sum.x), fmaf(a.y, b, sum.y), fmaf(a.z, b, sum.z), fmaf(a.w, b, sum.w)};
-}
-__device__ inline float dot(float4 a, float4 b, float sum) {
-  return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
-}
 
 // kRows rows of `dim` values, times `factor`: row(i) finds row i, null is a row of zeros.
 template <int kDim, int kRows, class Row>
