@@ -1,8 +1,9 @@
 """CUDA kernels, on a GPU and without one.
 
 A test that takes the fixture `gpu` runs twice: "cuda" on a GPU, skipped without one, and "simt" on the
-emulator of tests/simt, anywhere. Parameters too large for the emulator carry the mark `hardware`. Tests
-without the fixture need a GPU. DLLM_REQUIRE_GPU=1 forbids skipping, and leaves out the emulator.
+emulator of tests/simt, anywhere. Parameters too large for the emulator carry the mark `hardware`, those for
+the kernels of Hopper the mark `hopper`. Tests without the fixture need a GPU. DLLM_REQUIRE_GPU=1 forbids
+skipping, and leaves out the emulator.
 """
 
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import placement
 import pytest
+import torch
 
 from dllm_kernels import _library
 
@@ -40,7 +42,10 @@ def gpu(request):
     """`gpu(function, *arguments)` is function(*arguments) by the CUDA kernels, for arguments and results on
     the CPU; what it changes in place is changed. `gpu.device` and `with gpu.kernels():` serve tests that keep
     tensors there."""
+    hopper = request.node.get_closest_marker("hopper")
     if request.param == "cuda":
+        if hopper and torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("the kernels of Hopper need compute capability 9.0")
         return placement.OnCuda()
     name = zlib.crc32(request.node.nodeid.encode())
-    return placement.OnEmulator(order=name if name % 4 > 1 else name % 4)
+    return placement.OnEmulator(order=name if name % 4 > 1 else name % 4, capability=9 if hopper else 8)

@@ -15,6 +15,11 @@ namespace dllm::cuda {
 
 #define SIMT_SITE simt::Site site = simt::Site::current()
 
+inline unsigned char* panel_shared() {
+  unsigned char* base = dynamic_shared<unsigned char>();
+  return base + (0u - shared_address(base)) % kPanelAlignment;
+}
+
 // ---- transaction barriers
 struct alignas(8) TransactionBarrier {
   uint64_t state;
@@ -55,7 +60,10 @@ void give_registers() {
 }
 
 // ---- matrix products of a warpgroup
-inline void begin_products() { simt::begin_products(); }
+template <class... Operands>
+void begin_products(Operands&...) {
+  simt::begin_products();
+}
 inline void commit_products(SIMT_SITE) { simt::commit_products(site); }
 template <int pending, class... Sums>
 void wait_products(Sums&...) {
