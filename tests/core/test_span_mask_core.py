@@ -20,7 +20,8 @@ def core(tmp_path_factory) -> ctypes.CDLL:
     source = Path(__file__).with_name("span_mask.cpp")
     compiler = os.environ.get("CXX", "c++")
     subprocess.run(
-        [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", source, "-o", library], check=True
+        [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", source, "-o", library],
+        check=True,
     )
     loaded = ctypes.CDLL(str(library))
     loaded.visible_bits.restype = ctypes.c_uint64

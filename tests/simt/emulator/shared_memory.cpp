@@ -46,10 +46,6 @@ void find_statics() {
 }
 
 // ---- what is known of them
-struct Stamp {
-  uint32_t epoch, thread : 11, clock : 21;
-  bool operator==(const Stamp&) const = default;
-};
 struct Cell {
   Stamp write, read, other_read;  // epochs before first_epoch: never. Reads: the last two, by two threads
   uint32_t copied_by;             // the CTA of which an asynchronous copy is under way, by its first epoch
@@ -125,7 +121,7 @@ void check_cell(Cell& cell, const Asked& asked) {
   const int thread = cta.current;
   const bool written = cell.write.epoch >= first_epoch;
   if (cell.copied_by == first_epoch)
-    asked.fail("that an asynchronous copy is still on its way to: wait_copies() is missing");
+    asked.fail("that an asynchronous copy is still on its way to: a wait is missing");
   if (asked.access != Access::write && !written) asked.fail("that no thread wrote");
   if (cell.write.epoch == epoch && !(cell.atomic && asked.access == Access::atomic) &&
       !is_ordered(cell.write, thread))
@@ -220,6 +216,10 @@ void poison_shared_memory() {
 }
 
 void begin_epoch() { epoch++; }
+
+Stamp this_moment() { return stamp(cta.current); }
+
+bool has_seen(Stamp moment) { return is_ordered(moment, cta.current); }
 
 std::vector<uint32_t> no_clocks() { return std::vector<uint32_t>(clock_count, 0); }
 
