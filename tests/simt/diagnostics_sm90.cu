@@ -1,5 +1,5 @@
-// As diagnostics.cu, with the asynchronous copies and products of Hopper. One warpgroup; the tensor holds a panel
-// of ones, [64][64].
+// As diagnostics.cu, with the asynchronous copies and products of Hopper. One warpgroup; the tensor holds a
+// panel of ones, [64][64].
 #include <exception>
 #include <string>
 

@@ -96,7 +96,8 @@ def test_sums_of_products_are_there_after_the_wait_and_not_before(order):
 @pytest.mark.parametrize(
     "threads, blocks_y, shared, asked, status",
     [
-        (1024, 65535, 0, False, "cudaSuccess"),
+        (1024, 1, 0, False, "cudaSuccess"),
+        (32, 65535, 0, False, "cudaSuccess"),
         (1025, 1, 0, False, "cudaErrorInvalidConfiguration"),
         (32, 65536, 0, False, "cudaErrorInvalidConfiguration"),
         (32, 0, 0, False, "cudaErrorInvalidConfiguration"),

@@ -24,8 +24,7 @@ __global__ void product(const __grid_constant__ TensorMap a_map, const __grid_co
     publish_barriers();
     arrive_expecting(landed, kPanel + kBytes);
     load_box(a_panel, a_map, landed, 0, 0);
-    if (b_major == Major::k)
-      load_box(b_panels, b_map, landed, 0, 0);
+    if (b_major == Major::k) load_box(b_panels, b_map, landed, 0, 0);
     else
       for (int x = 0; x < kColumns; x += 64) load_box(b_panels + x / 64 * kPanel, b_map, landed, x, 0);
   }
@@ -51,8 +50,7 @@ __global__ void product(const __grid_constant__ TensorMap a_map, const __grid_co
   for (int step = 0; step < kSide / kMatrixDepth; step++) {
     const uint64_t b_step =
         b_major == Major::k ? k_major_step(b, step, panel_bytes(kColumns)) : mn_major_step(b, step);
-    if constexpr (a_in_registers)
-      multiply<T, b_major>(d, fragments[step], b_step, step > 0);
+    if constexpr (a_in_registers) multiply<T, b_major>(d, fragments[step], b_step, step > 0);
     else
       multiply<T, a_major, b_major>(
           d, a_major == Major::k ? k_major_step(a, step, kPanel) : mn_major_step(a, step), b_step, step > 0);
@@ -73,13 +71,14 @@ cudaError_t launch_product(const void* in, void* out) {
   const uint32_t box_rows = b_major == Major::k ? kColumns : kSide;
   const uint64_t b_columns = b_major == Major::k ? kSide : kColumns;
   TensorMap a_map, b_map;
-  cudaError_t status = encode_tensor_map(a_map, type, a, TensorShape<2>{{kSide, kSide}, {2 * kSide}, {64, kSide}});
+  cudaError_t status =
+      encode_tensor_map(a_map, type, a, TensorShape<2>{{kSide, kSide}, {2 * kSide}, {64, kSide}});
   if (status == cudaSuccess)
     status = encode_tensor_map(b_map, type, a + kSide * kSide,
                                TensorShape<2>{{b_columns, box_rows}, {2 * b_columns}, {64, box_rows}});
   if (status != cudaSuccess) return status;
-  return launch_kernel(product<T, a_major, b_major, kTiles, a_in_registers>, 1, 128, 40 * 1024, nullptr, a_map,
-                       b_map, a, static_cast<float*>(out));
+  return launch_kernel(product<T, a_major, b_major, kTiles, a_in_registers>, 1, 128, 40 * 1024, nullptr,
+                       a_map, b_map, a, static_cast<float*>(out));
 }
 
 // in: a tensor [2][3][10][72]; out: the panels of three boxes of 64 × 8 × 1 × 1 that leave it, as they lie.
@@ -153,8 +152,8 @@ cudaError_t launch_ring(const void* in, void* out) {
 }  // namespace dllm::cuda
 
 // Runs the kernel of this name. Returns what went wrong, else an empty text.
-extern "C" __attribute__((visibility("default"))) const char* run_wrapper_sm90(const char* name, const void* in,
-                                                                               void* out) {
+extern "C" __attribute__((visibility("default"))) const char* run_wrapper_sm90(const char* name,
+                                                                               const void* in, void* out) {
   using namespace dllm::cuda;
   constexpr auto k = Major::k, mn = Major::mn;
   using b16 = __nv_bfloat16;
