@@ -30,7 +30,7 @@ def core(tmp_path_factory) -> ctypes.CDLL:
 
 @st.composite
 def span_rows(draw):
-    """int32 [rows, R, 2], sorted and disjoint within a row; some ranges are empty. Half the time all rows agree."""
+    """int32 [rows, R, 2], sorted and disjoint within a row; some are empty. Half the time all rows agree."""
     rows, count = draw(st.integers(1, 6)), draw(st.integers(1, 3))
     cuts = st.lists(st.integers(0, KEYS), min_size=2 * count, max_size=2 * count).map(sorted)
     drawn = [draw(cuts)] * rows if draw(st.booleans()) else [draw(cuts) for _ in range(rows)]

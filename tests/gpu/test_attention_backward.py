@@ -20,7 +20,7 @@ def random_qkv(batch=1, heads=2, kv_heads=1, q_len=40, kv_len=None, dim=64, dtyp
 
 
 def differentiated(attention, q, k, v, grad_out, grad_lse):
-    """Gradients of q, k and v by autograd; rows that see nothing have no lse and take no part in its gradient."""
+    """Gradients of q, k and v by autograd; rows that see nothing take no part in that of lse."""
     q, k, v = (t.detach().clone().requires_grad_() for t in (q, k, v))
     out, lse = attention(q, k, v)
     loss = (out * grad_out.to(out.dtype)).sum()
@@ -70,9 +70,7 @@ MASKS = {
     "none": lambda length: None,
     "causal": lambda length: SpanMask.causal(length),
     "window": lambda length: SpanMask.sliding_window(length, 9),
-    "block_causal": lambda length: SpanMask.block_causal(
-        length, 32, lengths=torch.tensor([length - length // 3])
-    ),
+    "block_causal": lambda length: SpanMask.block_causal(length, 32, torch.tensor([length - length // 3])),
     "many spans": lambda length: SpanMask.from_dense(torch.arange(length).expand(length, length) % 40 < 2),
 }
 

@@ -7,6 +7,7 @@
 #include "cuda/block_attention/config.h"
 #include "cuda/launch_kernel.h"
 #ifdef DLLM_CUDA_HAS_SM90A
+#include "cuda/block_attention/sm90/dispatch.h"
 #include "cuda/block_attention/sm90/launch.h"
 #endif
 

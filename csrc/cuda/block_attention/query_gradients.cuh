@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(QueryGradientTiles<kDim>::kThreads, 2)
     copy_keys(next, stage ^ 1);
 
     float weights[kRowTiles][kKeys / 8][4] = {}, score_grads[kRowTiles][kKeys / 8][4] = {};
-    add_products_transposed<4>(weights, queries, row, keys(stage));
-    add_products_transposed<4>(score_grads, grads, row, values(stage));
+    add_products_transposed(weights, queries, row, keys(stage));
+    add_products_transposed(score_grads, grads, row, values(stage));
     const auto term = [&](int query, int) { return terms[row + query]; };
     if (all_visible(range))
       score_gradients(weights, score_grads, f.scale * 1.44269504f, term, [](int, int) { return true; });

@@ -2,6 +2,9 @@
 // numbers.
 #pragma once
 
+#include <stddef.h>
+#include <stdint.h>
+
 #include "core/params.h"
 #include "cuda/sm90/matrix_descriptor.h"
 
