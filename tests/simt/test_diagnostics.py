@@ -53,7 +53,7 @@ WRONG_SM90 = {
     "product_of_some_warps": "warps 0 and 3 of one warpgroup began different numbers of products",
     "buffer_released_too_early": "(asynchronous copy is still on its way|races with a)",
 }
-RIGHT = ["narrow_neighbours", "pipeline", "producer_and_consumer", "half_warps"]
+RIGHT = ["narrow_neighbours", "padding", "pipeline", "producer_and_consumer", "half_warps"]
 
 
 def diagnose(kernel: str, order: int, family: str = "", size: int = 64) -> tuple[str, torch.Tensor]:
