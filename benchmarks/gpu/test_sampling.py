@@ -1,6 +1,7 @@
 """A step of sampling on a GPU, and whole runs, on a random model in the shape of LLaDA-8B."""
 
 import functools
+from collections import deque
 
 import pytest
 import torch
@@ -56,13 +57,16 @@ def test_step(compare, pick, smoke, device):
     model, length = random_model(device, smoke), pick(1184, 2 * BLOCK)
     job = prepare(model, None, None, dict(max_new_tokens=BLOCK, steps_per_block=10**6))
     prompt = random_prompt(model, length)
+    canvas = torch.tensor([prompt + [job.mask_id] * BLOCK], device=device)
     rounds = DeviceRounds(job, completions([prompt], job))
-    ids = torch.tensor([prompt + [job.mask_id] * BLOCK], device=device)
     with rounds.prepared() as step:
-        step.launch()  # finds the block; from here on every launch is a step
+        rounds.admit(deque([0]), 0)
+        for _ in range(BLOCK + 1):  # with so many steps, those after the first few commit nothing
+            step.launch()
+            rounds.canvas.copy_(canvas)
         compare(
             step.launch,
-            {"eager block, cache copied": loops.block_step(model, ids, BLOCK)},
+            {"eager block, cache copied": loops.block_step(model, canvas, BLOCK, job.mask_id)},
             bytes=parameter_bytes(model),
         )
 

@@ -11,6 +11,8 @@ The tokens are those of `Rounds` with cache="block".
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -76,8 +78,20 @@ class DeviceRounds:
         self.since = [0] * slots
 
     def run(self) -> None:
-        """Every row to its end. Pages come back and the model is left as it was found, whatever happens."""
+        """Every row to its end."""
         waiting = deque(range(len(self.canvases.ids)))
+        with self.prepared() as step:
+            while waiting or any(row is not None for row in self.holds):
+                self.admit(waiting, step.launched)
+                step.launch()
+                self.collect(step.look())
+                if step.launched > max(self.since) + self.most_steps():
+                    raise RuntimeError("rows of the device do not come to an end")  # cannot happen
+
+    @contextmanager
+    def prepared(self) -> Iterator[Step]:
+        """The step that every round launches. Afterwards pages have come back and the model is as it was
+        found, whatever happened."""
         with self.job.denoiser.ready():
             cache = self.job.cache_for(self.canvases)
             self.shareable = self.job.shareable(self.canvases)
@@ -86,13 +100,7 @@ class DeviceRounds:
             self.table = torch.zeros(len(self.holds), width, dtype=torch.int32, device=self.device)
             self.view = DeviceView(self.rows, self.table, cache)
             try:
-                step = Step(self.step, self.done)
-                while waiting or any(row is not None for row in self.holds):
-                    self.admit(waiting, step.launched)
-                    step.launch()
-                    self.collect(step.look())
-                    if step.launched > max(self.since) + self.most_steps():
-                        raise RuntimeError("rows of the device do not come to an end")  # cannot happen
+                yield Step(self.step, self.done)
             finally:
                 self.pages.release_all()
 
