@@ -36,4 +36,14 @@ cudaError_t launch_ctas(void (*kernel)(Parameters...), int64_t ctas, int threads
   return launch_kernel(kernel, static_cast<unsigned>(ctas), threads, shared_bytes, stream, arguments...);
 }
 
+// Of the current device: 90 for 9.0.
+inline int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
+    return 0;
+  return 10 * major + minor;
+}
+
 }  // namespace dllm::cuda

@@ -84,13 +84,15 @@ def emulated() -> list[str]:
 
 
 @contextlib.contextmanager
-def in_place_of_cpu(order: int = 0) -> Iterator[None]:
+def in_place_of_cpu(order: int = 0, capability: int = 8) -> Iterator[None]:
     """Inside, `torch.ops.dllm_kernels` on CPU tensors are the CUDA kernels on the emulator, and tensors are
     allocated between pages that must not be touched.
 
     order: in which order threads and CTAs run: 0 forward, 1 backward, else shuffled with this seed.
+    capability: the major compute capability that the device claims, 9 for the kernels of Hopper.
     """
     library().simt_set_order(order)
+    library().simt_set_capability(capability)
     library().simt_guard_tensors(True)
     with torch.library._scoped_library("dllm_kernels", "IMPL") as scope:
         with warnings.catch_warnings():

@@ -19,19 +19,20 @@ struct SharedTile {
   __device__ T* chunk(int row, int c) const { return data + row * kDim + (c ^ (row & 7)) * 8; }
 
   // Starts copying kRows rows: row(i) finds the first of the `dim` values of row i, aligned to 16 bytes, or
-  // is null for a row of zeros. All threads call it; 8 or 16 share a row.
-  template <int kThreads, int kRows, class Row>
+  // is null for a row of zeros. All threads call it, kRowThreads share a row: fewer ask for fewer rows.
+  template <int kThreads, int kRows, int kRowThreads = kChunks < 16 ? 8 : 16, class Row>
   __device__ void copy_rows(int dim, Row row) const {
-    constexpr int kRowThreads = kChunks < 16 ? 8 : 16;
-    static_assert(kRows * kRowThreads % kThreads == 0);
-    const int first = threadIdx.x / kRowThreads, lane = threadIdx.x % kRowThreads;
+    static_assert(kRows * kRowThreads % kThreads == 0 && kChunks % kRowThreads == 0);
+    const int first = threadIdx.x % kRowThreads;
 #pragma unroll
     for (int i = 0; i < kRows; i += kThreads / kRowThreads) {
-      const T* from = row(first + i);
+      const int r = i + threadIdx.x / kRowThreads;
+      const T* from = row(r);
 #pragma unroll
-      for (int c = 0; c < kChunks; c += kRowThreads)
-        copy_async(chunk(first + i, lane + c), from + (lane + c) * 8,
-                   from != nullptr && (lane + c) * 8 < dim);
+      for (int n = 0; n < kChunks; n += kRowThreads) {
+        const int c = first + n;
+        copy_async(chunk(r, c), from + c * 8, from != nullptr && c * 8 < dim);
+      }
     }
   }
 

@@ -5,6 +5,11 @@
 
 #include "cuda/attention/padded_dim.h"
 #include "cuda/block_attention/config.h"
+#include "cuda/launch_kernel.h"
+#ifdef DLLM_CUDA_HAS_SM90A
+#include "cuda/block_attention/sm90/dispatch.h"
+#include "cuda/block_attention/sm90/launch.h"
+#endif
 
 namespace dllm::cuda {
 namespace {
@@ -39,6 +44,9 @@ int64_t span_batches(const BlockAttentionParams& p) {
 }  // namespace
 
 cudaError_t launch_block_attention(const BlockAttentionParams& p, cudaStream_t stream) {
+#ifdef DLLM_CUDA_HAS_SM90A
+  if (sm90::serves(p, compute_capability())) return sm90::launch_forward(p, stream);
+#endif
   return with_padded_dim(p.head_dim, [&](auto dim) {
     switch (p.dtype) {
       case DType::bfloat16: return launch_forward<__nv_bfloat16, dim>(p, stream);

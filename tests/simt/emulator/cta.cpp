@@ -4,6 +4,7 @@
 #include <map>
 #include <stdexcept>
 
+#include "hopper.h"
 #include "report.h"
 #include "shared_memory.h"
 
@@ -50,7 +51,9 @@ void Cta::run(uint3 which) {
   order.arrange(queue);
   next = 0;
   failure.clear();
+  alive = threads;
   poison_shared_memory();
+  reset_asynchronous();
   current = queue[next++];
   switches++;
   simt_switch(&scheduler, thread[current].context);
@@ -60,14 +63,18 @@ void Cta::run(uint3 which) {
 // Leaves the running thread for the next that is ready.
 void Cta::go_on() {
   Thread& left = thread[current];
-  switches++;
+  while (alive > 0 && next == queue.size() && progress_asynchronous()) {
+  }
   if (next < queue.size()) {
     current = queue[next++];
+    if (&thread[current] == &left) return;
+    switches++;
     simt_switch(&left.context, thread[current].context);
     return;
   }
-  if (std::ranges::any_of(thread, [](const Thread& t) { return t.state != Thread::exited; }))
-    failure = deadlock();
+  const std::string unfinished = alive > 0 ? deadlock() : unfinished_asynchronous();
+  if (!unfinished.empty()) failure = kernel_text() + ": " + unfinished;
+  switches++;
   simt_switch(&left.context, scheduler);
 }
 
@@ -89,6 +96,7 @@ void Cta::wake(std::vector<int>& waiting) {
 
 void Cta::exit() {
   thread[current].state = Thread::exited;
+  alive--;
   go_on();
   __builtin_unreachable();
 }
@@ -110,10 +118,10 @@ std::string Cta::deadlock() const {
                                      : "wait at " + std::string(t.what) + " (" + site_text(t.site) + ")"]
         .push_back(i);
   }
-  std::string text = kernel_text() + ": nothing can go on:";
+  std::string text = "nothing can go on:";
   for (const auto& [what, members] : groups) text += " " + threads_text(members) + " " + what + ";";
   text.back() = '.';
-  return text;
+  return text + transaction_barriers_text();
 }
 
 // ---- barriers ----------------------------------------------------------------------------------
@@ -131,7 +139,7 @@ int barrier(const char* what, int id, int threads, bool wait, bool predicate, Si
     barrier.what = what, barrier.site = site;
     barrier.expected = expected, barrier.predicates = 0;
     barrier.lanes.fill(0);
-    barrier.clocks.assign(cta.threads, 0);
+    barrier.clocks = no_clocks();
   } else if (barrier.expected != expected) {
     fail_at(std::string(what) + " for " + std::to_string(expected) + " threads meets barrier " +
                 std::to_string(id) + " for " + std::to_string(barrier.expected) + " (" +

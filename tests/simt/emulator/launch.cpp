@@ -15,6 +15,8 @@ namespace {
 constexpr size_t kDefaultSharedBytes = 48 * 1024;
 constexpr unsigned kMaxGridX = 0x7FFFFFFF, kMaxGridYZ = 65535;
 
+int capability = 8;  // major
+
 std::map<const void*, int>& allowed_shared_bytes() {
   static std::map<const void*, int> bytes;
   return bytes;
@@ -92,7 +94,7 @@ cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = 8; break;  // few, so that small problems fill them
-    case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = simt::capability; break;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = simt::kMaxSharedBytes + 1024; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = simt::kMaxSharedBytes; break;
@@ -104,6 +106,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 // ---- what Python asks for
 extern "C" {
 [[gnu::visibility("default")]] void simt_set_order(unsigned seed) { simt::cta.order.seed = seed; }
+[[gnu::visibility("default")]] void simt_set_capability(int major) { simt::capability = major; }
 [[gnu::visibility("default")]] void simt_guard_tensors(bool on) { simt::guard_tensors(on); }
 [[gnu::visibility("default")]] uint64_t simt_switches() { return simt::switches; }
 }

@@ -8,6 +8,7 @@
 
 #include "cta.h"
 #include "report.h"
+#include "simt/hopper.h"
 
 namespace simt {
 namespace {
@@ -17,6 +18,8 @@ namespace {
 constexpr size_t kMargin = 64 * 1024;  // accesses this near beyond the end are still told from others
 alignas(1024) unsigned char arena[kMaxSharedBytes + kMargin];
 size_t dynamic_bytes = 0;
+constexpr size_t kDynamicBase =
+    128;  // dynamic shared memory begins at a multiple of 128 bytes, and of no more
 unsigned char* statics = nullptr;
 size_t static_bytes = 0;
 
@@ -43,14 +46,10 @@ void find_statics() {
 }
 
 // ---- what is known of them
-struct Stamp {
-  uint32_t epoch, thread : 10, clock : 22;
-  bool operator==(const Stamp&) const = default;
-};
 struct Cell {
   Stamp write, read, other_read;  // epochs before first_epoch: never. Reads: the last two, by two threads
   uint32_t copied_by;             // the CTA of which an asynchronous copy is under way, by its first epoch
-  bool atomic;                    // the last write was
+  bool atomic, asynchronous;      // the last write was
 };
 // A cell per word; where accesses are narrower, in this CTA, a cell for each of its bytes.
 struct Word {
@@ -67,16 +66,18 @@ struct Clock {
 std::vector<Clock> clocks;
 std::vector<uint32_t> seen;        // [thread][thread]: ticks of the second that the first knows to be over
 std::vector<uint32_t> seen_epoch;  // [thread]: the row is of this epoch, else nothing was seen yet
+std::vector<Clock> fences;         // when each thread last called fence_asynchronous_reads
+int clock_count;                   // threads and engine
 
 uint32_t now(int thread) {
   if (clocks[thread].epoch != epoch) clocks[thread] = {epoch, 0};
   return clocks[thread].now;
 }
 uint32_t* seen_by(int thread) {
-  uint32_t* row = &seen[static_cast<size_t>(thread) * cta.threads];
+  uint32_t* row = &seen[static_cast<size_t>(thread) * clock_count];
   if (seen_epoch[thread] != epoch) {
     seen_epoch[thread] = epoch;
-    std::fill_n(row, cta.threads, 0);
+    std::fill_n(row, clock_count, 0);
   }
   return row;
 }
@@ -100,9 +101,10 @@ struct Asked {
     const char* name = access == Access::read    ? "read"
                        : access == Access::write ? "write"
                                                  : "atomic operation";
-    const size_t offset = address - arena;
+    const size_t offset = address - arena - kDynamicBase;
     return std::string(name) + " of " + std::to_string(bytes) +
-           (offset < sizeof arena ? " bytes at offset " + std::to_string(offset) + " of dynamic shared memory"
+           (offset < sizeof arena ? " bytes at offset " + std::to_string(static_cast<int64_t>(offset)) +
+                                        " of dynamic shared memory"
                                   : " bytes of a __shared__ variable");
   }
   [[noreturn]] void fail(const std::string& problem) const {
@@ -119,7 +121,7 @@ void check_cell(Cell& cell, const Asked& asked) {
   const int thread = cta.current;
   const bool written = cell.write.epoch >= first_epoch;
   if (cell.copied_by == first_epoch)
-    asked.fail("that an asynchronous copy is still on its way to: wait_copies() is missing");
+    asked.fail("that an asynchronous copy is still on its way to: a wait is missing");
   if (asked.access != Access::write && !written) asked.fail("that no thread wrote");
   if (cell.write.epoch == epoch && !(cell.atomic && asked.access == Access::atomic) &&
       !is_ordered(cell.write, thread))
@@ -135,9 +137,10 @@ void check_cell(Cell& cell, const Asked& asked) {
     if (read.epoch == epoch && !is_ordered(read, thread)) asked.fail_race("read", read);
   cell.write = mine;
   cell.atomic = asked.access == Access::atomic;
+  cell.asynchronous = false;
 }
 
-// The cells of bytes [begin, begin + bytes), counted over arena and statics.
+// visit(cell, at) for the cells of bytes [begin, begin + bytes), counted over arena and statics.
 template <class Visit>
 void for_cells(size_t begin, size_t bytes, bool overwrites, Visit visit) {
   for (size_t at = begin; at < begin + bytes;) {
@@ -146,14 +149,14 @@ void for_cells(size_t begin, size_t bytes, bool overwrites, Visit visit) {
     const bool whole = end - at == 4;
     const bool split = word.split_since == first_epoch;
     if (whole && !split) {
-      visit(word.cell);
+      visit(word.cell, at);
     } else {
       Cell* cells = &byte_cells[at / 4 * 4];
       if (!split) {
         std::fill_n(cells, 4, word.cell);
         word.split_since = first_epoch;
       }
-      for (size_t i = at; i < end; i++) visit(cells[i % 4]);
+      for (size_t i = at; i < end; i++) visit(cells[i % 4], i);
       if (whole && overwrites) {
         word.cell = cells[0];
         word.split_since = 0;
@@ -173,9 +176,16 @@ inline bool find(const void* address, size_t& at) {
 }
 
 void check_shared(size_t at, const Asked& asked) {
-  if (at < sizeof arena && at + asked.bytes > dynamic_bytes)
+  if (at < sizeof arena && (at < kDynamicBase || at + asked.bytes > kDynamicBase + dynamic_bytes))
     asked.fail("goes beyond the " + std::to_string(dynamic_bytes) + " bytes of the launch");
-  for_cells(at, asked.bytes, asked.access == Access::write, [&](Cell& cell) { check_cell(cell, asked); });
+  // Structures are read whole, with padding that nobody writes: never the first byte of an aligned 8.
+  bool first_of_8_written = false;
+  for_cells(at, asked.bytes, asked.access == Access::write, [&](Cell& cell, size_t byte) {
+    const bool written = cell.write.epoch >= first_epoch;
+    if (byte % 8 == 0) first_of_8_written = written;
+    const bool padding = asked.access == Access::read && asked.bytes >= 8 && !written && first_of_8_written;
+    if (!padding) check_cell(cell, asked);
+  });
 }
 
 // ---- asynchronous copies: the destination counts as unwritten until its thread has waited
@@ -197,31 +207,39 @@ void reserve_shared_memory(size_t bytes, int threads) {
   dynamic_bytes = bytes;
   const size_t covered = (sizeof arena + static_bytes + 3) / 4;
   if (words.size() < covered) words.resize(covered), byte_cells.resize(covered * 4);
-  clocks.assign(threads, {0, 0});
-  seen.resize(static_cast<size_t>(threads) * threads);
-  seen_epoch.assign(threads, 0);
+  clock_count = threads + 1;
+  clocks.assign(clock_count, {0, 0});
+  fences.assign(clock_count, {0, 0});
+  seen.resize(static_cast<size_t>(clock_count) * clock_count);
+  seen_epoch.assign(clock_count, 0);
   copies.assign(threads, {});
 }
 
 void poison_shared_memory() {
   first_epoch = ++epoch;
-  memset(arena, 0xFF, dynamic_bytes);
+  memset(arena + kDynamicBase, 0xFF, dynamic_bytes);
   memset(statics, 0xFF, static_bytes);
   for (Copies& of_thread : copies) of_thread.under_way.clear(), of_thread.open_group = 1;
 }
 
 void begin_epoch() { epoch++; }
 
+Stamp this_moment() { return stamp(cta.current); }
+
+bool has_seen(Stamp moment) { return is_ordered(moment, cta.current); }
+
+std::vector<uint32_t> no_clocks() { return std::vector<uint32_t>(clock_count, 0); }
+
 void release_clock(int i, std::vector<uint32_t>& into) {
   const uint32_t* known = seen_by(i);
-  for (int k = 0; k < cta.threads; k++) into[k] = std::max(into[k], known[k]);
+  for (int k = 0; k < clock_count; k++) into[k] = std::max(into[k], known[k]);
   into[i] = now(i) + 1;
   clocks[i].now++;
 }
 
 void acquire_clock(int i, const std::vector<uint32_t>& from) {
   uint32_t* known = seen_by(i);
-  for (int k = 0; k < cta.threads; k++) known[k] = std::max(known[k], from[k]);
+  for (int k = 0; k < clock_count; k++) known[k] = std::max(known[k], from[k]);
 }
 
 void check_access(Access access, const void* address, size_t bytes, const void* code, const char* where) {
@@ -239,7 +257,7 @@ void check_atomic(const void* address, size_t bytes, Site site) {
   }
 }
 
-void* dynamic_shared() { return arena; }
+void* dynamic_shared() { return arena + kDynamicBase; }
 
 void copy_async(void* shared, const void* global, Site site) {
   const std::string where = site_text(site);
@@ -248,8 +266,7 @@ void copy_async(void* shared, const void* global, Site site) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     fail_at("copy_async needs addresses that are multiples of 16 bytes", where);
   check_shared(at, {Access::write, static_cast<unsigned char*>(shared), 16, nullptr, where.c_str()});
-  for_cells(at, 16, true, [](Cell& cell) { cell.copied_by = first_epoch; });
-  memset(shared, 0xFF, 16);
+  start_copy(shared, 16);
   Copies& mine = copies[cta.current];
   mine.under_way.push_back({shared, global, mine.open_group});
 }
@@ -266,12 +283,51 @@ void wait_copies(int pending) {
     else memset(copy->to, 0, 16);
     size_t at = 0;
     find(copy->to, at);
-    for_cells(at, 16, true, [](Cell& cell) {
+    for_cells(at, 16, true, [](Cell& cell, size_t) {
       cell.copied_by = 0;
       cell.write = stamp(cta.current);
     });
   }
   mine.under_way.erase(mine.under_way.begin(), waiting.begin());
+}
+
+// ---- asynchronous reads and writes of Hopper
+void fence_asynchronous_reads() {
+  const int thread = cta.current;
+  fences[thread] = {epoch, now(thread) + 1};
+  clocks[thread].now++;
+}
+
+void check_asynchronous_read(const void* address, size_t bytes, const char* where) {
+  size_t at = 0;
+  const Asked asked{Access::read, static_cast<const unsigned char*>(address), bytes, nullptr, where};
+  if (!find(address, at)) asked.fail("is outside shared memory");
+  check_shared(at, asked);
+  for_cells(at, bytes, false, [&](Cell& cell, size_t) {
+    const Clock& fence = fences[cell.write.thread];
+    const bool fenced =
+        fence.epoch > cell.write.epoch || (fence.epoch == cell.write.epoch && fence.now > cell.write.clock);
+    if (!cell.asynchronous && !fenced)
+      asked.fail("by a matrix product, of what thread " + std::to_string(cell.write.thread) +
+                 " wrote by ordinary stores: its fence_async_proxy() is missing");
+  });
+}
+
+void start_copy(void* address, size_t bytes) {
+  size_t at = 0;
+  find(address, at);
+  memset(address, 0xFF, bytes);
+  for_cells(at, bytes, true, [](Cell& cell, size_t) { cell.copied_by = first_epoch; });
+}
+
+void land_copy(void* address, size_t bytes) {
+  size_t at = 0;
+  find(address, at);
+  for_cells(at, bytes, true, [](Cell& cell, size_t) {
+    cell.copied_by = 0;
+    cell.write = stamp(cta.threads);
+    cell.asynchronous = true;
+  });
 }
 
 size_t shared_offset(const void* shared) {

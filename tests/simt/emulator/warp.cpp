@@ -18,8 +18,7 @@ std::string lanes_text(unsigned mask) {
 
 // The lanes of one warp tell each other what they know.
 void synchronise_clocks(int warp, unsigned mask) {
-  static std::vector<uint32_t> clocks;
-  clocks.assign(cta.threads, 0);
+  std::vector<uint32_t> clocks = no_clocks();
   for (int lane = 0; lane < kLanes; lane++)
     if (mask >> lane & 1) release_clock(warp * kLanes + lane, clocks);
   for (int lane = 0; lane < kLanes; lane++)
