@@ -59,7 +59,7 @@ def peer_loops(request, kind: str, model, new_tokens: int) -> dict:
     }
 
 
-@pytest.mark.parametrize("cache", ["none"])
+@pytest.mark.parametrize("cache", ["none", "dual"])
 def test_sampling_bidirectional(compare, pick, smoke, request, cache):
     model = random_model("bidirectional", smoke)
     length, new_tokens = pick((PROMPT, NEW_TOKENS), (16, 8))

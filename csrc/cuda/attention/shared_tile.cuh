@@ -20,7 +20,7 @@ struct SharedTile {
 
   // Starts copying kRows rows: row(i) finds the first of the `dim` values of row i, aligned to 16 bytes, or
   // is null for a row of zeros. All threads call it, kRowThreads share a row: fewer ask for fewer rows.
-  template <int kThreads, int kRows, int kRowThreads = kChunks, class Row>
+  template <int kThreads, int kRows, int kRowThreads = kChunks < 16 ? 8 : 16, class Row>
   __device__ void copy_rows(int dim, Row row) const {
     static_assert(kRows * kRowThreads % kThreads == 0 && kChunks % kRowThreads == 0);
     const int first = threadIdx.x % kRowThreads;
