@@ -101,7 +101,7 @@ void Cta::exit() {
   __builtin_unreachable();
 }
 
-void fail(const char* text, Site site) { fail_at(text, site_text(site)); }
+void fail(const char* text, Site site) { fail_at(text, Where(site)); }
 
 void fail_at(const std::string& text, const std::string& where) {
   cta.failure = position_text() + text + (where.empty() ? "" : ", at " + where);
@@ -126,12 +126,11 @@ std::string Cta::deadlock() const {
 
 // ---- barriers ----------------------------------------------------------------------------------
 int barrier(const char* what, int id, int threads, bool wait, bool predicate, Site site) {
-  if (id < 0 || id >= kBarriers)
-    fail_at(what + (": there is no barrier " + std::to_string(id)), site_text(site));
+  if (id < 0 || id >= kBarriers) fail_at(what + (": there is no barrier " + std::to_string(id)), Where(site));
   if (threads % kLanes || threads < 0 || threads > cta.threads)
     fail_at(std::string(what) + " for " + std::to_string(threads) +
                 " threads: they must be whole warps of this CTA of " + std::to_string(cta.threads),
-            site_text(site));
+            Where(site));
   Barrier& barrier = cta.barriers[id];
   const bool whole_cta = threads == 0;
   const int expected = whole_cta ? cta.threads : threads;
@@ -144,12 +143,12 @@ int barrier(const char* what, int id, int threads, bool wait, bool predicate, Si
     fail_at(std::string(what) + " for " + std::to_string(expected) + " threads meets barrier " +
                 std::to_string(id) + " for " + std::to_string(barrier.expected) + " (" +
                 site_text(barrier.site) + ")",
-            site_text(site));
+            Where(site));
   } else if (whole_cta && !same_site(barrier.site, site)) {
     fail_at("divergent barriers: this thread is at " + std::string(what) + ", " +
                 std::to_string(barrier.arrived) + " others at " + barrier.what + " (" +
                 site_text(barrier.site) + ")",
-            site_text(site));
+            Where(site));
   }
   barrier.arrived++;
   barrier.predicates += predicate;
@@ -164,7 +163,7 @@ int barrier(const char* what, int id, int threads, bool wait, bool predicate, Si
   for (const int lanes : barrier.lanes)
     if (lanes % kLanes && !whole_cta)
       fail_at(std::string(what) + " counts whole warps, but " + std::to_string(lanes) + " lanes of one came",
-              site_text(site));
+              Where(site));
   barrier.arrived = 0;
   if (wait) barrier.waiting.push_back(cta.current);
   if (barrier.waiting.size() == static_cast<size_t>(cta.threads)) begin_epoch();

@@ -87,7 +87,7 @@ void on_fault(int signal, siginfo_t* info, void* context) {
   const auto instruction = registers->uc_mcontext.pc;
 #endif
   const auto* code = reinterpret_cast<const char*>(instruction);
-  fail_at(fault_text(static_cast<char*>(info->si_addr)), code_text(code + 1));
+  fail_at(fault_text(static_cast<char*>(info->si_addr)), Where(static_cast<const void*>(code + 1)));
 }
 
 }  // namespace

@@ -67,11 +67,11 @@ void multiply(void* const* exchanges, unsigned) {
 }  // namespace
 
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, Site site) {
-  const std::string where = site_text(site);
+  const Where where = site;
   if (shared_offset(row) == ~size_t{0}) fail_at("load_matrices of a row outside shared memory", where);
   if (reinterpret_cast<uintptr_t>(row) % 16)
     fail_at("load_matrices needs rows at multiples of 16 bytes", where);
-  check_access(Access::read, row, 16, nullptr, where.c_str());
+  check_access(Access::read, row, 16, where);
   MatrixRows exchange{r, row};
   if (transposed)
     rendezvous(

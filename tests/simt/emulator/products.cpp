@@ -66,10 +66,10 @@ void for_pieces(const Operand& operand, int first, int count, Visit visit) {
     for (int k = 0; k < kDepth; k += operand.mn_major ? 1 : 8) visit(i, k, piece_address(operand, i, k));
 }
 
-void check_operand(const Operand& operand, int first, int count, const std::string& where) {
+void check_operand(const Operand& operand, int first, int count, const Where& where) {
   if (operand.descriptor >> 49 & 7) fail_at("multiply: base offsets of descriptors are not emulated", where);
   for_pieces(operand, first, count,
-             [&](int, int, size_t at) { check_asynchronous_read(shared_pointer(at), 16, where.c_str()); });
+             [&](int, int, size_t at) { check_asynchronous_read(shared_pointer(at), 16, where); });
 }
 
 float widen(uint16_t bits, bool bfloat16) {
@@ -99,7 +99,7 @@ void read_registers(const Product& product, float (*x)[kDepth]) {
     }
 }
 
-void execute(WarpProducts& warp, const Product& product, int first_row, const std::string& where) {
+void execute(WarpProducts& warp, const Product& product, int first_row, const Where& where) {
   static float a[kWarpRows][kDepth], b[kMaxColumns][kDepth];
   const int columns = 8 * product.tiles;
   if (product.a.registers) {
@@ -126,7 +126,7 @@ struct Request {
   Operand a, b;
   int tiles;
   bool bfloat16, add;
-  const std::string* where;
+  const Where* where;
 };
 
 int current_warp() { return cta.current / kLanes; }
@@ -163,7 +163,7 @@ void begin(void* const* exchanges, unsigned) {
 
 struct Wait {
   int pending;
-  const std::string* where;
+  const Where* where;
 };
 
 void finish(void* const* exchanges, unsigned) {
@@ -192,7 +192,7 @@ void finish(void* const* exchanges, unsigned) {
 void begin_products() { may_begin[cta.current] = true; }
 
 void multiply(float* d, int tiles, bool bfloat16, Operand a, Operand b, bool add, Site site) {
-  const std::string where = site_text(site);
+  const Where where = site;
   if (!may_begin[cta.current])
     fail_at("multiply: begin_products() is missing since the last wait_products", where);
   if (cta.threads < (cta.current / 128 + 1) * 128) fail_at("multiply: this warpgroup lacks warps", where);
@@ -207,7 +207,7 @@ void commit_products(Site site) {
 }
 
 void wait_products(int pending, Site site) {
-  const std::string where = site_text(site);
+  const Where where = site;
   Wait wait{pending, &where};
   rendezvous("wait_products", ~0u, &wait, finish, false, site);
   may_begin[cta.current] = false;

@@ -19,6 +19,20 @@ std::string kernel_text();                                  // "kernel f<float>,
 std::string position_text();                                // and ", thread (3, 0, 0): "
 std::string threads_text(const std::vector<int>& threads);  // "threads 0-31, 40"
 
+// Where something was asked for: put into words only when it is reported.
+class Where {
+ public:
+  Where(Site site) : site_(site) {}
+  explicit Where(const void* instruction) : instruction_(instruction) {}
+  std::string text() const { return instruction_ ? code_text(instruction_) : site_text(site_); }
+
+ private:
+  const void* instruction_ = nullptr;
+  Site site_;
+};
+
+// Ends the launch.
 [[noreturn]] void fail_at(const std::string& text, const std::string& where);
+[[noreturn]] inline void fail_at(const std::string& text, const Where& where) { fail_at(text, where.text()); }
 
 }  // namespace simt

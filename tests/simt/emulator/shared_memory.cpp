@@ -94,8 +94,7 @@ struct Asked {
   Access access;
   const unsigned char* address;
   size_t bytes;
-  const void* code;
-  const char* where;
+  Where where;
 
   std::string text() const {
     const char* name = access == Access::read    ? "read"
@@ -107,9 +106,7 @@ struct Asked {
                                         " of dynamic shared memory"
                                   : " bytes of a __shared__ variable");
   }
-  [[noreturn]] void fail(const std::string& problem) const {
-    fail_at(text() + " " + problem, code ? code_text(code) : where);
-  }
+  [[noreturn]] void fail(const std::string& problem) const { fail_at(text() + " " + problem, where); }
   [[noreturn]] void fail_race(const char* what, Stamp other) const {
     fail(std::string("races with a ") + what + " by thread " + std::to_string(other.thread) +
          ": no barrier lies between them");
@@ -242,30 +239,28 @@ void acquire_clock(int i, const std::vector<uint32_t>& from) {
   for (int k = 0; k < clock_count; k++) known[k] = std::max(known[k], from[k]);
 }
 
-void check_access(Access access, const void* address, size_t bytes, const void* code, const char* where) {
+void check_access(Access access, const void* address, size_t bytes, const Where& where) {
   size_t at = 0;
   if (cta.kernel && find(address, at))
-    check_shared(at, {access, static_cast<const unsigned char*>(address), bytes, code, where});
+    check_shared(at, {access, static_cast<const unsigned char*>(address), bytes, where});
 }
 
 void check_atomic(const void* address, size_t bytes, Site site) {
   size_t at = 0;
   if (find(address, at)) {
-    const std::string where = site_text(site);
-    check_shared(at,
-                 {Access::atomic, static_cast<const unsigned char*>(address), bytes, nullptr, where.c_str()});
+    check_shared(at, {Access::atomic, static_cast<const unsigned char*>(address), bytes, site});
   }
 }
 
 void* dynamic_shared() { return arena + kDynamicBase; }
 
 void copy_async(void* shared, const void* global, Site site) {
-  const std::string where = site_text(site);
+  const Where where = site;
   size_t at = 0;
   if (!find(shared, at)) fail_at("copy_async to an address outside shared memory", where);
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     fail_at("copy_async needs addresses that are multiples of 16 bytes", where);
-  check_shared(at, {Access::write, static_cast<unsigned char*>(shared), 16, nullptr, where.c_str()});
+  check_shared(at, {Access::write, static_cast<unsigned char*>(shared), 16, where});
   start_copy(shared, 16);
   Copies& mine = copies[cta.current];
   mine.under_way.push_back({shared, global, mine.open_group});
@@ -298,9 +293,9 @@ void fence_asynchronous_reads() {
   clocks[thread].now++;
 }
 
-void check_asynchronous_read(const void* address, size_t bytes, const char* where) {
+void check_asynchronous_read(const void* address, size_t bytes, const Where& where) {
   size_t at = 0;
-  const Asked asked{Access::read, static_cast<const unsigned char*>(address), bytes, nullptr, where};
+  const Asked asked{Access::read, static_cast<const unsigned char*>(address), bytes, where};
   if (!find(address, at)) asked.fail("is outside shared memory");
   check_shared(at, asked);
   for_cells(at, bytes, false, [&](Cell& cell, size_t) {
@@ -348,7 +343,7 @@ void* shared_pointer(size_t offset) {
     size_t at = 0;                                                                               \
     if (simt::cta.kernel && simt::find(address, at))                                             \
       simt::check_shared(at, {simt::Access::access, static_cast<unsigned char*>(address), bytes, \
-                              __builtin_return_address(0), nullptr});                            \
+                              simt::Where(__builtin_return_address(0))});                        \
   }
 #define SIMT_HOOKS(bytes)                                       \
   SIMT_HOOK(__tsan_read##bytes, read, bytes)                    \
@@ -366,10 +361,10 @@ SIMT_HOOKS(8)
 SIMT_HOOKS(16)
 extern "C" {
 void __tsan_read_range(void* address, size_t bytes) {
-  simt::check_access(simt::Access::read, address, bytes, __builtin_return_address(0), nullptr);
+  simt::check_access(simt::Access::read, address, bytes, simt::Where(__builtin_return_address(0)));
 }
 void __tsan_write_range(void* address, size_t bytes) {
-  simt::check_access(simt::Access::write, address, bytes, __builtin_return_address(0), nullptr);
+  simt::check_access(simt::Access::write, address, bytes, simt::Where(__builtin_return_address(0)));
 }
 void __tsan_vptr_update(void*, void*) {}
 void __tsan_vptr_read(void*) {}

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "report.h"
+
 namespace simt {
 
 constexpr size_t kMaxSharedBytes = 227 * 1024;
@@ -33,10 +35,9 @@ void release_clock(int i, std::vector<uint32_t>& clocks);
 void acquire_clock(int i, const std::vector<uint32_t>& clocks);
 
 enum class Access { read, write, atomic };
-// `code`: the instruction that asks, for reports; null: `where` says it.
-void check_access(Access access, const void* address, size_t bytes, const void* code, const char* where);
+void check_access(Access access, const void* address, size_t bytes, const Where& where);
 // A matrix product reads: what ordinary stores wrote needs a fence.
-void check_asynchronous_read(const void* address, size_t bytes, const char* where);
+void check_asynchronous_read(const void* address, size_t bytes, const Where& where);
 
 // From the one to the other nobody may touch these bytes, which a copy overwrites; it is the engine that
 // writes.

@@ -27,10 +27,10 @@ struct TransactionBarrier {
 std::map<size_t, TransactionBarrier> barriers;  // by shared address
 
 TransactionBarrier& find_barrier(void* address, const char* what, Site site) {
-  const std::string where = site_text(site);
+  const Where where = site;
   const size_t at = shared_offset(address);
   if (at % 8) fail_at(std::string(what) + ": a barrier is 8 aligned bytes of shared memory", where);
-  check_access(Access::atomic, address, 8, nullptr, where.c_str());
+  check_access(Access::atomic, address, 8, where);
   const auto found = barriers.find(at);
   if (found == barriers.end()) fail_at(std::string(what) + ": init_barrier was not called", where);
   if (!has_seen(found->second.initialised))
@@ -104,12 +104,12 @@ void land(const BoxCopy& copy) {
 
 // ---- barriers
 void init_transaction_barrier(void* address, int arrivals, Site site) {
-  const std::string where = site_text(site);
+  const Where where = site;
   const size_t at = shared_offset(address);
   if (at == ~size_t{0} || at % 8)
     fail_at("init_barrier: a barrier is 8 aligned bytes of shared memory", where);
   if (arrivals < 1) fail_at("init_barrier for " + std::to_string(arrivals) + " arrivals", where);
-  check_access(Access::write, address, 8, nullptr, where.c_str());
+  check_access(Access::write, address, 8, where);
   TransactionBarrier barrier;
   barrier.arrivals = barrier.to_come = arrivals;
   barrier.initialised = this_moment();
@@ -127,7 +127,7 @@ void arrive_expecting(void* address, uint32_t bytes, Site site) {
   if (barrier.to_come == 0)
     fail_at("arrive: all " + std::to_string(barrier.arrivals) + " arrivals of phase " +
                 std::to_string(barrier.phase) + " are there, but not its bytes",
-            site_text(site));
+            site);
   release_clock(cta.current, barrier.clocks);
   barrier.bytes_to_come += bytes;
   barrier.to_come--;
@@ -136,7 +136,7 @@ void arrive_expecting(void* address, uint32_t bytes, Site site) {
 
 void wait_for_phase(void* address, unsigned parity, Site site) {
   TransactionBarrier& barrier = find_barrier(address, "wait", site);
-  if (parity > 1) fail_at("wait: a parity is 0 or 1, not " + std::to_string(parity), site_text(site));
+  if (parity > 1) fail_at("wait: a parity is 0 or 1, not " + std::to_string(parity), Where(site));
   if (barrier.phase % 2 != parity) {
     acquire_clock(cta.current, barrier.released);
     return;
@@ -148,7 +148,7 @@ void wait_for_phase(void* address, unsigned parity, Site site) {
 // ---- copies
 void load_box(void* shared, const CUtensorMap& encoded, void* barrier, const int* coordinates, int rank,
               Site site) {
-  const std::string where = site_text(site);
+  const Where where = site;
   BoxCopy copy{};
   memcpy(&copy.map, &encoded, sizeof copy.map);
   if (copy.map.rank != rank)
@@ -167,7 +167,7 @@ void load_box(void* shared, const CUtensorMap& encoded, void* barrier, const int
   copy.thread = cta.current;
   for (int d = 0; d < rank; d++) copy.corner[d] = coordinates[d];
   const size_t bytes = box_bytes(copy.map);
-  check_access(Access::write, shared, bytes, nullptr, where.c_str());
+  check_access(Access::write, shared, bytes, where);
   start_copy(shared, bytes);
   copies.push_back(copy);
 }

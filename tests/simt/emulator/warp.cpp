@@ -32,11 +32,11 @@ void rendezvous(const char* what, unsigned mask, void* exchange, Work work, bool
   const unsigned self = 1u << lane;
   const int lanes = std::min(cta.threads - warp * kLanes, kLanes);
   if (!(mask & self))
-    fail_at(std::string(what) + " names lanes " + lanes_text(mask) + " without this one", site_text(site));
+    fail_at(std::string(what) + " names lanes " + lanes_text(mask) + " without this one", Where(site));
   if (lanes < kLanes && mask >> lanes)
     fail_at(std::string(what) + " names lanes " + lanes_text(mask) + ", but this warp has " +
                 std::to_string(lanes),
-            site_text(site));
+            Where(site));
 
   auto& pending = cta.rendezvous[warp];
   auto mine = std::ranges::find_if(pending, [&](const Rendezvous& other) { return other.mask & mask; });
@@ -47,7 +47,7 @@ void rendezvous(const char* what, unsigned mask, void* exchange, Work work, bool
     fail_at("divergent warp: this lane is at " + std::string(what) + " of lanes " + lanes_text(mask) +
                 ", others wait at " + mine->what + " of lanes " + lanes_text(mine->mask) + " (" +
                 site_text(mine->site) + ")",
-            site_text(site));
+            Where(site));
   }
   mine->arrived |= self;
   mine->exchanges[lane] = exchange;
@@ -79,11 +79,11 @@ void shuffle(ShuffleKind kind, unsigned mask, Shuffle& exchange, Site site) {
   if (kind == ShuffleKind::up ? source < first : source > last) source = lane;
   const char* what = kNames[static_cast<int>(kind)];
   if (width <= 0 || width > kLanes || width & (width - 1))
-    fail_at(std::string(what) + " of width " + std::to_string(width), site_text(site));
+    fail_at(std::string(what) + " of width " + std::to_string(width), Where(site));
   if (!(mask >> source & 1))
     fail_at(std::string(what) + " reads lane " + std::to_string(source) + ", which is not among lanes " +
                 lanes_text(mask),
-            site_text(site));
+            Where(site));
   exchange.operand = source;
   rendezvous(
       what, mask, &exchange,
