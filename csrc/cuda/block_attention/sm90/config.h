@@ -35,9 +35,9 @@ struct ForwardTiles {
   static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 64 * 1024);
 };
 
-// The tiles of all heads in the order in which CTAs take them: of as many (sequence, head) pairs as the L2 cache
-// keeps keys and values of, the last tiles first. In masks of this field later queries see more, so long tiles
-// come before short ones.
+// The tiles of all heads in the order in which CTAs take them: of as many (sequence, head) pairs as the L2
+// cache keeps keys and values of, the last tiles first. In masks of this field later queries see more, so
+// long tiles come before short ones.
 struct WorkOrder {
   int tiles, q_heads, pairs, pairs_together;
 
@@ -52,8 +52,8 @@ struct WorkOrder {
     const int pair = first + rest % together;
     return {pair / q_heads, pair % q_heads, tiles - 1 - rest / together};
   }
-  // What CTA `cta` of `ctas` takes in each round: forth and back, so that none always gets the longer ones. At or
-  // beyond items() there is none.
+  // What CTA `cta` of `ctas` takes in each round: forth and back, so that none always gets the longer ones.
+  // At or beyond items() there is none.
   static constexpr DLLM_HOST_DEVICE int index(int round, int cta, int ctas) {
     return round * ctas + (round % 2 ? ctas - 1 - cta : cta);
   }

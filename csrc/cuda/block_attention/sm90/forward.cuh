@@ -1,7 +1,7 @@
-// block_attention forward for Hopper: persistent CTAs take 128 queries of one head past the keys they see, 128
-// at a time. Of the first warpgroup one warp fetches queries and keys and one fetches values; the other two own 64
-// queries each and take turns: one multiplies while the other does its softmax. The product of the next scores
-// is under way while weights and values are multiplied.
+// block_attention forward for Hopper: persistent CTAs take 128 queries of one head past the keys they see,
+// 128 at a time. Of the first warpgroup one warp fetches queries and keys and one fetches values; the other
+// two own 64 queries each and take turns: one multiplies while the other does its softmax. The product of the
+// next scores is under way while weights and values are multiplied.
 #pragma once
 
 #include "cuda/attention/head_rows.cuh"
@@ -16,8 +16,8 @@
 
 namespace dllm::cuda::sm90 {
 
-// The keys of one buffer: those of [begin, begin + kKeys) that belong to [begin, end). Queries that see nothing
-// get one such tile without keys.
+// The keys of one buffer: those of [begin, begin + kKeys) that belong to [begin, end). Queries that see
+// nothing get one such tile without keys.
 struct KeyTile {
   int begin, end;
   bool all_visible;  // all kKeys to all queries
@@ -90,8 +90,8 @@ struct Forward {
       if (leads) {
         arrive_expecting(shared.queries.full, Tiles::kQueryBytes);
         for (int panel = 0; panel < kPanels; panel++)
-          load_box(queries + panel * kQueryPanel, p.q, shared.queries.full, panel * kPanelColumns, q.first, q.head,
-                   q.batch);
+          load_box(queries + panel * kQueryPanel, p.q, shared.queries.full, panel * kPanelColumns, q.first,
+                   q.head, q.batch);
       }
       query_ring.advance();
       for_key_tiles(q, spans_of(q), shared.bounds[0], [&](const KeyTile& tile) {
@@ -107,8 +107,8 @@ struct Forward {
     });
   }
 
-  // ---- the warp that fetches values. Those that none of the queries sees are cleared: their weights are 0, but
-  // 0 times infinity is not.
+  // ---- the warp that fetches values. Those that none of the queries sees are cleared: their weights are 0,
+  // but 0 times infinity is not.
   __device__ void load_values() const {
     const bool leads = threadIdx.x % 32 == 0;
     RingPosition<kStages> ring;
@@ -168,8 +168,8 @@ struct Forward {
       for (int i = lane / 8; i < 64; i += 4) {
         if (seen[word] >> i & 1) continue;
         for (int panel = 0; panel < kPanels; panel++)
-          *reinterpret_cast<uint4*>(tile + panel * kKeyPanel + (64 * word + i) * kPanelRowBytes + lane % 8 * 16) =
-              uint4{0, 0, 0, 0};
+          *reinterpret_cast<uint4*>(tile + panel * kKeyPanel + (64 * word + i) * kPanelRowBytes +
+                                    lane % 8 * 16) = uint4{0, 0, 0, 0};
       }
     }
   }
@@ -184,8 +184,8 @@ struct Forward {
     const uint64_t b = k_major_descriptor(shared_address(keys) + stage * Tiles::kKeyBytes);
 #pragma unroll
     for (int step = 0; step < kDim / kMatrixDepth; step++)
-      multiply<T, Major::k, Major::k>(scores, k_major_step(a, step, kQueryPanel), k_major_step(b, step, kKeyPanel),
-                                      step > 0);
+      multiply<T, Major::k, Major::k>(scores, k_major_step(a, step, kQueryPanel),
+                                      k_major_step(b, step, kKeyPanel), step > 0);
     commit_products();
   }
   __device__ void start_sums(float (&out)[kDim / 8][4], const uint32_t (&weights)[kKeys / 16][4],
@@ -196,12 +196,14 @@ struct Forward {
       multiply<T, Major::mn>(out, weights[step], mn_major_step(b, step), true);
     commit_products();
   }
-  __device__ static void pack_weights(uint32_t (&weights)[kKeys / 16][4], const float (&scores)[kKeys / 8][4]) {
+  __device__ static void pack_weights(uint32_t (&weights)[kKeys / 16][4],
+                                      const float (&scores)[kKeys / 8][4]) {
 #pragma unroll
     for (int step = 0; step < kKeys / 16; step++)
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        weights[step][i] = pack<T>(scores[2 * step + i / 2][i % 2 * 2], scores[2 * step + i / 2][i % 2 * 2 + 1]);
+        weights[step][i] =
+            pack<T>(scores[2 * step + i / 2][i % 2 * 2], scores[2 * step + i / 2][i % 2 * 2 + 1]);
   }
 
   __device__ void attend(int group) const {
@@ -280,13 +282,15 @@ struct Forward {
       softmax.finish();
       const auto to = rows_of<T>(p.attention.out, p.attention.out_layout, q.batch, q.head) +
                       q.first * p.attention.out_layout.position_stride;
-      float* lse = p.attention.lse + (static_cast<int64_t>(q.batch) * p.attention.q_heads + q.head) * p.attention.q_len +
+      float* lse = p.attention.lse +
+                   (static_cast<int64_t>(q.batch) * p.attention.q_heads + q.head) * p.attention.q_len +
                    q.first;
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int i = row + 8 * half;
         const SoftmaxState& state = softmax.state(0, half);
-        store_row(to + i * p.attention.out_layout.position_stride, out[0], half, state.inverse_sum(), i < q.live);
+        store_row(to + i * p.attention.out_layout.position_stride, out[0], half, state.inverse_sum(),
+                  i < q.live);
         if (pair == 0 && i < q.live) lse[i] = state.log_sum_exp();
       }
     });

@@ -22,8 +22,8 @@ cudaError_t map_heads(TensorMap& map, const BlockAttentionParams& p, const Heads
       map, p.dtype, tensor.data,
       {{static_cast<uint64_t>(p.head_dim), static_cast<uint64_t>(tensor.positions),
         static_cast<uint64_t>(tensor.heads), static_cast<uint64_t>(p.batch)},
-       {bytes(tensor.layout.position_stride, tensor.positions), bytes(tensor.layout.head_stride, tensor.heads),
-        bytes(tensor.layout.batch_stride, p.batch)},
+       {bytes(tensor.layout.position_stride, tensor.positions),
+        bytes(tensor.layout.head_stride, tensor.heads), bytes(tensor.layout.batch_stride, p.batch)},
        {kPanelColumns, static_cast<uint32_t>(rows), 1, 1}});
 }
 

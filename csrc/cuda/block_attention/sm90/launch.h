@@ -18,6 +18,7 @@ struct ForwardParams {
 cudaError_t launch_forward(const BlockAttentionParams& p, cudaStream_t stream);
 
 template <class T, int kDim>
-cudaError_t launch_forward_kernel(const ForwardParams& p, int ctas, cudaStream_t stream);  // instantiations/*.cu
+cudaError_t launch_forward_kernel(const ForwardParams& p, int ctas,
+                                  cudaStream_t stream);  // instantiations/*.cu
 
 }  // namespace dllm::cuda::sm90
