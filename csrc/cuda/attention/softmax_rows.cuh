@@ -43,9 +43,10 @@ class SoftmaxRows {
 #pragma unroll
         for (int n = 0; n < kTiles; n++) {
 #pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; i++)
+          for (int i = 2 * half; i < 2 * half + 2; i++) {
             scores[m][n][i] = fast_exp2(fmaf(scores[m][n][i], factor_, -shift));
-          state.sum += scores[m][n][2 * half] + scores[m][n][2 * half + 1];  // pairs: a chain half as long
+            state.sum += scores[m][n][i];
+          }
         }
       }
     }

@@ -206,9 +206,13 @@ struct Forward {
         wait_products<1>(scores[0]);
         release_keys(tile);
         const bool moved = weigh(tile);
-        wait_products<0>(out[0]);
+        if (moved) {  // a wait in each branch: ptxas would move a common one to before the softmax
+          wait_products<0>(out[0]);
+          scale_rows(out, decay);
+        } else {
+          wait_products<0>(out[0]);
+        }
         release_values();
-        if (moved) scale_rows(out, decay);
         pack_columns<T>(weights, scores[0]);
       }
       shared.values[value_ring.stage].wait_full(value_ring.parity);

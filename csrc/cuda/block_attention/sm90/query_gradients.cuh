@@ -121,13 +121,8 @@ struct QueryGradients {
       shared.keys[ring.stage].wait_full(ring.parity);
       return shared.tiles[ring.stage];
     };
-    // dS from scores and dO·v.
-    const auto differentiate = [&](const KeyTile& tile) {
-      uint32_t visible[2] = {~0u, ~0u};
-      if (!tile.all_visible) {
-        visible[0] = row_spans[0].visible(seen_by, tile.begin, tile.end, pair);
-        visible[1] = row_spans[1].visible(seen_by, tile.begin, tile.end, pair);
-      }
+    // dS from scores and dO·v; then wait().
+    const auto differentiate = [&](const KeyTile& tile, const auto& wait) {
 #pragma unroll
       for (int n = 0; n < kKeys / 8; n++) {
 #pragma unroll
@@ -136,9 +131,16 @@ struct QueryGradients {
           score_grads[n][i] = weight * (score_grads[n][i] - terms[i / 2].y);
         }
       }
-      if (!tile.all_visible) keep_visible(score_grads, visible, 0.0f);
+      if (!tile.all_visible) {
+        keep_visible(score_grads,
+                     {row_spans[0].visible(seen_by, tile.begin, tile.end, pair),
+                      row_spans[1].visible(seen_by, tile.begin, tile.end, pair)},
+                     0.0f);
+        wait();
+      } else {  // a wait in each branch: ptxas would move a common one to before all this
+        wait();
+      }
     };
-
     const auto start_sums = [&](int stage) {
 #pragma unroll
       for (int step = 0; step < kKeys / kMatrixDepth; step++)
@@ -151,7 +153,7 @@ struct QueryGradients {
     begin_products(scores, score_grads);
     start_scores(scores, score_grads, group, ring.stage);
     wait_products<0>(scores, score_grads);
-    differentiate(tile);
+    differentiate(tile, [] {});
     pack_columns<T>(packed, score_grads);
     while (!tile.last) {
       const int stage = ring.stage;
@@ -161,8 +163,7 @@ struct QueryGradients {
       start_scores(scores, score_grads, group, ring.stage);
       start_sums(stage);
       wait_products<1>(scores, score_grads);
-      differentiate(tile);
-      wait_products<0>(grad_q);
+      differentiate(tile, [&] { wait_products<0>(grad_q); });
       shared.keys[stage].release();
       pack_columns<T>(packed, score_grads);
     }
