@@ -86,9 +86,17 @@ class BlockRows:
         cached: leading positions, whole blocks, that are in pages already. Prompt tokens that are not are
         computed and written by the steps themselves, Q at a time.
         """
-        asked = dict(given=given, stop=stop, canvas_end=canvas_end, steps=steps, cached=cached)
+        asked = dict(
+            given=integer("given", given, 0),
+            stop=integer("stop", stop, given),
+            canvas_end=integer("canvas_end", canvas_end, stop),
+            steps=integer("steps", steps, 0),
+            cached=integer("cached", cached, 0, canvas_end),
+        )
+        if cached % self.candidates.shape[1]:
+            raise ValueError(f"cached must be whole blocks of {self.candidates.shape[1]}, got {cached}")
         for name, value in asked.items():
-            getattr(self, name)[row] = integer(name, value, 0)
+            getattr(self, name)[row] = value
         for name in ("block_start", "q_lengths", "block_masks", "step", "block_step"):
             getattr(self, name)[row] = 0
 

@@ -20,7 +20,8 @@ def core(tmp_path_factory) -> ctypes.CDLL:
     source = Path(__file__).with_name("span_mask.cpp")
     compiler = os.environ.get("CXX", "c++")
     subprocess.run(
-        [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", source, "-o", library], check=True
+        [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", source, "-o", library],
+        check=True,
     )
     loaded = ctypes.CDLL(str(library))
     loaded.visible_bits.restype = ctypes.c_uint64
@@ -29,7 +30,7 @@ def core(tmp_path_factory) -> ctypes.CDLL:
 
 @st.composite
 def span_rows(draw):
-    """int32 [rows, R, 2], sorted and disjoint within a row; some ranges are empty. Half the time all rows agree."""
+    """int32 [rows, R, 2], sorted and disjoint within a row; some are empty. Half the time all rows agree."""
     rows, count = draw(st.integers(1, 6)), draw(st.integers(1, 3))
     cuts = st.lists(st.integers(0, KEYS), min_size=2 * count, max_size=2 * count).map(sorted)
     drawn = [draw(cuts)] * rows if draw(st.booleans()) else [draw(cuts) for _ in range(rows)]

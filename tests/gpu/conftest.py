@@ -6,6 +6,7 @@ the kernels of Hopper the mark `hopper`. Tests without the fixture need a GPU. D
 skipping, and leaves out the emulator.
 """
 
+import functools
 import os
 import zlib
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import placement
 import pytest
 import torch
+from wrapper_kernels import run_wrapper
 
 from dllm_kernels import _library
 
@@ -37,6 +39,11 @@ def _is_emulated(item: pytest.Item) -> bool:
     return any(str(parameters.get(fixture)).startswith("simt") for fixture in ("gpu", "wrapper"))
 
 
+def _skip_unless_hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernels of Hopper need compute capability 9.0")
+
+
 @pytest.fixture(params=["cuda"] if os.environ.get("DLLM_REQUIRE_GPU") else ["cuda", "simt"])
 def gpu(request):
     """`gpu(function, *arguments)` is function(*arguments) by the CUDA kernels, for arguments and results on
@@ -44,8 +51,20 @@ def gpu(request):
     tensors there."""
     hopper = request.node.get_closest_marker("hopper")
     if request.param == "cuda":
-        if hopper and torch.cuda.get_device_capability() != (9, 0):
-            pytest.skip("the kernels of Hopper need compute capability 9.0")
+        if hopper:
+            _skip_unless_hopper()
         return placement.OnCuda()
     name = zlib.crc32(request.node.nodeid.encode())
     return placement.OnEmulator(order=name if name % 4 > 1 else name % 4, capability=9 if hopper else 8)
+
+
+@pytest.fixture(params=["cuda"] if os.environ.get("DLLM_REQUIRE_GPU") else ["cuda", "simt", "simt backward"])
+def wrapper(request):
+    """`wrapper(name, values, shape, dtype)`: results of a kernel that calls one of our wrappers of PTX."""
+    backend, _, order = request.param.partition(" ")
+    hopper = request.node.get_closest_marker("hopper")
+    if hopper and backend == "cuda":
+        _skip_unless_hopper()
+    return functools.partial(
+        run_wrapper, backend, order=int(order == "backward"), family="_sm90" if hopper else ""
+    )

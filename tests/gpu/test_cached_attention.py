@@ -173,6 +173,17 @@ def test_a_row_has_the_same_bits_in_any_company(gpu, dtype):
     )
 
 
+def test_splits_follow_a_row_s_own_length(gpu):
+    """The whole batch, or all queries instead of the live ones, would leave room for fewer splits."""
+    *tensors, cache_k, cache_v, table = random_call(4, 32, 1, 97, pages=20)
+    spans = spans_of(*[[[[0, 640]]]] * 4)
+    lengths = torch.tensor([0, 5, 0, 0], dtype=torch.int32)
+    together = gpu(cached_block_attention, *tensors, cache_k, cache_v, table, spans, q_lengths=lengths)
+    short = [t[1:2, :, :5] for t in tensors]
+    alone = gpu(cached_block_attention, *short, cache_k, cache_v, table[1:2], spans[1:2])
+    assert torch.equal(together[1:2, :, :5], alone)
+
+
 def test_pages_spans_and_lengths_out_of_range_are_cut(gpu):
     call = random_call(batch=2, length=4, pages=3)
     q, k, v, *cache, table = call

@@ -49,7 +49,7 @@ def test_any_strides_and_alignment(gpu, dtype):
     assert_right(gpu, [torch.randn(7, 4, 3, 17).to(dtype)[..., 1:], cache_v, k, v, table, positions])
 
 
-@pytest.mark.parametrize("tokens", [3, 300])
+@pytest.mark.parametrize("tokens", [2, 3, 4, 5, 300])
 def test_the_later_token_stays(gpu, tokens):
     cache_k, cache_v, k, v, table, _ = random_call(tokens=tokens)
     positions = torch.full((2, tokens), 6, dtype=torch.int32)

@@ -94,12 +94,6 @@ def test_linear_token_stats_agrees_with_the_cpu(gpu, temperature):
     torch.testing.assert_close(got.prob, expected.prob, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name, value", [("top_p", 0.9), ("top_k", 5), ("previous", torch.zeros(2, 5))])
-def test_what_only_the_cpu_does_is_refused(gpu, name, value):
-    with pytest.raises(ValueError, match=f"token_stats: {name} is not available on CUDA yet; leave it None"):
-        gpu(dk.token_stats, torch.zeros(2, 5), **{name: value})
-
-
 RULES = [
     dk.Rule.quota(),
     dk.Rule.quota(confidence="margin"),

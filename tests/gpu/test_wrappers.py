@@ -1,64 +1,12 @@
 """Wrappers of PTX and intrinsics do what their documentation says: on a GPU, for which nvcc compiles the
 kernels of tests/simt/wrappers.cu, and on the emulator, which every other emulated test relies on."""
 
-import ctypes
-import functools
-import math
-import os
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import pytest
-import simt
 import torch
+from wrapper_kernels import run_wrapper
 
-from dllm_kernels import _library
-
-ROOT = Path(__file__).resolve().parents[2]
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@functools.cache
-def compiled_for_the_gpu() -> ctypes.CDLL:
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    if not Path(nvcc).exists():
-        pytest.skip("nvcc, which compiles tests/simt/wrappers.cu for the GPU, was not found")
-    library = Path(tempfile.mkdtemp()) / "wrappers.so"
-    capability = "".join(map(str, torch.cuda.get_device_capability()))
-    command = f"{nvcc} -std=c++20 --expt-relaxed-constexpr -arch=sm_{capability} -shared -Xcompiler=-fPIC"
-    files = ["-I", ROOT / "csrc", "-o", library, ROOT / "tests/simt/wrappers.cu"]
-    subprocess.run([*command.split(), *map(str, files)], check=True)
-    return ctypes.CDLL(str(library))
-
-
-def run_wrapper(backend: str, name: str, values: np.ndarray, shape, dtype, order: int = 0) -> np.ndarray:
-    """What kernel `name` writes for `values`; results that it does not write are −1 or NaN."""
-    library = compiled_for_the_gpu() if backend == "cuda" else simt.library()
-    library.run_wrapper.restype = ctypes.c_char_p
-    device = "cuda" if backend == "cuda" else "cpu"
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    results = torch.full((size,), 0xFF, dtype=torch.uint8, device=device)
-    arguments = torch.from_numpy(np.ascontiguousarray(values).view(np.uint8).reshape(-1)).to(device)
-    if backend == "simt":
-        library.simt_set_order(order)
-    else:
-        torch.cuda.synchronize()
-    pointers = ctypes.c_void_p(arguments.data_ptr()), ctypes.c_void_p(results.data_ptr())
-    problem = library.run_wrapper(name.encode(), *pointers).decode()
-    assert problem == ""
-    return results.cpu().numpy().view(dtype).reshape(shape)
-
-
-@pytest.fixture(params=["cuda"] if os.environ.get("DLLM_REQUIRE_GPU") else ["cuda", "simt", "simt backward"])
-def wrapper(request):
-    backend, _, order = request.param.partition(" ")
-    reason = _library.cuda_unavailable()
-    if backend == "cuda" and reason:
-        pytest.skip(reason)
-    return functools.partial(run_wrapper, backend, order=int(order == "backward"))
 
 
 def random(*shape, seed=0) -> np.random.Generator:

@@ -68,6 +68,19 @@ __global__ void narrow_neighbours(float* out) {  // right: bytes of one word bel
   if (threadIdx.x % 4 == 0) out[threadIdx.x] = reinterpret_cast<unsigned*>(x)[threadIdx.x / 4];
 }
 
+struct Padded {
+  double x;
+  int y;
+};
+__global__ void padding(float* out) {  // right: a structure is copied with bytes that nobody wrote
+  __shared__ Padded all[kThreads];
+  all[threadIdx.x].x = 1;
+  all[threadIdx.x].y = 2;
+  __syncthreads();
+  const Padded other = all[kThreads - 1 - threadIdx.x];
+  *reinterpret_cast<Padded*>(out + threadIdx.x / 16 * 4) = other;
+}
+
 // ---- asynchronous copies
 __global__ void missing_wait(float* out) {
   float* x = dynamic_shared<float>();
@@ -187,6 +200,7 @@ extern "C" __attribute__((visibility("default"))) const char* diagnose(const cha
       KERNEL(barrier_of_the_wrong_warps),
       KERNEL(atomics_and_a_plain_read),
       KERNEL(narrow_neighbours),
+      KERNEL(padding),
       KERNEL(missing_wait),
       KERNEL(wait_for_the_wrong_group),
       KERNEL(missing_barrier_after_wait),

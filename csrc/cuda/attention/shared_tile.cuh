@@ -19,38 +19,41 @@ struct SharedTile {
   __device__ T* chunk(int row, int c) const { return data + row * kDim + (c ^ (row & 7)) * 8; }
 
   // Starts copying kRows rows: row(i) finds the first of the `dim` values of row i, aligned to 16 bytes, or
-  // is null for a row of zeros. All threads call it; eight share a row, a line of 128 bytes at a time.
-  template <int kThreads, int kRows, class Row>
+  // is null for a row of zeros. All threads call it, kRowThreads share a row: fewer ask for fewer rows.
+  template <int kThreads, int kRows, int kRowThreads = kChunks < 16 ? 8 : 16, class Row>
   __device__ void copy_rows(int dim, Row row) const {
-    static_assert(kRows * 8 % kThreads == 0);
+    static_assert(kRows * kRowThreads % kThreads == 0 && kChunks % kRowThreads == 0);
+    const int first = threadIdx.x % kRowThreads;
 #pragma unroll
-    for (int i = 0; i < kRows; i += kThreads / 8) {
-      const int r = i + threadIdx.x / 8;
+    for (int i = 0; i < kRows; i += kThreads / kRowThreads) {
+      const int r = i + threadIdx.x / kRowThreads;
       const T* from = row(r);
 #pragma unroll
-      for (int c = threadIdx.x % 8; c < kChunks; c += 8)
+      for (int n = 0; n < kChunks; n += kRowThreads) {
+        const int c = first + n;
         copy_async(chunk(r, c), from + c * 8, from != nullptr && c * 8 < dim);
+      }
     }
   }
 
   // A: rows [row, row + 16), columns [16k, 16k + 16).
   __device__ void load_a(uint32_t (&a)[4], int row, int k) const {
     const int lane = threadIdx.x % 32;
-    load_matrices(a, chunk(row + lane % 16, 2 * k + lane / 16));
+    load_matrices(a, lane_chunk(row, lane % 16, 2 * k, lane / 16));
   }
 
   // B of a product with the transposed tile: rows [row, row + 16) are its columns, the first eight in b[0]
   // and b[1], columns [16k, 16k + 16) its rows.
   __device__ void load_transposed_b(uint32_t (&b)[4], int row, int k) const {
     const int lane = threadIdx.x % 32;
-    load_matrices(b, chunk(row + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+    load_matrices(b, lane_chunk(row, lane / 16 * 8 + lane % 8, 2 * k, lane / 8 % 2));
   }
 
   // B of a product with the tile: its rows [row, row + 16), its columns [16n, 16n + 16), the first eight in
   // b[0] and b[1].
   __device__ void load_b(uint32_t (&b)[4], int row, int n) const {
     const int lane = threadIdx.x % 32;
-    load_matrices_transposed(b, chunk(row + lane % 16, 2 * n + lane / 16));
+    load_matrices_transposed(b, lane_chunk(row, lane % 16, 2 * n, lane / 16));
   }
 
   // Columns from `column` on of rows [row, row + 16·kRowTiles) become `sums`, rounded to T, of the warp that
@@ -81,6 +84,13 @@ struct SharedTile {
         *reinterpret_cast<uint4*>(to(row) + c * 8) = *reinterpret_cast<const uint4*>(chunk(row, c));
     }
   }
+
+ private:
+  // chunk(row + lane_row, even + odd) for a row of a multiple of 8, an even chunk and the one beside it, with
+  // what differs between lanes apart: it is computed once for a whole tile.
+  __device__ T* lane_chunk(int row, int lane_row, int even, int odd) const {
+    return data + row * kDim + ((lane_row * kDim + (odd ^ (lane_row & 7)) * 8) ^ (even * 8));
+  }
 };
 
 // A warp holds sums of products of 16·kRowTiles rows with 8·kTiles columns as float[kRowTiles][kTiles][4]. As
@@ -110,7 +120,7 @@ __device__ void add_products_transposed(float (&sums)[kRowTiles][kTiles][4], Loa
 }
 
 // The same where a is rows [row, row + 16·kRowTiles) of a tile.
-template <int kUnroll = 16, class T, int kDim, int kRowTiles, int kTiles>
+template <int kUnroll = 4, class T, int kDim, int kRowTiles, int kTiles>
 __device__ void add_products_transposed(float (&sums)[kRowTiles][kTiles][4], const SharedTile<T, kDim>& a,
                                         int row, const SharedTile<T, kDim>& b) {
   const auto load_a = [&](uint32_t (&left)[kRowTiles][4], int k) {

@@ -54,6 +54,18 @@ __device__ inline void tile_bounds(const SequenceSpans& spans, int first, int co
   }
 }
 
+// Does holds(i) for any i < kCount? The same in all lanes of a warp.
+template <int kCount, class Holds>
+__device__ bool any_of(Holds holds) {
+  bool held = false;
+#pragma unroll
+  for (int i = 0; i < kCount; i += 32) {
+    const int mine = i + threadIdx.x % 32;
+    held |= mine < kCount && holds(mine);
+  }
+  return __any_sync(~0u, held);
+}
+
 // Of every query of a tile, a bit per key of a range.
 template <int kQueries, int kThreads, class Bits = uint64_t>
 struct VisibleKeys {

@@ -71,17 +71,20 @@ __global__ void __launch_bounds__(ForwardTiles<kDim>::kThreads, 2)
     float scores[kRowTiles][kKeys / 8][4] = {};
     add_products_transposed(scores, queries, row, keys);
 
-    const KeyRange next = walk.next();
+    range = walk.next();
     wait_copies<0>();
     __syncthreads();  // the values are there, the keys were used
-    copy_keys(next);
+    copy_keys(range);
 
     if (p.scale < 0.0f) negate(scores);
-    if (!all_visible) hide_invisible(scores, visible.of_query + row);
+    if (!all_visible) {
+      // Rows of other warps may be the only ones that see any of these keys.
+      if (!any_of<16 * kRowTiles>([&](int i) { return visible.of_query[row + i] != 0; })) continue;
+      hide_invisible(scores, visible.of_query + row);
+    }
     float decay[kRowTiles][2];
     if (softmax.update(scores, decay)) scale_rows(out, decay);
     add_products(out, scores, values);
-    range = next;
   }
 
   // ---- epilogue

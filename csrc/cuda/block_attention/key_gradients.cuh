@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(KeyGradientTiles<kDim>::kThreads, 2)
       for (int j = 0; j < 4; j++) left[0][j] = key_rows[i][j];
     };
     add_products_transposed<kDim / 16>(weights, key_row, queries(stage));
-    add_products_transposed<4>(score_grads, values, row, grads(stage));
+    add_products_transposed<kDim / 16>(score_grads, values, row, grads(stage));
     const auto term = [&](int, int query) { return terms[stage][query]; };
     if (range.full)
       score_gradients(weights, score_grads, f.scale * 1.44269504f, term, [](int, int) { return true; });

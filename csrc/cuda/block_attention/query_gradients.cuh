@@ -86,10 +86,13 @@ __global__ void __launch_bounds__(QueryGradientTiles<kDim>::kThreads, 2)
     __syncthreads();  // these keys are there, those before them were used
     next = walk.next();
     copy_keys(next, stage ^ 1);
+    // Rows of other warps may be the only ones that see any of these keys.
+    const auto sees_key = [&](int i) { return visible[stage].of_query[row + i] != 0; };
+    if (!all_visible(range) && !any_of<16 * kRowTiles>(sees_key)) continue;
 
     float weights[kRowTiles][kKeys / 8][4] = {}, score_grads[kRowTiles][kKeys / 8][4] = {};
-    add_products_transposed<4>(weights, queries, row, keys(stage));
-    add_products_transposed<4>(score_grads, grads, row, values(stage));
+    add_products_transposed<kDim / 16>(weights, queries, row, keys(stage));
+    add_products_transposed<kDim / 16>(score_grads, grads, row, values(stage));
     const auto term = [&](int query, int) { return terms[row + query]; };
     if (all_visible(range))
       score_gradients(weights, score_grads, f.scale * 1.44269504f, term, [](int, int) { return true; });

@@ -10,6 +10,30 @@
 
 namespace dllm::cuda {
 
+// Rows [row, end) of this warp, of which the CTA's first has its place at `partial`.
+template <int kRowTiles, int kTiles>
+__device__ void store_partial(const SplitParams& p, int64_t partial, int row, int end,
+                              const SoftmaxRows<kRowTiles>& softmax,
+                              const float (&out)[kRowTiles][kTiles][4]) {
+  const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; m++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int i = row + 16 * m + group + 8 * half;
+      if (i >= end) continue;
+      const SoftmaxState& state = softmax.state(m, half);
+      if (pair == 0) p.states[partial + i] = {state.max, state.sum};
+      float* sums = p.sums + (partial + i) * p.attention.head_dim + 2 * pair;
+#pragma unroll
+      for (int n = 0; n < kTiles; n++) {
+        if (n * 8 < p.attention.head_dim)
+          *reinterpret_cast<float2*>(sums + n * 8) = {out[m][n][2 * half], out[m][n][2 * half + 1]};
+      }
+    }
+  }
+}
+
 template <class T, int kDim, bool kManyRows>
 __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, CachedTiles<kDim, kManyRows>::kCtas)
     cached_tiles_kernel(const __grid_constant__ SplitParams split_params) {
@@ -34,13 +58,13 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
   const int64_t batch = blockIdx.x / row_tiles / p.kv_heads / split_params.max_splits;
   const GroupRows rows(p, batch, kv_head);
   const int present = min(p.q_len * group - first, kRows);
-  queries.template copy_rows<kThreads, kRows>(p.head_dim, [&](int i) {
-    return i < present ? rows.template at<T>(p.q, p.q_layout, first + i) : nullptr;
-  });
   if (threadIdx.x < 32) {
     const SequenceKeys mine = sequence_keys(p, batch, bounds[0]);
     if (threadIdx.x == 0) keys = mine;
   }
+  queries.template copy_rows<kThreads, kRows>(p.head_dim, [&](int i) {
+    return i < present ? rows.template at<T>(p.q, p.q_layout, first + i) : nullptr;
+  });
   __syncthreads();
   const int live = max(min(keys.live * group - first, kRows), 0);
   if (split >= keys.splits || (live == 0 && split > 0)) return;
@@ -74,8 +98,8 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
         auto [key, value] = key_rows.rows(tile);
         if (!(seen >> threadIdx.x % 32 & 1)) key = value = nullptr;
         const SharedTile<T, kDim> k{stage_of(t)}, v{stage_of(t) + kCachedKeys * kDim};
-        k.template copy_rows<kThreads, kCachedKeys>(p.head_dim, [&](int i) { return shuffled(key, i); });
-        v.template copy_rows<kThreads, kCachedKeys>(p.head_dim, [&](int i) { return shuffled(value, i); });
+        k.template copy_rows<kThreads, kCachedKeys, 8>(p.head_dim, [&](int i) { return shuffled(key, i); });
+        v.template copy_rows<kThreads, kCachedKeys, 8>(p.head_dim, [&](int i) { return shuffled(value, i); });
       }
       if (t + 1 < end) key_rows.look_up(keys.tile(t + 1));
     }
@@ -130,34 +154,25 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
     add_products(out, scores, v);
   }
 
-  // ---- epilogue: the result, or this split's part of it
+  // ---- epilogue: this split's part of the result, or all of it
   softmax.finish();
-  const int lane = threadIdx.x % 32, live_end = min(row + Tiles::kWarpRows, live);
-  const int64_t partial = partial_index(split_params, batch, split, kv_head, keys.live * group) + first;
-  float inverse[kRowTiles][2];
+  const int live_end = min(row + Tiles::kWarpRows, live);
+  const auto result = [&](int i) { return rows.template at<T>(p.out, p.out_layout, first + i); };
+  if (keys.splits > 1) {
+    const int64_t partial = partial_index(split_params, batch, split, kv_head, keys.live * group) + first;
+    store_partial(split_params, partial, row, live_end, softmax, out);
+  } else {
+    float inverse[kRowTiles][2];
 #pragma unroll
-  for (int m = 0; m < kRowTiles; m++) {
+    for (int m = 0; m < kRowTiles; m++) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const SoftmaxState& state = softmax.state(m, half);
-      inverse[m][half] = state.inverse_sum();
-      const int i = row + 16 * m + lane / 4 + 8 * half;
-      if (i >= live_end) continue;
-      if (keys.splits == 1) {
-        if (lane % 4 == 0) p.lse[rows.lse_index(p, first + i)] = state.log_sum_exp();
-        continue;
-      }
-      if (lane % 4 == 0) split_params.states[partial + i] = {state.max, state.sum};
-      float* sums = split_params.sums + (partial + i) * p.head_dim + lane % 4 * 2;
-#pragma unroll
-      for (int n = 0; n < kDim / 8; n++) {
-        if (n * 8 < p.head_dim)
-          *reinterpret_cast<float2*>(sums + n * 8) = {out[m][n][2 * half], out[m][n][2 * half + 1]};
+      for (int half = 0; half < 2; half++) {
+        inverse[m][half] = softmax.state(m, half).inverse_sum();
+        const int i = row + 16 * m + threadIdx.x % 32 / 4 + 8 * half;
+        if (threadIdx.x % 4 == 0 && i < live_end)
+          p.lse[rows.lse_index(p, first + i)] = softmax.state(m, half).log_sum_exp();
       }
     }
-  }
-  const auto result = [&](int i) { return rows.template at<T>(p.out, p.out_layout, first + i); };
-  if (keys.splits == 1) {
     scale_rows(out, inverse);
     wait_copies<0>();
     __syncthreads();  // no copy is under way, and no tile is used

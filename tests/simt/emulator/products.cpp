@@ -1,5 +1,5 @@
-// wgmma: products of a warpgroup, each warp's 16 rows by themselves. They read shared memory when they are waited
-// for; until then their sums are NaN.
+// wgmma: products of a warpgroup, each warp's 16 rows by themselves. They read shared memory when they are
+// waited for; until then their sums are NaN.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -37,9 +37,10 @@ WarpProducts warps[kMaxWarps];
 bool may_begin[kMaxThreads];  // begin_products since the last wait
 
 // ---- operands in shared memory
-// Byte address of the 16-byte piece that holds elements (i, k) to (i, k + 7), or (i + 7, k) where i runs along
-// the rows of memory. Layouts in units of 16 bytes, as PTX documents them: pieces of 8 rows of 16 << swizzle
-// bytes, the leading offset from one to the next along the row, the stride offset along the other index.
+// Byte address of the 16-byte piece that holds elements (i, k) to (i, k + 7), or (i + 7, k) where i runs
+// along the rows of memory. Layouts in units of 16 bytes, as PTX documents them: pieces of 8 rows of 16 <<
+// swizzle bytes, the leading offset from one to the next along the row, the stride offset along the other
+// index.
 size_t piece_address(const Operand& operand, int i, int k) {
   const uint64_t descriptor = operand.descriptor;
   const size_t start = (descriptor & 0x3FFF) << 4, leading = (descriptor >> 16 & 0x3FFF) << 4,
@@ -67,9 +68,8 @@ void for_pieces(const Operand& operand, int first, int count, Visit visit) {
 
 void check_operand(const Operand& operand, int first, int count, const std::string& where) {
   if (operand.descriptor >> 49 & 7) fail_at("multiply: base offsets of descriptors are not emulated", where);
-  for_pieces(operand, first, count, [&](int, int, size_t at) {
-    check_asynchronous_read(shared_pointer(at), 16, where.c_str());
-  });
+  for_pieces(operand, first, count,
+             [&](int, int, size_t at) { check_asynchronous_read(shared_pointer(at), 16, where.c_str()); });
 }
 
 float widen(uint16_t bits, bool bfloat16) {
@@ -140,10 +140,12 @@ void begin(void* const* exchanges, unsigned) {
   product.group = warp.open_group;
   for (int lane = 0; lane < kLanes; lane++) {
     const Request& mine = *static_cast<Request*>(exchanges[lane]);
-    if (mine.b.descriptor != first.b.descriptor || mine.a.descriptor != first.a.descriptor || mine.add != first.add)
+    if (mine.b.descriptor != first.b.descriptor || mine.a.descriptor != first.a.descriptor ||
+        mine.add != first.add)
       fail_at("multiply: lanes of a warp name different operands", *mine.where);
     product.d[lane] = mine.d;
-    if (mine.a.registers) memcpy(product.a_registers[lane], mine.a.registers, sizeof product.a_registers[lane]);
+    if (mine.a.registers)
+      memcpy(product.a_registers[lane], mine.a.registers, sizeof product.a_registers[lane]);
   }
   const int floats = 4 * product.tiles, first_row = current_warp() % 4 * kWarpRows;
   if (!product.a.registers) check_operand(product.a, first_row, kWarpRows, *first.where);
@@ -191,7 +193,8 @@ void begin_products() { may_begin[cta.current] = true; }
 
 void multiply(float* d, int tiles, bool bfloat16, Operand a, Operand b, bool add, Site site) {
   const std::string where = site_text(site);
-  if (!may_begin[cta.current]) fail_at("multiply: begin_products() is missing since the last wait_products", where);
+  if (!may_begin[cta.current])
+    fail_at("multiply: begin_products() is missing since the last wait_products", where);
   if (cta.threads < (cta.current / 128 + 1) * 128) fail_at("multiply: this warpgroup lacks warps", where);
   Request request{d, a, b, tiles, bfloat16, add, &where};
   rendezvous("multiply", ~0u, &request, begin, false, site);
@@ -199,8 +202,8 @@ void multiply(float* d, int tiles, bool bfloat16, Operand a, Operand b, bool add
 
 void commit_products(Site site) {
   rendezvous(
-      "commit_products", ~0u, nullptr, [](void* const*, unsigned) { warps[current_warp()].open_group++; }, false,
-      site);
+      "commit_products", ~0u, nullptr, [](void* const*, unsigned) { warps[current_warp()].open_group++; },
+      false, site);
 }
 
 void wait_products(int pending, Site site) {

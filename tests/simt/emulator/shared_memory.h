@@ -17,6 +17,14 @@ constexpr size_t kMaxSharedBytes = 227 * 1024;
 void reserve_shared_memory(size_t dynamic_bytes, int threads);
 void poison_shared_memory();  // a CTA begins
 
+// A tick of a thread's clock.
+struct Stamp {
+  uint32_t epoch, thread : 11, clock : 21;
+  bool operator==(const Stamp&) const = default;
+};
+Stamp this_moment();          // of the running thread
+bool has_seen(Stamp moment);  // does a barrier lie between it and the running thread?
+
 void begin_epoch();
 // Clocks of all threads and, behind them, of the engine that makes bulk copies.
 std::vector<uint32_t> no_clocks();

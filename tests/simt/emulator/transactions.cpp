@@ -1,5 +1,5 @@
-// Transaction barriers (mbarrier) and the bulk tensor copies (TMA) that complete on them. A copy lands as late as
-// it can: when no thread can run.
+// Transaction barriers (mbarrier) and the bulk tensor copies (TMA) that complete on them. A copy lands as
+// late as it can: when no thread can run.
 #include <cuda_runtime_api.h>
 
 #include <cstring>
@@ -19,7 +19,7 @@ struct TransactionBarrier {
   int arrivals, to_come;
   int64_t bytes_to_come = 0;
   uint64_t phase = 0;
-  int initialiser;
+  Stamp initialised;
   bool published = false;
   std::vector<uint32_t> clocks, released;  // of those who arrived in this phase; of the phases that are over
   std::vector<int> waiting;
@@ -33,6 +33,8 @@ TransactionBarrier& find_barrier(void* address, const char* what, Site site) {
   check_access(Access::atomic, address, 8, nullptr, where.c_str());
   const auto found = barriers.find(at);
   if (found == barriers.end()) fail_at(std::string(what) + ": init_barrier was not called", where);
+  if (!has_seen(found->second.initialised))
+    fail_at(std::string(what) + " races with init_barrier: no barrier lies between them", where);
   return found->second;
 }
 
@@ -104,18 +106,20 @@ void land(const BoxCopy& copy) {
 void init_transaction_barrier(void* address, int arrivals, Site site) {
   const std::string where = site_text(site);
   const size_t at = shared_offset(address);
-  if (at == ~size_t{0} || at % 8) fail_at("init_barrier: a barrier is 8 aligned bytes of shared memory", where);
+  if (at == ~size_t{0} || at % 8)
+    fail_at("init_barrier: a barrier is 8 aligned bytes of shared memory", where);
   if (arrivals < 1) fail_at("init_barrier for " + std::to_string(arrivals) + " arrivals", where);
   check_access(Access::write, address, 8, nullptr, where.c_str());
   TransactionBarrier barrier;
   barrier.arrivals = barrier.to_come = arrivals;
-  barrier.initialiser = cta.current;
+  barrier.initialised = this_moment();
   barrier.clocks = barrier.released = no_clocks();
   barriers[at] = barrier;
 }
 
 void publish_transaction_barriers() {
-  for (auto& [at, barrier] : barriers) barrier.published |= barrier.initialiser == cta.current;
+  for (auto& [at, barrier] : barriers)
+    barrier.published |= static_cast<int>(barrier.initialised.thread) == cta.current;
 }
 
 void arrive_expecting(void* address, uint32_t bytes, Site site) {
@@ -142,7 +146,8 @@ void wait_for_phase(void* address, unsigned parity, Site site) {
 }
 
 // ---- copies
-void load_box(void* shared, const CUtensorMap& encoded, void* barrier, const int* coordinates, int rank, Site site) {
+void load_box(void* shared, const CUtensorMap& encoded, void* barrier, const int* coordinates, int rank,
+              Site site) {
   const std::string where = site_text(site);
   BoxCopy copy{};
   memcpy(&copy.map, &encoded, sizeof copy.map);
@@ -153,8 +158,8 @@ void load_box(void* shared, const CUtensorMap& encoded, void* barrier, const int
   copy.to = shared_offset(shared);
   const size_t alignment = copy.map.swizzle ? size_t{128} << copy.map.swizzle : 128;
   if (copy.to == ~size_t{0} || copy.to % alignment)
-    fail_at("load_box goes to multiples of " + std::to_string(alignment) + " bytes of shared memory, not to offset " +
-                std::to_string(copy.to),
+    fail_at("load_box goes to multiples of " + std::to_string(alignment) +
+                " bytes of shared memory, not to offset " + std::to_string(copy.to),
             where);
   TransactionBarrier& complete = find_barrier(barrier, "load_box", site);
   if (!complete.published) fail_at("load_box: publish_barriers() is missing after init_barrier", where);
@@ -169,7 +174,9 @@ void load_box(void* shared, const CUtensorMap& encoded, void* barrier, const int
 
 bool progress_asynchronous() {
   if (copies.empty()) return false;
-  size_t chosen = cta.order.seed == 0 ? 0 : cta.order.seed == 1 ? copies.size() - 1 : cta.order.random() % copies.size();
+  size_t chosen = cta.order.seed == 0   ? 0
+                  : cta.order.seed == 1 ? copies.size() - 1
+                                        : cta.order.random() % copies.size();
   const BoxCopy copy = copies[chosen];
   copies.erase(copies.begin() + chosen);
   const int running = cta.current;
@@ -184,16 +191,18 @@ bool progress_asynchronous() {
 }
 
 std::string unfinished_copies() {
-  return copies.empty() ? "" : "threads exit while " + std::to_string(copies.size()) + " bulk copies are under way";
+  return copies.empty()
+             ? ""
+             : "threads exit while " + std::to_string(copies.size()) + " bulk copies are under way";
 }
 
 std::string transaction_barriers_text() {
   std::string text;
   for (const auto& [at, barrier] : barriers)
     if (!barrier.waiting.empty())
-      text += " Phase " + std::to_string(barrier.phase) + " of the barrier at shared address " + std::to_string(at) +
-              " lacks " + std::to_string(barrier.to_come) + " arrivals and " + std::to_string(barrier.bytes_to_come) +
-              " bytes.";
+      text += " Phase " + std::to_string(barrier.phase) + " of the barrier at shared address " +
+              std::to_string(at) + " lacks " + std::to_string(barrier.to_come) + " arrivals and " +
+              std::to_string(barrier.bytes_to_come) + " bytes.";
   return text;
 }
 
@@ -205,11 +214,13 @@ void reset_transactions() {
 }  // namespace simt
 
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data,
-                                const cuuint64_t* sizes, const cuuint64_t* byte_strides, const cuuint32_t* box,
-                                const cuuint32_t* element_strides, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
-                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+                                const cuuint64_t* sizes, const cuuint64_t* byte_strides,
+                                const cuuint32_t* box, const cuuint32_t* element_strides,
+                                CUtensorMapInterleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                                CUtensorMapFloatOOBfill) {
   const unsigned element = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1
-                           : type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 || type == CU_TENSOR_MAP_DATA_TYPE_INT32 ||
+                           : type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ||
+                                   type == CU_TENSOR_MAP_DATA_TYPE_INT32 ||
                                    type == CU_TENSOR_MAP_DATA_TYPE_UINT32
                                ? 4
                                : 2;
@@ -220,7 +231,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
   encoded.strides[0] = element;
   for (cuuint32_t d = 0; d < rank; d++) {
     encoded.sizes[d] = sizes[d], encoded.box[d] = box[d];
-    if (sizes[d] == 0 || sizes[d] > uint64_t{1} << 32 || box[d] == 0 || box[d] > 256 || element_strides[d] != 1)
+    if (sizes[d] == 0 || sizes[d] > uint64_t{1} << 32 || box[d] == 0 || box[d] > 256 ||
+        element_strides[d] != 1)
       return CUDA_ERROR_INVALID_VALUE;
     if (d > 0) {
       encoded.strides[d] = byte_strides[d - 1];

@@ -1,4 +1,5 @@
-// What the shadow of cuda/sm90/ptx.cuh asks of the emulator: transaction barriers, bulk copies, warpgroup products.
+// What the shadow of cuda/sm90/ptx.cuh asks of the emulator: transaction barriers, bulk copies, warpgroup
+// products.
 #pragma once
 
 #include <cuda.h>
@@ -17,7 +18,8 @@ void wait_for_phase(void* barrier, unsigned parity, Site site);
 void fence_asynchronous_reads();
 
 // ---- bulk copies
-void load_box(void* shared, const CUtensorMap& map, void* barrier, const int* coordinates, int rank, Site site);
+void load_box(void* shared, const CUtensorMap& map, void* barrier, const int* coordinates, int rank,
+              Site site);
 
 // ---- products of a warpgroup
 struct Operand {

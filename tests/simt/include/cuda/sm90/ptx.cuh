@@ -39,12 +39,13 @@ inline void wait(TransactionBarrier& barrier, uint32_t parity, SIMT_SITE) {
 inline void fence_async_proxy() { simt::fence_asynchronous_reads(); }
 
 // ---- bulk tensor copies
-inline void load_box(void* shared, const TensorMap& map, TransactionBarrier& barrier, int x, int y, SIMT_SITE) {
+inline void load_box(void* shared, const TensorMap& map, TransactionBarrier& barrier, int x, int y,
+                     SIMT_SITE) {
   const int coordinates[] = {x, y};
   simt::load_box(shared, map, &barrier, coordinates, 2, site);
 }
-inline void load_box(void* shared, const TensorMap& map, TransactionBarrier& barrier, int x, int y, int z, int w,
-                     SIMT_SITE) {
+inline void load_box(void* shared, const TensorMap& map, TransactionBarrier& barrier, int x, int y, int z,
+                     int w, SIMT_SITE) {
   const int coordinates[] = {x, y, z, w};
   simt::load_box(shared, map, &barrier, coordinates, 4, site);
 }
