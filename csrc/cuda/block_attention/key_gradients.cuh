@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(KeyGradientTiles<kDim>::kThreads, 2)
   // ---- which keys
   const int tiles = (f.kv_len + kKeys - 1) / kKeys;
   const int column = blockIdx.x % kSlices * kSliceDim;
-  const int first = static_cast<int>(blockIdx.x / kSlices % tiles) * kKeys;  // longest first: where causal
+  const int first = static_cast<int>(blockIdx.x / kSlices % tiles) * kKeys;  // causal: longest first
   const int kv_head = blockIdx.x / kSlices / tiles % f.kv_heads;
   const int64_t batch = blockIdx.x / kSlices / tiles / f.kv_heads;
   const int live = min(f.kv_len - first, kKeys), group = f.q_heads / f.kv_heads;
