@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cuda(
   BlockAttentionBackwardParams p;
   tensors.fill(p);
 
-  cuda::BackwardWorkspace workspace = cuda::backward_workspace(p.forward);
+  cuda::BackwardWorkspace workspace = cuda::backward_workspace(p);
   const int64_t terms = cuda::workspace_terms(p.forward, workspace) * 2;
   const int64_t bounds = cuda::workspace_bounds(p.forward, workspace) * 4;
   const Tensor term_memory = torch::stable::new_empty(lse, {terms}, ScalarType::Float);

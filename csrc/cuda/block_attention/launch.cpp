@@ -57,12 +57,16 @@ cudaError_t launch_block_attention(const BlockAttentionParams& p, cudaStream_t s
   });
 }
 
-BackwardWorkspace backward_workspace(const BlockAttentionParams& p) {
+BackwardWorkspace backward_workspace(const BlockAttentionBackwardParams& backward) {
+  const BlockAttentionParams& p = backward.forward;
   BackwardWorkspace workspace{};
   workspace.padded_queries = (p.q_len + kQueryMultiple - 1) / kQueryMultiple * kQueryMultiple;
   workspace.tile_queries = with_padded_dim(p.head_dim, [&](auto dim) {
     return p.dtype == DType::float32 ? kPlainPartners<dim> : KeyGradientTiles<dim>::kQueries;
   });
+#ifdef DLLM_CUDA_HAS_SM90A
+  if (sm90::serves(backward, compute_capability())) workspace.tile_queries = sm90::kGradientQueries;
+#endif
   return workspace;
 }
 
@@ -76,6 +80,17 @@ int64_t workspace_bounds(const BlockAttentionParams& p, const BackwardWorkspace&
 
 cudaError_t launch_block_attention_backward(const BlockAttentionBackwardParams& p,
                                             const BackwardWorkspace& workspace, cudaStream_t stream) {
+#ifdef DLLM_CUDA_HAS_SM90A
+  if (sm90::serves(p, compute_capability())) {
+    const auto queries = [&] {
+      return p.forward.dtype == DType::bfloat16 ? launch_queries<__nv_bfloat16>(p, workspace, stream)
+                                                : launch_queries<__half>(p, workspace, stream);
+    };
+    return launch_all(
+        queries, [&] { return sm90::launch_key_gradients(p, workspace, stream); },
+        [&] { return sm90::launch_query_gradients(p, workspace, stream); });
+  }
+#endif
   return with_padded_dim(p.forward.head_dim, [&](auto dim) {
     switch (p.forward.dtype) {
       case DType::bfloat16: return launch_backward<__nv_bfloat16, dim>(p, workspace, stream);

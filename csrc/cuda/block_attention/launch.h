@@ -19,7 +19,7 @@ struct BackwardWorkspace {
 };
 
 // The sizes; `terms` and `bounds` are for the caller to fill in, with memory of these many elements.
-BackwardWorkspace backward_workspace(const BlockAttentionParams& p);
+BackwardWorkspace backward_workspace(const BlockAttentionBackwardParams& p);
 int64_t workspace_terms(const BlockAttentionParams& p, const BackwardWorkspace& workspace);
 int64_t workspace_bounds(const BlockAttentionParams& p, const BackwardWorkspace& workspace);
 

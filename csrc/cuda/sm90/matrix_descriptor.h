@@ -1,7 +1,7 @@
 // How Hopper's matrix units find an operand in shared memory. Operands are made of panels: 64 neighbouring
 // 16-bit elements of each of some rows, 128 bytes to a row, rows one after the other, the 16-byte pieces of a
-// row permuted by the row's number (the 128-byte swizzle), as TMA writes them. A panel begins at a multiple of
-// 1024 bytes. Wider rows are several panels, one behind the other.
+// row permuted by the row's number (the 128-byte swizzle), as TMA writes them. A panel begins at a multiple
+// of 1024 bytes. Wider rows are several panels, one behind the other.
 #pragma once
 
 #include <stdint.h>
@@ -34,12 +34,13 @@ constexpr DLLM_HOST_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t
          uint64_t{leading_bytes >> 4 & 0x3fff} << 16 | (address >> 4 & 0x3fff);
 }
 
-// Rows are result rows (or columns), the sum runs along them: eight of them lie kPanelAlignment apart from the
-// next eight. `panels`: the shared address of the operand's first row in its first panel.
+// Rows are result rows (or columns), the sum runs along them: eight of them lie kPanelAlignment apart from
+// the next eight. `panels`: the shared address of the operand's first row in its first panel.
 constexpr DLLM_HOST_DEVICE uint64_t k_major_descriptor(uint32_t panels) {
   return matrix_descriptor(panels, 16, kPanelAlignment);
 }
-// The same descriptor moved on by `step` products along the sum. Operands of one instruction lie in one panel.
+// The same descriptor moved on by `step` products along the sum. Operands of one instruction lie in one
+// panel.
 constexpr DLLM_HOST_DEVICE uint64_t k_major_step(uint64_t descriptor, int step, int panel_bytes) {
   constexpr int kSteps = kPanelColumns / kMatrixDepth;
   return descriptor + (step / kSteps * panel_bytes + step % kSteps * kMatrixDepth * 2) / 16;
@@ -54,15 +55,15 @@ constexpr DLLM_HOST_DEVICE uint64_t mn_major_step(uint64_t descriptor, int step)
 }
 
 // ---- what an instruction makes of it: also what a test can check
-// Byte address of element (i along the result, k along the sum) of the operand that `descriptor` names; k < 16.
+// Byte address of element (i along the result, k along the sum) of the operand that `descriptor` names; k
+// < 16.
 constexpr DLLM_HOST_DEVICE uint32_t element_address(uint64_t descriptor, Major major, int i, int k) {
   const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) * 16;
   const uint32_t leading = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) * 16;
   const uint32_t stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) * 16;
-  const uint32_t address =
-      major == Major::k ? start + i / 8 * stride + i % 8 * kPanelRowBytes + k * 2
-                        : start + i / kPanelColumns * leading + i % kPanelColumns * 2 + k / 8 * stride +
-                              k % 8 * kPanelRowBytes;
+  const uint32_t address = major == Major::k ? start + i / 8 * stride + i % 8 * kPanelRowBytes + k * 2
+                                             : start + i / kPanelColumns * leading + i % kPanelColumns * 2 +
+                                                   k / 8 * stride + k % 8 * kPanelRowBytes;
   return address ^ (address >> 3 & 0x70);  // the permutation follows the address bits, not the row's number
 }
 

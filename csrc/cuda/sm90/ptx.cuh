@@ -1,5 +1,6 @@
-// PTX of Hopper (sm_90a) that CUDA C++ has no name for: transaction barriers, bulk tensor copies (TMA), matrix
-// products of a warpgroup, the division of registers among warpgroups. Kernels contain no assembly of their own.
+// PTX of Hopper (sm_90a) that CUDA C++ has no name for: transaction barriers, bulk tensor copies (TMA),
+// matrix products of a warpgroup, the division of registers among warpgroups. Kernels contain no assembly of
+// their own.
 //
 // Fragments of a warpgroup's products, for warp w of its four and lane = 4·group + pair, as those of
 // mma_16x8x16 (cuda/ptx.cuh) with the warp's 16 rows at 16·w:
@@ -22,8 +23,8 @@
 
 namespace dllm::cuda {
 
-// The dynamic shared memory of the CTA from its first multiple of 1024 bytes on: up to kPanelAlignment bytes are
-// lost.
+// The dynamic shared memory of the CTA from its first multiple of 1024 bytes on: up to kPanelAlignment bytes
+// are lost.
 __device__ inline unsigned char* panel_shared() {
   unsigned char* base = dynamic_shared<unsigned char>();
   return base + (0u - shared_address(base)) % kPanelAlignment;
@@ -41,7 +42,8 @@ __device__ inline void init_barrier(TransactionBarrier& barrier, int arrivals) {
                : "memory");
 }
 
-// After init_barrier, by the thread that called it, before the __syncthreads that lets others use the barriers.
+// After init_barrier, by the thread that called it, before the __syncthreads that lets others use the
+// barriers.
 __device__ inline void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -80,9 +82,11 @@ __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.sha
 // One box of the tensor, its first element at these coordinates (innermost first), into shared memory at a
 // multiple of 1024 bytes, as a panel of matrix_descriptor.h; zeros where the box leaves the tensor. Called by
 // one thread. All of the box's bytes count towards what `barrier` expects. `map` is a kernel parameter.
-__device__ inline void load_box(void* shared, const TensorMap& map, TransactionBarrier& barrier, int x, int y) {
+__device__ inline void load_box(void* shared, const TensorMap& map, TransactionBarrier& barrier, int x,
+                                int y) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+      "%4}], "
       "[%2];" ::"r"(shared_address(shared)),
       "l"(&map), "r"(shared_address(&barrier)), "r"(x), "r"(y)
       : "memory");
@@ -142,8 +146,9 @@ __device__ void wait_products(Sums&... done) {
   (pin(done), ...);
 }
 
-// d = a · bᵀ, or d += a · bᵀ where `add`: float32 sums over 16 products of bfloat16 or float16. `a`, a descriptor:
-// [64][16]; `b`, a descriptor: [8·kTiles][16]; each stored as its Major says. kTiles is 1, 2, 4, 8 or 16.
+// d = a · bᵀ, or d += a · bᵀ where `add`: float32 sums over 16 products of bfloat16 or float16. `a`, a
+// descriptor: [64][16]; `b`, a descriptor: [8·kTiles][16]; each stored as its Major says. kTiles is 1, 2, 4,
+// 8 or 16.
 template <class T, Major a_major, Major b_major, int kTiles>
 __device__ void multiply(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool add);
 // The same with `a` in registers; kTiles is 8 or 16.
@@ -155,37 +160,49 @@ __device__ void multiply(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t
 #define DLLM_D2 DLLM_D1, DLLM_D(1)
 #define DLLM_D4 DLLM_D2, DLLM_D(2), DLLM_D(3)
 #define DLLM_D8 DLLM_D4, DLLM_D(4), DLLM_D(5), DLLM_D(6), DLLM_D(7)
-#define DLLM_D16 DLLM_D8, DLLM_D(8), DLLM_D(9), DLLM_D(10), DLLM_D(11), DLLM_D(12), DLLM_D(13), DLLM_D(14), DLLM_D(15)
+#define DLLM_D16 \
+  DLLM_D8, DLLM_D(8), DLLM_D(9), DLLM_D(10), DLLM_D(11), DLLM_D(12), DLLM_D(13), DLLM_D(14), DLLM_D(15)
 #define DLLM_R1 "%0,%1,%2,%3"
-#define DLLM_R2 DLLM_R1 "," "%4,%5,%6,%7"
-#define DLLM_R4 DLLM_R2 "," "%8,%9,%10,%11,%12,%13,%14,%15"
-#define DLLM_R8 DLLM_R4 "," "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define DLLM_R16 DLLM_R8 "," "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" "," "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define DLLM_R2 \
+  DLLM_R1       \
+      ","       \
+      "%4,%5,%6,%7"
+#define DLLM_R4 \
+  DLLM_R2       \
+      ","       \
+      "%8,%9,%10,%11,%12,%13,%14,%15"
+#define DLLM_R8 \
+  DLLM_R4       \
+      ","       \
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define DLLM_R16                                                        \
+  DLLM_R8                                                               \
+      ","                                                               \
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
+      ","                                                               \
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
 // TYPE: bf16 or f16. The operands behind the sums are numbered by hand: the list's length differs.
-#define DLLM_SHARED_PRODUCT(TILES, COLUMNS, TYPE, A, B, ADD, A_MAJOR, B_MAJOR)                                  \
-  asm volatile("{.reg .pred add; setp.ne.b32 add, " ADD ", 0; wgmma.mma_async.sync.aligned.m64n" COLUMNS         \
-               "k16.f32." TYPE "." TYPE " {" DLLM_R##TILES "}, " A ", " B ", add, 1, 1, " A_MAJOR ", " B_MAJOR   \
-               ";}"                                                                                            \
-               : DLLM_D##TILES                                                                                 \
-               : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(a_major == Major::mn), "n"(b_major == Major::mn))
-#define DLLM_REGISTER_PRODUCT(TILES, COLUMNS, TYPE, A0, A1, A2, A3, B, ADD, B_MAJOR)                            \
-  asm volatile("{.reg .pred add; setp.ne.b32 add, " ADD ", 0; wgmma.mma_async.sync.aligned.m64n" COLUMNS         \
-               "k16.f32." TYPE "." TYPE " {" DLLM_R##TILES "}, {" A0 "," A1 "," A2 "," A3 "}, " B               \
-               ", add, 1, 1, " B_MAJOR ";}"                                                                    \
-               : DLLM_D##TILES                                                                                 \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)),              \
+#define DLLM_SHARED_PRODUCT(TILES, COLUMNS, TYPE, A, B, ADD, A_MAJOR, B_MAJOR)                             \
+  asm volatile(                                                                                            \
+      "{.reg .pred add; setp.ne.b32 add, " ADD ", 0; wgmma.mma_async.sync.aligned.m64n" COLUMNS            \
+      "k16.f32." TYPE "." TYPE " {" DLLM_R##TILES "}, " A ", " B ", add, 1, 1, " A_MAJOR ", " B_MAJOR ";}" \
+      : DLLM_D##TILES                                                                                      \
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(a_major == Major::mn), "n"(b_major == Major::mn))
+#define DLLM_REGISTER_PRODUCT(TILES, COLUMNS, TYPE, A0, A1, A2, A3, B, ADD, B_MAJOR)                     \
+  asm volatile("{.reg .pred add; setp.ne.b32 add, " ADD ", 0; wgmma.mma_async.sync.aligned.m64n" COLUMNS \
+               "k16.f32." TYPE "." TYPE " {" DLLM_R##TILES "}, {" A0 "," A1 "," A2 "," A3 "}, " B        \
+                                                           ", add, 1, 1, " B_MAJOR ";}"                  \
+               : DLLM_D##TILES                                                                           \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)),         \
                  "n"(b_major == Major::mn))
-#define DLLM_SHARED_PRODUCTS(TILES, COLUMNS, ...)                        \
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)                        \
-    DLLM_SHARED_PRODUCT(TILES, COLUMNS, "bf16", __VA_ARGS__);            \
-  else                                                                   \
-    DLLM_SHARED_PRODUCT(TILES, COLUMNS, "f16", __VA_ARGS__)
-#define DLLM_REGISTER_PRODUCTS(TILES, COLUMNS, ...)                      \
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)                        \
-    DLLM_REGISTER_PRODUCT(TILES, COLUMNS, "bf16", __VA_ARGS__);          \
-  else                                                                   \
-    DLLM_REGISTER_PRODUCT(TILES, COLUMNS, "f16", __VA_ARGS__)
+#define DLLM_SHARED_PRODUCTS(TILES, COLUMNS, ...)                                                           \
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) DLLM_SHARED_PRODUCT(TILES, COLUMNS, "bf16", __VA_ARGS__); \
+  else DLLM_SHARED_PRODUCT(TILES, COLUMNS, "f16", __VA_ARGS__)
+#define DLLM_REGISTER_PRODUCTS(TILES, COLUMNS, ...)             \
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)               \
+    DLLM_REGISTER_PRODUCT(TILES, COLUMNS, "bf16", __VA_ARGS__); \
+  else DLLM_REGISTER_PRODUCT(TILES, COLUMNS, "f16", __VA_ARGS__)
 
 template <class T, Major a_major, Major b_major, int kTiles>
 __device__ void multiply(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool add) {

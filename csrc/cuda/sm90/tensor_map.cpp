@@ -25,8 +25,8 @@ cudaError_t encode_shape(TensorMap& map, DType dtype, const void* data, const Te
   uint32_t element_strides[kRank];
   for (uint32_t& stride : element_strides) stride = 1;
   const CUresult result = encode(
-      &map, dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kRank,
-      const_cast<void*>(data), shape.sizes, shape.byte_strides, shape.box, element_strides,
+      &map, dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+      kRank, const_cast<void*>(data), shape.sizes, shape.byte_strides, shape.box, element_strides,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);  // none: zeros
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;

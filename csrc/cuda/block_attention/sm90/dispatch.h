@@ -24,4 +24,9 @@ inline bool serves(const BlockAttentionParams& p, int capability) {
          is_mappable(p.v, p.v_layout, p.batch, p.kv_heads);
 }
 
+inline bool serves(const BlockAttentionBackwardParams& p, int capability) {
+  return serves(p.forward, capability) &&
+         is_mappable(p.grad_out, p.grad_out_layout, p.forward.batch, p.forward.q_heads);
+}
+
 }  // namespace dllm::cuda::sm90

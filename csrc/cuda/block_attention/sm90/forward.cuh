@@ -1,13 +1,15 @@
-// block_attention forward for Hopper: persistent CTAs take 128 queries of one head past the keys they see, 128
-// at a time. Of the first warpgroup one warp fetches queries and keys and one fetches values; the other two own 64
-// queries each and take turns: one multiplies while the other does its softmax. The product of the next scores
-// is under way while weights and values are multiplied.
+// block_attention forward for Hopper: persistent CTAs take 128 queries of one head past the keys they see,
+// 128 at a time. Of the first warpgroup one warp fetches queries and keys and one fetches values; the other
+// two own 64 queries each and take turns: one multiplies while the other does its softmax. The product of the
+// next scores is under way while weights and values are multiplied.
 #pragma once
 
 #include "cuda/attention/head_rows.cuh"
 #include "cuda/attention/softmax_rows.cuh"
 #include "cuda/attention/span_rows.cuh"
+#include "cuda/block_attention/sm90/key_tiles.cuh"
 #include "cuda/block_attention/sm90/launch.h"
+#include "cuda/block_attention/sm90/panel_rows.cuh"
 #include "cuda/block_attention/sm90/row_spans.cuh"
 #include "cuda/block_attention/sm90/store_rows.cuh"
 #include "cuda/block_attention/sm90/tile_ring.cuh"
@@ -16,19 +18,12 @@
 
 namespace dllm::cuda::sm90 {
 
-// The keys of one buffer: those of [begin, begin + kKeys) that belong to [begin, end). Queries that see nothing
-// get one such tile without keys.
-struct KeyTile {
-  int begin, end;
-  bool all_visible;  // all kKeys to all queries
-  bool last;         // of these queries
-};
-
 template <class T, int kDim>
 struct Forward {
   using Tiles = ForwardTiles<kDim>;
-  static constexpr int kKeys = Tiles::kKeys, kStages = Tiles::kStages, kPanels = Tiles::kPanels;
-  static constexpr int kKeyPanel = panel_bytes(kKeys), kQueryPanel = panel_bytes(Tiles::kQueries);
+  static constexpr int kKeys = Tiles::kKeys, kStages = Tiles::kStages;
+  using QueryRows = PanelRows<kDim, Tiles::kQueries>;
+  using KeyRows = PanelRows<kDim, kKeys>;
 
   struct Shared {
     BufferBarriers queries, keys[kStages], values[kStages];
@@ -40,7 +35,11 @@ struct Forward {
 
   const ForwardParams& p;
   Shared& shared;
-  unsigned char *queries, *keys, *values;  // panels
+  QueryRows queries;
+  unsigned char* buffers;  // keys, then values
+
+  __device__ KeyRows keys(int stage) const { return {buffers + stage * KeyRows::kBytes}; }
+  __device__ KeyRows values(int stage) const { return keys(kStages + stage); }
 
   // ---- what all roles walk through
   struct Queries {
@@ -60,22 +59,6 @@ struct Forward {
       visit(queries_of(index));
     }
   }
-  // visit(tile) for the tiles of keys that these queries see, by all lanes of a warp.
-  template <class Visit>
-  __device__ void for_key_tiles(const Queries& q, const SequenceSpans& spans, SpanBounds* bounds,
-                                const Visit& visit) const {
-    __syncwarp();
-    tile_bounds(spans, q.first, q.live, bounds);
-    __syncwarp();
-    KeyWalk walk(bounds, spans.bounds_count(), kKeys);
-    KeyRange range;
-    for (bool begun = false, last = false; !last; begun = true) {
-      const KeyRange next = walk.next();
-      last = begun && next.begin >= next.end;
-      if (begun) visit(KeyTile{range.begin, range.end, range.full && range.end - range.begin == kKeys, last});
-      range = next;
-    }
-  }
   __device__ SequenceSpans spans_of(const Queries& q) const {
     return SequenceSpans(p.attention.spans, q.batch, p.attention.kv_len);
   }
@@ -88,49 +71,48 @@ struct Forward {
     for_queries([&](const Queries& q) {
       shared.queries.wait_empty(query_ring.parity);
       if (leads) {
-        arrive_expecting(shared.queries.full, Tiles::kQueryBytes);
-        for (int panel = 0; panel < kPanels; panel++)
-          load_box(queries + panel * kQueryPanel, p.q, shared.queries.full, panel * kPanelColumns, q.first, q.head,
-                   q.batch);
+        arrive_expecting(shared.queries.full, QueryRows::kBytes);
+        queries.load(p.q, shared.queries.full, q.batch, q.head, q.first);
       }
       query_ring.advance();
-      for_key_tiles(q, spans_of(q), shared.bounds[0], [&](const KeyTile& tile) {
+      for_key_tiles<kKeys>(spans_of(q), q.first, q.live, shared.bounds[0], [&](const KeyTile& tile) {
         BufferBarriers& buffer = shared.keys[ring.stage];
         buffer.wait_empty(ring.parity);
         if (leads) {
           shared.tiles[ring.stage] = tile;
-          arrive_expecting(buffer.full, Tiles::kKeyBytes);
-          load_tile(keys + ring.stage * Tiles::kKeyBytes, p.k, buffer.full, q, tile);
+          arrive_expecting(buffer.full, KeyRows::kBytes);
+          keys(ring.stage).load(p.k, buffer.full, q.batch, q.kv_head, tile.begin);
         }
         ring.advance();
       });
     });
   }
 
-  // ---- the warp that fetches values. Those that none of the queries sees are cleared: their weights are 0, but
-  // 0 times infinity is not.
+  // ---- the warp that fetches values. Those that none of the queries sees are cleared: their weights are 0,
+  // but 0 times infinity is not.
   __device__ void load_values() const {
     const bool leads = threadIdx.x % 32 == 0;
     RingPosition<kStages> ring;
     RingPosition<1> landed;
     for_queries([&](const Queries& q) {
       const SequenceSpans spans = spans_of(q);
-      for_key_tiles(q, spans, shared.bounds[1], [&](const KeyTile& tile) {
+      for_key_tiles<kKeys>(spans, q.first, q.live, shared.bounds[1], [&](const KeyTile& tile) {
         BufferBarriers& buffer = shared.values[ring.stage];
-        unsigned char* to = values + ring.stage * Tiles::kKeyBytes;
         const bool clear = !tile.all_visible;
         buffer.wait_empty(ring.parity);
         if (leads) {
           TransactionBarrier& barrier = clear ? shared.values_landed : buffer.full;
-          arrive_expecting(barrier, Tiles::kKeyBytes);
-          load_tile(to, p.v, barrier, q, tile);
+          arrive_expecting(barrier, KeyRows::kBytes);
+          values(ring.stage).load(p.v, barrier, q.batch, q.kv_head, tile.begin);
         }
         if (clear) {
           uint64_t seen[kKeys / 64];
-          seen_keys(seen, q, spans, tile);
+#pragma unroll
+          for (int word = 0; word < kKeys / 64; word++)
+            seen[word] = seen_keys(spans, q.first, q.live, tile.begin + 64 * word, tile.end);
           wait(shared.values_landed, landed.parity);
           landed.advance();
-          clear_unseen(to, seen);
+          values(ring.stage).clear(seen);
           fence_async_proxy();
           __syncwarp();
           if (leads) arrive(buffer.full);
@@ -140,68 +122,24 @@ struct Forward {
     });
   }
 
-  __device__ void load_tile(unsigned char* to, const TensorMap& map, TransactionBarrier& barrier,
-                            const Queries& q, const KeyTile& tile) const {
-    for (int panel = 0; panel < kPanels; panel++)
-      load_box(to + panel * kKeyPanel, map, barrier, panel * kPanelColumns, tile.begin, q.kv_head, q.batch);
-  }
-
-  // Bit i of seen[word]: some query sees key begin + 64·word + i of the tile.
-  __device__ void seen_keys(uint64_t (&seen)[kKeys / 64], const Queries& q, const SequenceSpans& spans,
-                            const KeyTile& tile) const {
-#pragma unroll
-    for (int word = 0; word < kKeys / 64; word++) {
-      uint64_t bits = 0;
-#pragma unroll 1
-      for (int i = threadIdx.x % 32; i < q.live; i += 32)
-        bits |= spans.visible_keys(q.first + i, {tile.begin + 64 * word, tile.end, false});
-      seen[word] = static_cast<uint64_t>(__reduce_or_sync(~0u, static_cast<unsigned>(bits >> 32))) << 32 |
-                   __reduce_or_sync(~0u, static_cast<unsigned>(bits));
-    }
-  }
-  __device__ void clear_unseen(unsigned char* tile, const uint64_t (&seen)[kKeys / 64]) const {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int word = 0; word < kKeys / 64; word++) {
-      if (seen[word] == ~uint64_t{0}) continue;
-#pragma unroll 1
-      for (int i = lane / 8; i < 64; i += 4) {
-        if (seen[word] >> i & 1) continue;
-        for (int panel = 0; panel < kPanels; panel++)
-          *reinterpret_cast<uint4*>(tile + panel * kKeyPanel + (64 * word + i) * kPanelRowBytes + lane % 8 * 16) =
-              uint4{0, 0, 0, 0};
-      }
-    }
-  }
-
   // ---- the warpgroups that multiply
   // Turns: a warpgroup starts its products when the other has started its own.
   __device__ static void await_turn(int group) { sync_threads(1 + group, 2 * kWarpgroup); }
   __device__ static void pass_turn(int group) { arrive_threads(2 - group, 2 * kWarpgroup); }
 
   __device__ void start_scores(float (&scores)[kKeys / 8][4], int group, int stage) const {
-    const uint64_t a = k_major_descriptor(shared_address(queries) + group * panel_bytes(64));
-    const uint64_t b = k_major_descriptor(shared_address(keys) + stage * Tiles::kKeyBytes);
 #pragma unroll
     for (int step = 0; step < kDim / kMatrixDepth; step++)
-      multiply<T, Major::k, Major::k>(scores, k_major_step(a, step, kQueryPanel), k_major_step(b, step, kKeyPanel),
+      multiply<T, Major::k, Major::k>(scores, queries.k_major(64 * group, step), keys(stage).k_major(0, step),
                                       step > 0);
     commit_products();
   }
   __device__ void start_sums(float (&out)[kDim / 8][4], const uint32_t (&weights)[kKeys / 16][4],
                              int stage) const {
-    const uint64_t b = mn_major_descriptor(shared_address(values) + stage * Tiles::kKeyBytes, kKeyPanel);
 #pragma unroll
     for (int step = 0; step < kKeys / kMatrixDepth; step++)
-      multiply<T, Major::mn>(out, weights[step], mn_major_step(b, step), true);
+      multiply<T, Major::mn>(out, weights[step], values(stage).mn_major(step), true);
     commit_products();
-  }
-  __device__ static void pack_weights(uint32_t (&weights)[kKeys / 16][4], const float (&scores)[kKeys / 8][4]) {
-#pragma unroll
-    for (int step = 0; step < kKeys / 16; step++)
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        weights[step][i] = pack<T>(scores[2 * step + i / 2][i % 2 * 2], scores[2 * step + i / 2][i % 2 * 2 + 1]);
   }
 
   __device__ void attend(int group) const {
@@ -237,8 +175,10 @@ struct Forward {
       const auto weigh = [&](const KeyTile& tile) {
         if (scale < 0.0f) negate(scores);
         if (!tile.all_visible)
-          hide_invisible(scores[0], {row_spans[0].visible(spans, tile.begin, tile.end, pair),
-                                     row_spans[1].visible(spans, tile.begin, tile.end, pair)});
+          keep_visible(scores[0],
+                       {row_spans[0].visible(spans, tile.begin, tile.end, pair),
+                        row_spans[1].visible(spans, tile.begin, tile.end, pair)},
+                       -INFINITY);
         return softmax.update(scores, decay);
       };
 
@@ -252,7 +192,7 @@ struct Forward {
       wait_products<0>(scores[0]);
       release_keys(tile);
       weigh(tile);
-      pack_weights(weights, scores[0]);
+      pack_columns<T>(weights, scores[0]);
 
       while (!tile.last) {
         tile = await_keys();
@@ -266,10 +206,14 @@ struct Forward {
         wait_products<1>(scores[0]);
         release_keys(tile);
         const bool moved = weigh(tile);
-        wait_products<0>(out[0]);
+        if (moved) {  // a wait in each branch: ptxas would move a common one to before the softmax
+          wait_products<0>(out[0]);
+          scale_rows(out, decay);
+        } else {
+          wait_products<0>(out[0]);
+        }
         release_values();
-        if (moved) scale_rows(out, decay);
-        pack_weights(weights, scores[0]);
+        pack_columns<T>(weights, scores[0]);
       }
       shared.values[value_ring.stage].wait_full(value_ring.parity);
       begin_products(out[0], weights);
@@ -280,13 +224,15 @@ struct Forward {
       softmax.finish();
       const auto to = rows_of<T>(p.attention.out, p.attention.out_layout, q.batch, q.head) +
                       q.first * p.attention.out_layout.position_stride;
-      float* lse = p.attention.lse + (static_cast<int64_t>(q.batch) * p.attention.q_heads + q.head) * p.attention.q_len +
+      float* lse = p.attention.lse +
+                   (static_cast<int64_t>(q.batch) * p.attention.q_heads + q.head) * p.attention.q_len +
                    q.first;
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int i = row + 8 * half;
         const SoftmaxState& state = softmax.state(0, half);
-        store_row(to + i * p.attention.out_layout.position_stride, out[0], half, state.inverse_sum(), i < q.live);
+        store_row(to + i * p.attention.out_layout.position_stride, out[0], half, state.inverse_sum(),
+                  i < q.live);
         if (pair == 0 && i < q.live) lse[i] = state.log_sum_exp();
       }
     });
@@ -300,12 +246,10 @@ __global__ void __launch_bounds__(ForwardTiles<kDim>::kThreads, 1)
   using Tiles = ForwardTiles<kDim>;
   using Role = Forward<T, kDim>;
 
-  // ---- shared memory plan
-  unsigned char* queries = panel_shared();
-  unsigned char* keys = queries + Tiles::kQueryBytes;
-  unsigned char* values = keys + Tiles::kStages * Tiles::kKeyBytes;
+  // ---- shared memory plan: queries, kStages of keys, kStages of values
+  unsigned char* panels = panel_shared();
   __shared__ typename Role::Shared shared;
-  const Role role{p, shared, queries, keys, values};
+  const Role role{p, shared, {panels}, panels + Role::QueryRows::kBytes};
 
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = Tiles::kConsumers * kWarpgroup / 32;

@@ -39,15 +39,16 @@ class RowSpans {
   int2 kept_[kKept];
 };
 
-// Keeps the scores whose bit is set, in visible[0] for the row `group`, in visible[1] for `group` + 8.
+// Scores whose bit is not set, in visible[0] for the row `group`, in visible[1] for `group` + 8, become
+// `hidden`.
 template <int kTiles>
-__device__ void hide_invisible(float (&scores)[kTiles][4], const uint32_t (&visible)[2]) {
+__device__ void keep_visible(float (&scores)[kTiles][4], const uint32_t (&visible)[2], float hidden) {
   static_assert(kTiles <= 16);
 #pragma unroll
   for (int n = 0; n < kTiles; n++)
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      if (!(visible[i / 2] >> (2 * n + i % 2) & 1)) scores[n][i] = -INFINITY;
+      if (!(visible[i / 2] >> (2 * n + i % 2) & 1)) scores[n][i] = hidden;
 }
 
 }  // namespace dllm::cuda::sm90

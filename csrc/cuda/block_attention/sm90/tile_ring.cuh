@@ -18,8 +18,8 @@ struct RingPosition {
   }
 };
 
-// `full`: the copy has landed. `empty`: all consumers are through with it; at first buffers are empty, which is
-// what waiting for the parity of a phase before the first says.
+// `full`: the copy has landed. `empty`: all consumers are through with it; at first buffers are empty, which
+// is what waiting for the parity of a phase before the first says.
 struct BufferBarriers {
   TransactionBarrier full, empty;
 
