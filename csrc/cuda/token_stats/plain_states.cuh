@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kStatsThreads, sizeof(T) == 2 ? 3 : 2)
   constexpr int kIds = 16 / sizeof(T), kLoads = kStatsRange / (kStatsThreads * kIds);
   __shared__ float warp_highest[kStatsWarps];
   __shared__ TokenState<float> warp_states[kStatsWarps];
-  const int64_t row = row_of_cta();
-  if (row >= p.rows || !row_identity(p, row).masked) return;
+  const int32_t row = row_of_cta();
+  if (row < 0 || row >= p.rows || !row_identity(p, row).masked) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int32_t begin = blockIdx.x * kStatsRange;
   const int32_t end = min(static_cast<int64_t>(p.vocabulary), static_cast<int64_t>(begin) + kStatsRange);
@@ -139,7 +139,8 @@ __global__ void __launch_bounds__(kStatsThreads, sizeof(T) == 2 ? 3 : 2)
   state.second = fminf(shared_maximum ? max : warp_max(other.second), FLT_MAX);
   state.sum = warp_sum(other.sum);
   state.weighted = warp_sum(other.weighted);
-  if (lane == 0) static_cast<TokenState<float>*>(p.states)[row * gridDim.x + blockIdx.x] = state;
+  if (lane == 0)
+    static_cast<TokenState<float>*>(p.states)[static_cast<int64_t>(row) * gridDim.x + blockIdx.x] = state;
 }
 
 }  // namespace dllm::cuda
