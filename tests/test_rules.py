@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_kernels.sampling.config import SampleConfig
-from dllm_kernels.sampling.rules import Rule, dllm_schedule, dream_schedule, llada_schedule
+from dllm_kernels.sampling.rules import Rule
+from dllm_kernels.sampling.schedules import dllm_schedule, dream_schedule, llada_schedule
 
 SCHEDULES = [llada_schedule, dllm_schedule, dream_schedule]
 
@@ -107,9 +107,3 @@ EVERY_RULE = [
 def test_a_rule_refuses_nonsense(make, error, message):
     with pytest.raises(error, match=message):
         make()
-
-
-@pytest.mark.parametrize("rule", EVERY_RULE[5:], ids=lambda rule: rule.name)
-def test_rules_that_the_sampler_does_not_know_yet_are_refused(rule):
-    with pytest.raises(ValueError, match=f"rule=.*{rule.name}.*not available in sampling yet"):
-        SampleConfig(rule=rule)

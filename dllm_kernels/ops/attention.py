@@ -8,7 +8,6 @@ from torch import Tensor
 from .. import _library  # noqa: F401  (loads the operators)
 from .._arguments import check_optional_tensors, check_tensors, kind, number
 from ..span_mask import SpanMask
-from . import reference
 from ._autocast import cast, register_autocast
 from ._fake import register_fake
 from .full_attention import full_attention
@@ -113,12 +112,6 @@ def _(q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths
 @torch.library.register_fake("dllm_kernels::block_attention_backward")
 def _(grad_out, grad_lse, q, k, v, out, lse, spans, scale):
     return tuple(map(_empty_heads, (q, k, v)))
-
-
-@torch.library.impl("dllm_kernels::block_attention_backward", "CUDA")
-def _(grad_out, grad_lse, q, k, v, out, lse, spans, scale):
-    grads = reference.block_attention_backward(grad_out, grad_lse, q, k, v, out, lse, spans, scale)
-    return tuple(_empty_heads(grad).copy_(grad) for grad in grads)
 
 
 # ---- autograd -----------------------------------------------------------------------------------------

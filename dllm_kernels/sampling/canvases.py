@@ -31,19 +31,22 @@ class Canvases:
     fill: int
 
 
-def completions(
-    prompts: list[list[int]], new_tokens: int, mask_id: int, fill: int, block_size: int, block_causal: bool
-) -> Canvases:
-    """Prompts followed by `new_tokens` masks; block-causal canvases end at a block border."""
-    given = torch.tensor([len(prompt) for prompt in prompts])
+def completions(rows: list[list[int]], job) -> Canvases:
+    """Prompts followed by the new tokens as masks; block-causal canvases end at a block border."""
+    size, new_tokens = job.config.block_size, job.config.max_new_tokens
+    given = torch.tensor([len(row) for row in rows])
     stop = given + new_tokens
-    end = -(-stop // block_size) * block_size if block_causal else stop.clone()
-    ids = torch.full((len(prompts), int(end.max())), fill)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-        ids[row, len(prompt) : end[row]] = mask_id
-    origin = torch.zeros_like(given) if block_causal else given.clone()
-    return Canvases(ids, given, origin, stop, end, fill)
+    origin, end = given.clone(), stop.clone()
+    if job.block_causal:
+        if job.parity.blocks_from_prompt:
+            origin = given % size
+        else:
+            origin, end = torch.zeros_like(given), -(-stop // size) * size
+    ids = torch.full((len(rows), int(end.max())), job.fill)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        ids[index, len(row) : end[index]] = job.mask_id
+    return Canvases(ids, given, origin, stop, end, job.fill)
 
 
 def gaps(canvases: list[list[int]], fill: int) -> Canvases:

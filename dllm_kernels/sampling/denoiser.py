@@ -1,7 +1,8 @@
-"""From a model and a view to the statistics of every candidate position: one forward, one projection.
+"""The model as sampling sees it: ids and a view in, an output row for each position asked for out.
 
-The base model gives hidden states for the tokens of the view; only those of the candidates (positions that
-are still masked) go through the vocabulary projection, which reads the weight once and stores no logits.
+An output row is what the vocabulary projection is applied to (of a callable: the logits themselves). Only the
+rows of positions that need them are projected, and where the statistics are all that is wanted the projection
+reads its weight once and stores no logits.
 """
 
 from __future__ import annotations
@@ -26,13 +27,8 @@ class ModelDenoiser:
     head: tuple[Callable[[Tensor], Tensor], ...]
     first_position: int = 0
 
-    def statistics(
-        self, ids: Tensor, view: StepView, candidates: Tensor, **options
-    ) -> tuple[TokenStats, int]:
-        """ids [N] of the view's tokens, candidates [M] places among them -> their statistics, forwards made.
-
-        options: those of `token_stats`.
-        """
+    def outputs(self, ids: Tensor, view: StepView, places: Tensor) -> tuple[Tensor, int]:
+        """ids [N] of the view's tokens, places [M] among them -> output rows [M, H], forwards made."""
         view.layers.clear()
         hidden = self.model.base_model(
             input_ids=ids[None],
@@ -43,13 +39,21 @@ class ModelDenoiser:
         )[0]
         if len(view.layers) != self.model.config.num_hidden_layers:
             raise ValueError(view_not_handed_on(type(self.model).__name__))
-        *functions, projection = self.head
-        output = hidden[0, candidates]
-        for function in functions:
+        output = hidden[0, places]
+        for function in self.head[:-1]:
             output = function(output)
+        return output, 1
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """Output rows [M, H] -> logits [M, V]."""
+        return self.head[-1](outputs)
+
+    def statistics(self, outputs: Tensor, **options) -> TokenStats:
+        """Output rows [M, H] -> their statistics; options: those of `linear_token_stats`."""
+        projection = self.head[-1]
         if _is_plain_linear(projection):
-            return linear_token_stats(output, projection.weight, projection.bias, **options), 1
-        return token_stats(projection(output), **options), 1
+            return linear_token_stats(outputs, projection.weight, projection.bias, **options)
+        return token_stats(projection(outputs), **options)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -73,12 +77,10 @@ class CallableDenoiser:
 
     function: Callable[[Tensor], Tensor]
 
-    def statistics(
-        self, ids: Tensor, view: StepView, candidates: Tensor, **options
-    ) -> tuple[TokenStats, int]:
-        """As ModelDenoiser.statistics, with one forward for each length among the rows."""
+    def outputs(self, ids: Tensor, view: StepView, places: Tensor) -> tuple[Tensor, int]:
+        """As ModelDenoiser.outputs, with one forward for each length among the rows."""
         packing, rows, forwards = view.packing, None, 0
-        row, position = packing.row[candidates], packing.position[candidates]
+        row, position = packing.row[places], packing.position[places]
         for length in packing.length.unique().tolist():
             group = (packing.length == length).nonzero()[:, 0]
             canvas = ids[packing.offset[group, None] + torch.arange(length, device=ids.device)]
@@ -91,10 +93,18 @@ class CallableDenoiser:
                 )
             here = torch.isin(row, group)
             place = torch.searchsorted(group, row[here])
-            rows = logits.new_empty(len(candidates), logits.shape[2]) if rows is None else rows
+            rows = logits.new_empty(len(places), logits.shape[2]) if rows is None else rows
             rows[here] = logits[place, position[here]]
             forwards += 1
-        return token_stats(rows, **options), forwards
+        return rows, forwards
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """They are the logits."""
+        return outputs
+
+    def statistics(self, outputs: Tensor, **options) -> TokenStats:
+        """As ModelDenoiser.statistics."""
+        return token_stats(outputs, **options)
 
     @contextmanager
     def ready(self) -> Iterator[None]:

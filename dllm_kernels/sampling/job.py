@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 import torch
+from torch import Tensor
 
 from dllm_kernels.block_cache import BlockKVCache
 from dllm_kernels.models.families import Diffusion, diffusion_of
 from dllm_kernels.sampling.canvases import Canvases
-from dllm_kernels.sampling.config import SampleConfig
+from dllm_kernels.sampling.config import APPROXIMATE, SampleConfig
 from dllm_kernels.sampling.denoiser import CallableDenoiser, ModelDenoiser
+from dllm_kernels.sampling.parity import NONE, PARITY, Parity
+from dllm_kernels.sampling.views import SCHEMES, Scheme
 
 PAGE_SIZE = 32
 
@@ -31,9 +34,25 @@ class Job:
         return self.diffusion.attention == "block_causal"
 
     @property
-    def cached(self) -> bool:
-        """Whether keys and values of finished blocks are kept."""
-        return self.block_causal and self.config.cache in ("auto", "block")
+    def shift(self) -> bool:
+        """Whether the prediction for a position comes from the output before it."""
+        return self.diffusion.shift if self.config.shift is None else self.config.shift
+
+    @property
+    def parity(self) -> Parity:
+        return PARITY.get(self.config.parity, NONE)
+
+    @property
+    def scheme(self) -> Scheme:
+        """The cache scheme; "auto" is the exact one that keeps most."""
+        hooked = isinstance(self.denoiser, ModelDenoiser)
+        best = "block" if self.block_causal and hooked else "none"
+        return SCHEMES[best if self.config.cache == "auto" else self.config.cache]
+
+    @property
+    def streams(self) -> int:
+        """Forwards that a step's logits are made of: guidance needs those without the prompt too."""
+        return 2 if self.config.cfg_scale else 1
 
     @property
     def fill(self) -> int:
@@ -56,6 +75,16 @@ class Job:
                 f"blocks of {self.config.block_size}); the model has {limit}"
             )
 
+    def shareable(self, canvases: Canvases) -> Tensor:
+        """int64 [B], leading tokens of each prompt whose keys and values depend on nothing after them: whole
+        blocks of block-causal models. With a shift the last block is computed, whose last output is needed.
+        """
+        if not self.block_causal or self.parity.blocks_from_prompt:
+            return torch.zeros_like(canvases.given)
+        size = self.config.block_size
+        blocks = canvases.given // size
+        return (blocks - int(self.shift)).clamp(min=0) * size
+
     def cache_for(self, canvases: Canvases) -> BlockKVCache:
         """Pages for the longest rows that can be live at once."""
         pages = (canvases.end + PAGE_SIZE - 1) // PAGE_SIZE
@@ -66,7 +95,7 @@ class Job:
             config.num_hidden_layers,
             getattr(config, "num_key_value_heads", None) or heads,
             getattr(config, "head_dim", None) or config.hidden_size // heads,
-            pages=int(pages.topk(live).values.sum()),
+            pages=int(pages.topk(live).values.sum()) * self.streams,
             page_size=PAGE_SIZE,
             dtype=self.model.dtype,
             device=self.device,
@@ -91,8 +120,6 @@ def prepare(model, tokenizer, config: SampleConfig | None, overrides: dict) -> J
         own = {"block_size": diffusion.block_size} if diffusion.block_size else {}
         config = SampleConfig(**{**own, **overrides})
     _check_cache(config, diffusion, hooked)
-    if diffusion.shift if config.shift is None else config.shift:
-        raise ValueError("models whose predictions are shifted by one (shift) are not available yet")
     mask_id = _first(config.mask_id, diffusion.mask_id, getattr(tokenizer, "mask_token_id", None))
     if mask_id is None:
         raise ValueError(
@@ -103,8 +130,9 @@ def prepare(model, tokenizer, config: SampleConfig | None, overrides: dict) -> J
         eos = getattr(tokenizer, "eos_token_id", None)
         eos_ids = diffusion.eos_ids or (() if eos is None else (eos,))
     _check_vocabulary(
-        diffusion.vocab_size, mask_id=(mask_id,), eos_ids=eos_ids, suppress_tokens=config.suppress_tokens
-    )
+        diffusion.vocab_size, mask_id=(mask_id,), eos_ids=eos_ids, suppress_tokens=config.suppress_tokens,
+        begin_suppress_tokens=config.begin_suppress_tokens, cfg_keep_tokens=config.cfg_keep_tokens,
+    )  # fmt: skip
     if mask_id in eos_ids:
         raise ValueError(f"mask_id {mask_id} is an end token too")
     if hooked:
@@ -141,15 +169,24 @@ def _refuse_wrapper(model) -> None:
 
 
 def _check_cache(config: SampleConfig, diffusion: Diffusion, hooked: bool) -> None:
-    if config.cache != "block":
-        return
-    if not hooked:
-        raise ValueError('cache="block" needs a transformers model; a callable is sampled with cache="none"')
-    if diffusion.attention != "block_causal":
+    cache, bidirectional = config.cache, diffusion.attention == "bidirectional"
+    if cache not in ("auto", "none") and not hooked:
+        raise ValueError(
+            f'cache="{cache}" needs a transformers model; a callable is sampled with cache="none"'
+        )
+    if cache == "block" and bidirectional:
         raise ValueError(
             'cache="block" keeps keys and values of finished blocks, which holds only where no block sees a '
-            'later one, and this model is bidirectional; use cache="none"'
+            'later one, and this model is bidirectional; use cache="none", or "prefix" or "dual", which '
+            "approximate"
         )
+    if cache in APPROXIMATE and not bidirectional:
+        raise ValueError(
+            f'cache="{cache}" approximates what bidirectional models see; this model is block-causal, for '
+            'which cache="block" is exact'
+        )
+    if config.suffix_window is not None and not bidirectional:
+        raise ValueError("suffix_window has no meaning for a block-causal model: no block sees a later one")
 
 
 def _check_vocabulary(vocab_size: int | None, **options: tuple[int, ...]) -> None:

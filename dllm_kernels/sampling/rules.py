@@ -1,14 +1,12 @@
-"""Which candidates a denoising step commits: `Rule`, and the schedules that give a quota to each step.
+"""Which candidates a denoising step commits: `Rule`.
 
 A `Rule` only names a rule of csrc/core/acceptance.h and its numbers; what the rule does is written
-there, once, for CPU and CUDA. A schedule spreads the masks of a block over its steps.
+there, once, for CPU and CUDA.
 """
 
 import math
 from dataclasses import dataclass
 from numbers import Real
-
-import torch
 
 from dllm_kernels._arguments import integer
 
@@ -145,51 +143,3 @@ _CHECKS = {
     "eps": lambda name, value: _check_number(name, value, 0.0, 1.0),
     "stable_steps": lambda name, value: integer(name, value, 1),
 }
-
-
-def llada_schedule(masks: int, steps: int) -> list[int]:
-    """Quota of each of `steps` steps: masks // steps, one more in the first masks mod steps [LLaDA]."""
-    _check(masks, steps)
-    return [masks // steps + (step < masks % steps) for step in range(steps)]
-
-
-def dllm_schedule(masks: int, steps: int) -> list[int]:
-    """Quotas of dLLM's linear schedule, without its empty steps (so the list may be shorter than `steps`).
-
-    With t = (S−j)/S and s = (S−j−1)/S: n = round-half-even(remaining·(1 − s/t)), the ratio in float32
-    and the product in float64, as in dLLM (exact arithmetic gives other schedules).
-    """
-    _check(masks, steps)
-    quotas, remaining = [], masks
-    for j in range(steps):
-        t, s = (torch.tensor((steps - j - k) / steps, dtype=torch.float32) for k in (0, 1))
-        alpha_t, alpha_s = 1 - t, 1 - s
-        accepted = 1 - (1 - alpha_s) / (1 - alpha_t)
-        quota = min(round(remaining * float(accepted)), remaining)
-        remaining -= quota
-        quotas.append(quota)
-    return [quota for quota in quotas if quota]
-
-
-def dream_schedule(masks: int, steps: int, eps: float = 1e-3) -> list[int]:
-    """Quotas of Dream: int(remaining·(1 − s/t)), t = linspace(1, eps, S+1); the last step takes all.
-
-    Counted for each row by itself (the original takes the mean of the batch). Quotas may be 0.
-    """
-    _check(masks, steps)
-    if not 0 < eps < 1:
-        raise ValueError(f"eps is {eps}; it must lie between 0 and 1")
-    t = torch.linspace(1, eps, steps + 1)
-    quotas, remaining = [], masks
-    for j in range(steps):
-        quota = int(remaining * float(1 - t[j + 1] / t[j])) if j < steps - 1 else remaining
-        remaining -= quota
-        quotas.append(quota)
-    return quotas
-
-
-def _check(masks: int, steps: int) -> None:
-    if masks < 0:
-        raise ValueError(f"masks is {masks}; it must be >= 0")
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; it must be >= 1")

@@ -1,18 +1,24 @@
-"""Which positions one forward computes, and what they see: `StepView`, and the ways to make one.
+"""Which positions one forward computes, and what they see: `StepView`, and the schemes that make one.
 
-A cache scheme is a way to make a view, not a loop of its own. The rows of a view lie end to end in one
-sequence of N tokens, so that rows of unequal length cost no padding in the model's linear layers.
+A cache scheme is a row of `SCHEMES`, not a loop of its own: it says which positions of a row are computed. What
+is not computed is seen in the cache, and what is computed outside the active block may be kept there. The
+rows of a view lie end to end in one sequence of N tokens, so that rows of unequal length cost no padding in
+the model's linear layers.
 
-`none`   every position that the active block can see is computed, nothing is kept.
-`block`  keys and values of finished blocks are kept in pages. A forward computes each row from its first
-         position that is not cached to the end of its active block, and writes what is final: the prompt
-         with the first step, each finished block with the first step of the next.
+`none`    everything the active block can see is computed, nothing is kept.
+`block`   [block-causal] the finished blocks are kept. A forward computes each row from its first position
+          that is not cached to the end of its active block: the prompt with the first step, each finished
+          block with the first step of the next.
+`prefix`  [Fast-dLLM] a refresh computes the whole canvas, as the block's first step, and keeps what stands
+          before the block; the steps after it compute the rest.
+`dual`    [Fast-dLLM] a refresh keeps what stands on both sides of the block; the steps compute the block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,14 +61,16 @@ class Packing:
 class StepView:
     """What one forward over `packing` sees, and what it leaves behind.
 
-    block_size: of block-causal attention; None: every token sees its whole row. Without `pages` only the
-    fresh tokens are seen. With them a row's queries also see its cached positions, and fresh keys and values
-    with a position in pages.write are written back. layers: those that have attended.
+    block_size: of block-causal attention; None: every token sees its whole row. origin: int64 [B], where
+    its blocks count from; None: position 0. Without `pages` only the fresh tokens are seen. With them a row's
+    queries also see its cached positions, and fresh keys and values with a position in pages.write are written
+    back. layers: those that have attended.
     """
 
     packing: Packing
     block_size: int | None
     pages: Pages | None = None
+    origin: Tensor | None = None
     layers: set[int] = field(default_factory=set)
     _masks: dict[int | None, SpanMask] = field(default_factory=dict)
 
@@ -107,7 +115,8 @@ class StepView:
         begin = packing.offset[packing.row]
         stop = begin + packing.length[packing.row]
         if self.block_size is not None:
-            block_end = (packing.position // self.block_size + 1) * self.block_size
+            origin = 0 if self.origin is None else self.origin[packing.row]
+            block_end = ((packing.position - origin) // self.block_size + 1) * self.block_size + origin
             stop = torch.minimum(stop, begin + block_end - packing.first[packing.row])
         return torch.stack([begin, stop], dim=-1)[None, :, None].int()
 
@@ -116,24 +125,26 @@ class StepView:
 class Pages:
     """The cached side of a view: where the rows' pages are, what is seen of them, what is written.
 
-    cache: BlockKVCache; table: int32 [B, P]; cached: int64 [B], positions 0..cached-1 are seen; write: int32
-    [B, Tq], the position of each fresh token that is final, else -1; None: none is. Tq is the longest row.
+    cache: BlockKVCache; table: int32 [B, P]; seen: int64 [B, R, 2], the cached positions that are seen, as
+    spans; write: int32 [B, Tq], the position of each fresh token whose keys and values are kept, else -1;
+    None: none are. Tq is the longest row. own_block: whether some fresh token sees less than its whole row.
     """
 
     cache: object
     table: Tensor
-    cached: Tensor
+    seen: Tensor
     packing: Packing
     write: Tensor | None
+    own_block: bool
 
     def __post_init__(self) -> None:
         length = self.packing.length
         self.longest = int(length.max())
         self.even = bool((length == self.longest).all())
-        self.empty = not bool(self.cached.any())
-        column = torch.arange(self.longest, device=length.device)
-        self.real = column < length[:, None]
-        self.unpack = (self.packing.offset[:, None] + column).masked_fill(~self.real, 0)
+        self.empty = not bool((self.seen[..., 0] < self.seen[..., 1]).any())
+        self.column = torch.arange(self.longest, device=length.device)
+        self.real = self.column < length[:, None]
+        self.unpack = (self.packing.offset[:, None] + self.column).masked_fill(~self.real, 0)
         self.lengths = None if self.even else length.int()
         self._spans: dict[int | None, tuple[Tensor, Tensor | None]] = {}
 
@@ -144,8 +155,8 @@ class Pages:
     def attend(self, layer, query, key, value, scale, mask: Callable[..., SpanMask], window) -> Tensor:
         """As StepView.attend, over cached and fresh keys."""
         if window not in self._spans:
-            one_block = self.write is None and window is None
-            fresh = None if one_block else self._fresh_spans(mask(window))
+            all_fresh = window is None and not self.own_block
+            fresh = None if all_fresh else self._fresh_spans(mask(window))
             self._spans[window] = self._cache_spans(window), fresh
         cache_spans, fresh_spans = self._spans[window]
         output = cached_block_attention(
@@ -163,16 +174,13 @@ class Pages:
         return tokens.transpose(1, 2)
 
     def _cache_spans(self, window: int | None) -> Tensor:
-        """int32 [B, 1 or Tq, 1, 2]: the cached positions that each query sees."""
-        end = self.cached[:, None]
+        """int32 [B, 1 or Tq, R, 2]: the cached positions that each query sees."""
+        spans = self.seen[:, None].int()
         if window is None:
-            start = torch.zeros_like(end)
-        else:
-            position = self.packing.first[:, None] + torch.arange(self.longest, device=end.device)
-            start = (position - window + 1).clamp(min=0)
-            end = end.expand_as(start)
-        spans = torch.stack([start, end], dim=-1).masked_fill((start >= end)[..., None], 0)
-        return spans[:, :, None].int()
+            return spans
+        query = self.packing.first[:, None] + self.column
+        key = torch.arange(int(self.seen.max()), device=query.device)[None]
+        return within_window(spans.expand(-1, self.longest, -1, -1), query, key, window)
 
     def _fresh_spans(self, mask: SpanMask) -> Tensor:
         """int32 [B, Tq, R, 2]: `mask` over the N tokens, counted from each row's own first one."""
@@ -180,23 +188,75 @@ class Pages:
         return spans.masked_fill(~self.real[..., None, None] | (spans < 0), 0)
 
 
-def view_of_canvas(end: Tensor, canvas_end: Tensor, block_size: int | None) -> StepView:
-    """The `none` view: rows [B] with the end of their active block and of their canvas.
+class Rows(NamedTuple):
+    """Where rows stand; all [B], int64 positions but for `stale`.
 
-    block_size None: bidirectional, the whole canvas. Else block-causal, up to the active block's end, since
-    nothing before it sees what comes after.
+    start, end: the active block; reach: end of what is computed and seen at all; cached: leading positions
+    whose keys and values are final and in pages; stale: bool, whether approximate ones are to be renewed;
+    origin: where block-causal blocks count from.
     """
-    last = canvas_end if block_size is None else end
-    return StepView(Packing.of(torch.zeros_like(last), last), block_size)
+
+    start: Tensor
+    end: Tensor
+    reach: Tensor
+    cached: Tensor
+    stale: Tensor
+    origin: Tensor
+
+    def twice(self) -> Rows:
+        """The same rows again behind themselves."""
+        return Rows(*(torch.cat([field, field]) for field in self))
 
 
-def view_of_blocks(
-    start: Tensor, end: Tensor, cached: Tensor, block_size: int, cache, table: Tensor
+@dataclass(frozen=True)
+class Scheme:
+    """A cache scheme. computed: the positions first[b] .. last[b]-1 that a forward computes. keeps: those of
+    them outside the active block that it leaves in the cache: none, those "before" it, or those "around" it.
+    exact: whether what is kept equals what a forward over everything would compute.
+    """
+
+    computed: Callable[[Rows], tuple[Tensor, Tensor]]
+    keeps: str | None = None
+    exact: bool = True
+
+
+SCHEMES = {
+    "none": Scheme(lambda rows: (torch.zeros_like(rows.start), rows.reach)),
+    "block": Scheme(lambda rows: (rows.cached, rows.end), keeps="before"),
+    "prefix": Scheme(
+        lambda rows: (rows.start.masked_fill(rows.stale, 0), rows.reach), keeps="before", exact=False
+    ),
+    "dual": Scheme(
+        lambda rows: (
+            rows.start.masked_fill(rows.stale, 0),
+            torch.where(rows.stale, rows.reach, rows.end),
+        ),
+        keeps="around",
+        exact=False,
+    ),
+}
+
+
+def view_of(
+    scheme: Scheme, rows: Rows, block_size: int | None, cache=None, table: Tensor | None = None
 ) -> StepView:
-    """The `block` view: rows [B] with their active block [start, end) and the number of cached positions."""
-    packing = Packing.of(cached, end)
-    write = None
-    if bool((cached < start).any()):
-        column = cached[:, None] + torch.arange(int(packing.length.max()), device=start.device)
-        write = column.masked_fill(column >= start[:, None], -1).int()
-    return StepView(packing, block_size, Pages(cache, table, cached, packing, write))
+    """The next forward over `rows`. block_size: of block-causal attention; None: bidirectional.
+
+    cache, table: the pages of a scheme that keeps anything.
+    """
+    first, last = scheme.computed(rows)
+    packing = Packing.of(first, last)
+    if scheme.keeps is None:
+        return StepView(packing, block_size, origin=rows.origin)
+    column = first[:, None] + torch.arange(int(packing.length.max()), device=first.device)
+    kept = column < rows.start[:, None]
+    if scheme.keeps == "around":
+        kept |= (column >= rows.end[:, None]) & (column < last[:, None])
+    write = column.masked_fill(~kept, -1).int() if bool(kept.any()) else None
+    before = torch.stack([torch.zeros_like(first), first], dim=-1)
+    after = torch.stack([last, rows.reach], dim=-1)
+    seen = torch.stack([before, after], dim=1) if scheme.keeps == "around" else before[:, None]
+    seen = seen.masked_fill((seen[..., :1] >= seen[..., 1:]), 0)
+    own_block = block_size is not None and write is not None
+    pages = Pages(cache, table, seen, packing, write, own_block)
+    return StepView(packing, block_size, pages, rows.origin)

@@ -1,8 +1,9 @@
 """CUDA kernels, on a GPU and without one.
 
-A test that takes the fixture `gpu` runs twice: "cuda" on a GPU, skipped without one, and "simt" on the emulator
-of tests/simt, anywhere. Parameters too large for the emulator carry the mark `hardware`. Tests without the
-fixture need a GPU. DLLM_REQUIRE_GPU=1 forbids skipping, and leaves out the emulator.
+A test that takes the fixture `gpu` runs twice: "cuda" on a GPU, skipped without one, and "simt" on the
+emulator of tests/simt, anywhere. Parameters too large for the emulator carry the mark `hardware`, those for
+the kernels of Hopper the mark `hopper`. Tests without the fixture need a GPU. DLLM_REQUIRE_GPU=1 forbids
+skipping, and leaves out the emulator.
 """
 
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import placement
 import pytest
+import torch
 
 from dllm_kernels import _library
 
@@ -20,26 +22,30 @@ def pytest_collection_modifyitems(config, items):
     if reason and os.environ.get("DLLM_REQUIRE_GPU"):
         pytest.exit(f"DLLM_REQUIRE_GPU is set, but {reason}", returncode=1)
     here = [item for item in items if Path(__file__).parent in item.path.parents]
-    too_large = {item for item in here if _backend(item) == "simt" and item.get_closest_marker("hardware")}
+    too_large = {item for item in here if _is_emulated(item) and item.get_closest_marker("hardware")}
     items[:] = [item for item in items if item not in too_large]
     config.hook.pytest_deselected(items=list(too_large))
     if reason is None:
         return
     for item in here:
-        if _backend(item) != "simt":
+        if not _is_emulated(item):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _backend(item: pytest.Item) -> str | None:
-    return item.callspec.params.get("gpu") if hasattr(item, "callspec") else None
+def _is_emulated(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return any(str(parameters.get(fixture)).startswith("simt") for fixture in ("gpu", "wrapper"))
 
 
 @pytest.fixture(params=["cuda"] if os.environ.get("DLLM_REQUIRE_GPU") else ["cuda", "simt"])
 def gpu(request):
-    """`gpu(function, *arguments)` is function(*arguments) by the CUDA kernels, for arguments and results on the
-    CPU; what it changes in place is changed. `gpu.device` and `with gpu.kernels():` serve tests that keep
+    """`gpu(function, *arguments)` is function(*arguments) by the CUDA kernels, for arguments and results on
+    the CPU; what it changes in place is changed. `gpu.device` and `with gpu.kernels():` serve tests that keep
     tensors there."""
+    hopper = request.node.get_closest_marker("hopper")
     if request.param == "cuda":
+        if hopper and torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("the kernels of Hopper need compute capability 9.0")
         return placement.OnCuda()
     name = zlib.crc32(request.node.nodeid.encode())
-    return placement.OnEmulator(order=name if name % 4 > 1 else name % 4)
+    return placement.OnEmulator(order=name if name % 4 > 1 else name % 4, capability=9 if hopper else 8)

@@ -25,7 +25,7 @@ OPTIONS = {
     "threshold and factor": (dict(threshold=0.9, factor=1.0), "factor=1.0 contradicts threshold"),
     "rule without its number": (dict(rule="threshold"), "needs threshold"),
     "both kinds of steps": (dict(steps=4, steps_per_block=2), "give one"),
-    "strict quota": (dict(strict=True), "strict has no meaning with quota"),
+    "strict quota": (dict(strict=True), "strict=True has no meaning with quota"),
     "no tokens": (dict(max_new_tokens=0), "max_new_tokens must lie in 1"),
     "negative temperature": (dict(temperature=-1.0), "temperature"),
     "unknown schedule": (dict(schedule="best"), "schedule is 'best'; allowed: llada"),
@@ -34,10 +34,27 @@ OPTIONS = {
     "mask that ends": (dict(eos_ids=(MASK,)), "is an end token too"),
     "fewer steps than blocks": (dict(max_new_tokens=32, steps=3), "steps is 3, but row 0 has 5 blocks"),
     "more than its positions": (dict(max_new_tokens=1000), "needs 1008 positions"),
-    "prefix cache": (dict(cache="prefix"), "not available yet"),
-    "guidance": (dict(cfg_scale=1.0), "not available yet"),
-    "shift": (dict(shift=True), "not available yet"),
-    "top_p": (dict(top_p=0.9), "not available yet"),
+    "approximate cache, block-causal": (dict(cache="dual"), 'this model is block-causal.*"block" is exact'),
+    "window, block-causal": (dict(suffix_window=8), "suffix_window has no meaning"),
+    "window behind nothing": (dict(cache="block", suffix_window=8), "suffix_window has no meaning"),
+    "nothing to renew": (dict(refresh_every=2), 'refresh_every renews cache="prefix" or "dual"'),
+    "tokens kept from nothing": (dict(cfg_keep_tokens=(1,)), "without cfg_scale"),
+    "drawn quotas of no schedule": (dict(stochastic=True), 'draws the quotas of schedule="dllm"'),
+    "drawn quotas of a threshold": (dict(stochastic=True, schedule="dllm", threshold=0.5), "without them"),
+    "positions drawn from no quota": (dict(threshold=0.5, alg_temp=0.1), "alg_temp=0.1 has no meaning"),
+    "time without steps": (dict(rule="bernoulli"), "give steps or steps_per_block"),
+    "noise level of nothing": (dict(eps=0.1), "eps=0.1 has no meaning"),
+    "stability without a bound": (dict(rule="confident_stable", threshold=0.5), "needs kl_threshold"),
+    "edits without a threshold": (dict(edit_threshold=0.5), "needs threshold"),
+    "edits nobody makes": (dict(max_post_steps=3), "max_post_steps=3 has no meaning with quota"),
+    "two rules": (dict(threshold=0.5, kl_threshold=0.1, factor=1.0), "factor=1.0 contradicts"),
+    "no probability": (dict(top_p=1.5), "top_p is 1.5; it must be a finite number from 0 to 1"),
+    "no tokens kept": (dict(top_k=0), "top_k must lie in 1"),
+    "negative guidance": (dict(cfg_scale=-1.0), "cfg_scale is -1.0"),
+    "kept token beyond": (dict(cfg_scale=1.0, cfg_keep_tokens=(120,)), "cfg_keep_tokens holds 120"),
+    "unknown parity": (dict(parity="best"), "parity is 'best'; allowed: llada"),
+    "parity with noise": (dict(parity="llada", temperature=1.0), "parity holds at temperature 0"),
+    "parity with another cache": (dict(parity="llada", cache="dual"), "contradicts parity='llada'"),
 }
 
 
@@ -92,6 +109,11 @@ def test_models_that_cannot_be_sampled():
         dk.sample(3, [[1]])
     with pytest.raises(ValueError, match="needs a transformers model"):
         dk.sample(lambda ids: ids, [[1]], cache="block", mask_id=MASK)
+    with pytest.raises(ValueError, match='cache="dual" needs a transformers model'):
+        dk.sample(lambda ids: ids, [[1]], cache="dual", mask_id=MASK)
+    with pytest.raises(ValueError, match="whose steps would differ"):
+        prompts = [[1], [1] * 8]
+        dk.sample(tiny_model(), prompts, rule="bernoulli", max_new_tokens=8, steps=8, block_size=8)
     with pytest.raises(ValueError, match="this model is bidirectional"):
         dk.sample(tiny_model(attention="bidirectional"), [[1]], cache="block")
     with pytest.raises(ValueError, match="mask_id is not known"):
@@ -127,7 +149,12 @@ STRANGE = {
         2, torch.tensor(MASK), 50.0
     ),
 }
-RULES = [dict(), dict(threshold=0.9), dict(factor=1.0), dict(entropy_bound=0.1), dict(temperature=1.0)]
+RULES = [
+    dict(), dict(threshold=0.9), dict(factor=1.0), dict(entropy_bound=0.1), dict(temperature=1.0),
+    dict(rule="bernoulli", steps_per_block=4), dict(threshold=0.9, kl_threshold=0.1),
+    dict(threshold=0.9, edit_threshold=0.0, max_post_steps=1), dict(top_p=0.5, top_k=3), dict(cfg_scale=1.0),
+    dict(shift=True), dict(alg_temp=1.0), dict(begin_suppress_tokens=tuple(range(118))),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -135,7 +162,8 @@ RULES = [dict(), dict(threshold=0.9), dict(factor=1.0), dict(entropy_bound=0.1),
 def test_every_rule_finishes_on_strange_logits(model, rule):
     output = dk.sample(model, [[1], [2, 3]], max_new_tokens=9, block_size=4, mask_id=MASK, **rule)
     assert not (output.sequences == MASK).any()
-    assert output.forwards <= 2 * 9
+    masks, blocks = 2 * 9, 2 * 3
+    assert output.forwards <= masks + blocks
 
 
 def test_a_vocabulary_that_is_suppressed_whole_ends_in_an_error():
@@ -149,8 +177,9 @@ def test_constant_logits_give_the_lowest_allowed_id():
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_interruption_leaves_nothing_behind(caches, error):
-    model = tiny_model()
+@pytest.mark.parametrize("options", [dict(), dict(cache="dual"), dict(cfg_scale=1.0)], ids=str)
+def test_interruption_leaves_nothing_behind(caches, error, options):
+    model = tiny_model(attention="bidirectional" if "cache" in options else "block_causal")
     implementation = model.config._attn_implementation
     model.train()
 
@@ -160,7 +189,7 @@ def test_interruption_leaves_nothing_behind(caches, error):
             raise error
 
     with pytest.raises(error):
-        dk.sample(model, prompts_of(3, 20), max_new_tokens=20, on_round=stop)
+        dk.sample(model, prompts_of(3, 20), max_new_tokens=20, on_round=stop, **options)
     assert caches[0].pages_used == 0
     assert model.config._attn_implementation == implementation
     assert model.training and model.model.layers[0].training
@@ -174,6 +203,15 @@ def test_pages_come_back_as_rows_finish(caches):
               on_round=lambda event: free.append(caches[0].pages_free))  # fmt: skip
     assert caches[0].pages_used == 0
     assert len(set(free)) > 1, "rows of unequal length hold unequal numbers of pages"
+
+
+def test_a_prefix_that_prompts_share_is_stored_once(caches):
+    used = []
+    (start,) = prompts_of(64)
+    dk.sample(tiny_model(), [[*start, 1], [*start, 2], [*start, 3]], max_new_tokens=15, stop_on_eos=False,
+              on_round=lambda event: used.append(caches[0].pages_used))  # fmt: skip
+    assert max(used) == 3 + 2 * 1, "of 80 tokens each, 64 on two shared pages"
+    assert caches[0].pages_used == 0
 
 
 def test_rows_wait_for_a_slot_and_come_out_the_same():

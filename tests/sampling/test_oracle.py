@@ -22,9 +22,29 @@ RULES = {
     "quota or threshold": dict(rule="quota_or_threshold", threshold=0.5, steps_per_block=3),
     "entropy bound": dict(entropy_bound=1.0),
     "dllm schedule": dict(steps_per_block=5, schedule="dllm"),
-    "dream schedule": dict(steps_per_block=3, schedule="dream"),
+    "dream schedule": dict(steps_per_block=3, schedule="dream", eps=0.01),
+    "drawn quotas": dict(steps_per_block=5, schedule="dllm", stochastic=True, seed=3),
+    "drawn positions": dict(steps_per_block=3, alg_temp=0.5, seed=2),
+    "drawn by time": dict(rule="bernoulli", steps_per_block=9, seed=1),
+    "drawn by time, few masks": dict(rule="bernoulli", steps_per_block=30, eps=0.1),
+    "top-p": dict(threshold=0.3, top_p=0.6),
+    "top-p and noise": dict(steps_per_block=4, top_p=0.9, temperature=0.7, confidence="entropy"),
+    "top-k": dict(steps_per_block=4, top_k=3, confidence="margin"),
+    "unlikely to begin with": dict(threshold=0.2, begin_suppress_tokens=tuple(range(0, 100))),
+    "confident and stable": dict(threshold=0.2, kl_threshold=0.5),
+    "stable for long": dict(threshold=0.0, kl_threshold=2.0, stable_steps=3),
+    "edit": dict(threshold=0.3, edit_threshold=0.3),
+    "edit, few steps": dict(threshold=0.4, edit_threshold=0.0, max_post_steps=2),
+    "no edits after the last mask": dict(threshold=0.4, edit_threshold=0.0, max_post_steps=0),
+    "guidance": dict(threshold=0.4, cfg_scale=0.7),
+    "guidance that keeps tokens": dict(steps_per_block=5, cfg_scale=2.0, cfg_keep_tokens=tuple(range(60))),
+    "shift": dict(threshold=0.3, shift=True),
+    "shift and guidance": dict(steps_per_block=5, shift=True, cfg_scale=0.5),
 }
-CASES = [("bidirectional", "none"), ("block_causal", "none"), ("block_causal", "block")]
+CASES = [
+    ("bidirectional", "none"), ("bidirectional", "prefix"), ("bidirectional", "dual"),
+    ("block_causal", "none"), ("block_causal", "block"),
+]  # fmt: skip
 
 
 def assert_rows_equal(output, rows: list[reference.ReferenceRow], record_property) -> None:
@@ -44,7 +64,7 @@ def assert_rows_equal(output, rows: list[reference.ReferenceRow], record_propert
 
 
 @pytest.mark.parametrize("options", RULES.values(), ids=RULES)
-@pytest.mark.parametrize(("attention", "cache"), CASES[::2])
+@pytest.mark.parametrize(("attention", "cache"), CASES[::4])
 def test_every_rule(attention, cache, options, record_property):
     model, prompts = tiny_model(attention=attention), prompts_of(3, 9)
     config = dk.SampleConfig(max_new_tokens=11, block_size=8, cache=cache, **options)
@@ -86,6 +106,64 @@ def test_infilling(attention, cache, options, record_property):
     config = dk.SampleConfig(block_size=8, cache=cache, **options)
     rows = [reference.infill_row(model, c, config, sequence=i) for i, c in enumerate(canvases)]
     assert_rows_equal(dk.infill(model, canvases, config=config), rows, record_property)
+
+
+APPROXIMATIONS = {
+    "renewed every other step": dict(cache="dual", refresh_every=2),
+    "renewed every third step": dict(cache="prefix", refresh_every=3),
+    "nothing far behind the block": dict(cache="none", suffix_window=4),
+    "a narrow dual window": dict(cache="dual", suffix_window=3),
+    "a narrow prefix window": dict(cache="prefix", suffix_window=9, refresh_every=2),
+    "nothing behind the block": dict(cache="prefix", suffix_window=0),
+}
+
+
+@pytest.mark.parametrize("options", APPROXIMATIONS.values(), ids=APPROXIMATIONS)
+def test_approximate_caches(options, record_property):
+    """Rows of unequal length at different steps: a refresh of one stands beside steps of others."""
+    model = tiny_model(attention="bidirectional")
+    prompts = prompts_of(1, 40, 12, seed=6)
+    config = dk.SampleConfig(max_new_tokens=29, block_size=8, threshold=0.4, **options)
+    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    output = dk.sample(model, prompts, config=config)
+    assert_rows_equal(output, rows, record_property)
+    assert not output.exact
+    alone = dk.sample(model, prompts, config=config, max_batch=1)
+    assert torch.equal(alone.sequences, output.sequences)
+
+
+@pytest.mark.parametrize("guided", [dict(), dict(cfg_scale=0.8)], ids=["plain", "guided"])
+@pytest.mark.parametrize(("attention", "cache"), CASES)
+def test_shift_with_every_cache(attention, cache, guided, record_property):
+    """The first position of a block is predicted by an output that later steps do not compute."""
+    model, prompts = tiny_model(attention=attention), prompts_of(1, 16, 9, seed=7)
+    config = dk.SampleConfig(
+        max_new_tokens=21, block_size=8, steps_per_block=5, cache=cache, shift=True, **guided
+    )
+    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    assert_rows_equal(dk.sample(model, prompts, config=config), rows, record_property)
+
+
+def test_a_cache_renewed_every_step_is_exact():
+    model, prompts = tiny_model(attention="bidirectional"), prompts_of(7, 30, seed=8)
+    options = dict(max_new_tokens=20, block_size=8, threshold=0.4)
+    exact, renewed = (
+        dk.sample(model, prompts, **options, **more) for more in (dict(), dict(cache="dual", refresh_every=1))
+    )
+    assert torch.equal(exact.sequences, renewed.sequences) and exact.exact and renewed.exact
+
+
+def test_prompts_that_begin_alike_share_their_pages():
+    """The second row waits a round for the first one's pages; tokens are those of each alone."""
+    model, (start,) = tiny_model(), prompts_of(67, seed=9)
+    prompts = [[*start, 1, 2], [*start, 3], [*start[:40], 5]]
+    options = dict(max_new_tokens=14, threshold=0.4)
+    for more in (dict(), dict(shift=True), dict(cfg_scale=0.5)):
+        together = dk.sample(model, prompts, **options, **more)
+        for row, prompt in enumerate(prompts):
+            length = len(prompt) + 14
+            alone = dk.sample(model, [prompt], **options, **more).sequences[0, :length]
+            assert together.sequences[row, :length].tolist() == alone.tolist()
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "block_causal"])

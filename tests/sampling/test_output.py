@@ -139,7 +139,5 @@ def test_the_prompt_and_finished_blocks_cost_no_forward_of_their_own():
 def test_presets():
     assert dk.SampleConfig.preset("llada").block_size == 128
     assert dk.SampleConfig.preset("bd3lm").cache == "block"
-    with pytest.raises(ValueError, match="'dream' is not available yet"):
-        dk.SampleConfig.preset("dream")
-    with pytest.raises(ValueError, match="allowed: llada, bd3lm"):
+    with pytest.raises(ValueError, match="allowed: llada, fast_dllm, dream, bd3lm, llada2"):
         dk.SampleConfig.preset("best")

@@ -30,16 +30,16 @@ class OnCuda:
 
 
 class OnEmulator(OnCuda):
-    """On the emulator. order: in which order threads run, as for `simt.in_place_of_cpu`."""
+    """On the emulator; order and capability are those of `simt.in_place_of_cpu`."""
 
     device = "cpu"
     emulated = True
 
-    def __init__(self, order: int):
-        self.order = order
+    def __init__(self, order: int, capability: int = 8):
+        self.order, self.capability = order, capability
 
     def kernels(self) -> contextlib.AbstractContextManager:
-        return simt.in_place_of_cpu(self.order)
+        return simt.in_place_of_cpu(self.order, self.capability)
 
 
 class _Copies:

@@ -9,7 +9,6 @@ import ctypes
 import functools
 import shutil
 import subprocess
-import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -29,34 +28,40 @@ def _tool(name: str) -> str:
     return path
 
 
-def build() -> Path:
-    """The emulator's library, compiled where sources changed."""
-    command = [
+@functools.cache
+def _build_errors() -> str:
+    """Compiles what changed; once per process, also where it fails."""
+    configure = [
         _tool("cmake"),
         *("-S", str(Path(__file__).parent), "-B", str(BUILD), "-G", "Ninja"),
         f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
         f"-DDLLM_TORCH_ROOT={Path(torch.__file__).parent}",
     ]
-    for step in (command, [_tool("cmake"), "--build", str(BUILD)]):
+    for step in (configure, [_tool("cmake"), "--build", str(BUILD)]):
         done = subprocess.run(step, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
-            sys.stderr.write(done.stdout)
-            raise RuntimeError(f"the emulator does not build: {' '.join(step)}")
-    return BUILD / "_simt.so"
+            return done.stdout
+    return ""
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """Built, loaded, with the operators registered."""
-    path = build()
+def _load() -> ctypes.CDLL:
+    path = str(BUILD / "_simt.so")
     schemas = torch.library.Library("dllm_kernels_simt", "DEF")
     for name in _operators("dllm_kernels"):
         schemas.define(str(_overload("dllm_kernels", name)._schema).removeprefix("dllm_kernels::"))
-    torch.ops.load_library(str(path))
-    loaded = ctypes.CDLL(str(path))
+    torch.ops.load_library(path)
+    loaded = ctypes.CDLL(path)
     loaded.schemas = schemas  # lives as long as the library
     loaded.simt_switches.restype = ctypes.c_uint64
     return loaded
+
+
+def library() -> ctypes.CDLL:
+    """Built, loaded, with the operators registered."""
+    if errors := _build_errors():
+        raise RuntimeError(f"the emulator does not build:\n{errors}")
+    return _load()
 
 
 def _operators(namespace: str) -> list[str]:
@@ -79,15 +84,22 @@ def emulated() -> list[str]:
 
 
 @contextlib.contextmanager
-def in_place_of_cpu(order: int = 0) -> Iterator[None]:
-    """Inside, `torch.ops.dllm_kernels` on CPU tensors are the CUDA kernels on the emulator.
+def in_place_of_cpu(order: int = 0, capability: int = 8) -> Iterator[None]:
+    """Inside, `torch.ops.dllm_kernels` on CPU tensors are the CUDA kernels on the emulator, and tensors are
+    allocated between pages that must not be touched.
 
     order: in which order threads and CTAs run: 0 forward, 1 backward, else shuffled with this seed.
+    capability: the major compute capability that the device claims, 9 for the kernels of Hopper.
     """
     library().simt_set_order(order)
+    library().simt_set_capability(capability)
+    library().simt_guard_tensors(True)
     with torch.library._scoped_library("dllm_kernels", "IMPL") as scope:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
             for name in emulated():
                 scope.impl(name, _overload("dllm_kernels_simt", name), "CPU", allow_override=True)
-        yield
+        try:
+            yield
+        finally:
+            library().simt_guard_tensors(False)

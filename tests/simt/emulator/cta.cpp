@@ -4,6 +4,7 @@
 #include <map>
 #include <stdexcept>
 
+#include "hopper.h"
 #include "report.h"
 #include "shared_memory.h"
 
@@ -50,7 +51,9 @@ void Cta::run(uint3 which) {
   order.arrange(queue);
   next = 0;
   failure.clear();
+  alive = threads;
   poison_shared_memory();
+  reset_asynchronous();
   current = queue[next++];
   switches++;
   simt_switch(&scheduler, thread[current].context);
@@ -60,14 +63,18 @@ void Cta::run(uint3 which) {
 // Leaves the running thread for the next that is ready.
 void Cta::go_on() {
   Thread& left = thread[current];
-  switches++;
+  while (alive > 0 && next == queue.size() && progress_asynchronous()) {
+  }
   if (next < queue.size()) {
     current = queue[next++];
+    if (&thread[current] == &left) return;
+    switches++;
     simt_switch(&left.context, thread[current].context);
     return;
   }
-  if (std::ranges::any_of(thread, [](const Thread& t) { return t.state != Thread::exited; }))
-    failure = deadlock();
+  const std::string unfinished = alive > 0 ? deadlock() : unfinished_asynchronous();
+  if (!unfinished.empty()) failure = kernel_text() + ": " + unfinished;
+  switches++;
   simt_switch(&left.context, scheduler);
 }
 
@@ -89,6 +96,7 @@ void Cta::wake(std::vector<int>& waiting) {
 
 void Cta::exit() {
   thread[current].state = Thread::exited;
+  alive--;
   go_on();
   __builtin_unreachable();
 }
@@ -110,15 +118,16 @@ std::string Cta::deadlock() const {
                                      : "wait at " + std::string(t.what) + " (" + site_text(t.site) + ")"]
         .push_back(i);
   }
-  std::string text = kernel_text() + ": nothing can go on:";
+  std::string text = "nothing can go on:";
   for (const auto& [what, members] : groups) text += " " + threads_text(members) + " " + what + ";";
   text.back() = '.';
-  return text;
+  return text + transaction_barriers_text();
 }
 
 // ---- barriers ----------------------------------------------------------------------------------
 int barrier(const char* what, int id, int threads, bool wait, bool predicate, Site site) {
-  if (id < 0 || id >= kBarriers) fail_at(what + (": there is no barrier " + std::to_string(id)), site_text(site));
+  if (id < 0 || id >= kBarriers)
+    fail_at(what + (": there is no barrier " + std::to_string(id)), site_text(site));
   if (threads % kLanes || threads < 0 || threads > cta.threads)
     fail_at(std::string(what) + " for " + std::to_string(threads) +
                 " threads: they must be whole warps of this CTA of " + std::to_string(cta.threads),
@@ -130,7 +139,7 @@ int barrier(const char* what, int id, int threads, bool wait, bool predicate, Si
     barrier.what = what, barrier.site = site;
     barrier.expected = expected, barrier.predicates = 0;
     barrier.lanes.fill(0);
-    barrier.clocks.assign(cta.threads, 0);
+    barrier.clocks = no_clocks();
   } else if (barrier.expected != expected) {
     fail_at(std::string(what) + " for " + std::to_string(expected) + " threads meets barrier " +
                 std::to_string(id) + " for " + std::to_string(barrier.expected) + " (" +
@@ -145,8 +154,7 @@ int barrier(const char* what, int id, int threads, bool wait, bool predicate, Si
   barrier.arrived++;
   barrier.predicates += predicate;
   barrier.lanes[cta.current / kLanes]++;
-  const bool everyone = expected == cta.threads;
-  if (!everyone) release_clock(cta.current, barrier.clocks);
+  if (!whole_cta) release_clock(cta.current, barrier.clocks);
   if (barrier.arrived < barrier.expected) {
     if (!wait) return 0;
     barrier.waiting.push_back(cta.current);
@@ -159,8 +167,7 @@ int barrier(const char* what, int id, int threads, bool wait, bool predicate, Si
               site_text(site));
   barrier.arrived = 0;
   if (wait) barrier.waiting.push_back(cta.current);
-  if (everyone && barrier.waiting.size() == static_cast<size_t>(cta.threads))
-    begin_epoch();
+  if (barrier.waiting.size() == static_cast<size_t>(cta.threads)) begin_epoch();
   else
     for (const int i : barrier.waiting) acquire_clock(i, barrier.clocks);
   for (const int i : barrier.waiting) cta.thread[i].predicates = barrier.predicates;

@@ -57,6 +57,7 @@ struct Cta {
   // ---- of this CTA
   uint3 block;
   int current;  // the running thread
+  int alive;    // threads that have not exited
   std::vector<Thread> thread;
   std::vector<uint3> index;  // of each thread
   std::vector<int> queue;    // ready threads from `next` on

@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "cta.h"
+#include "guarded_memory.h"
 #include "shared_memory.h"
 
 namespace simt {
@@ -13,6 +14,8 @@ namespace {
 
 constexpr size_t kDefaultSharedBytes = 48 * 1024;
 constexpr unsigned kMaxGridX = 0x7FFFFFFF, kMaxGridYZ = 65535;
+
+int capability = 8;  // major
 
 std::map<const void*, int>& allowed_shared_bytes() {
   static std::map<const void*, int> bytes;
@@ -32,12 +35,14 @@ cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int v
   return cudaSuccess;
 }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread) {
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                   const std::function<void()>& thread) {
   const dim3 grid = config.gridDim, block = config.blockDim;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   const auto allowed = allowed_shared_bytes().find(kernel);
-  const size_t shared = allowed == allowed_shared_bytes().end() ? kDefaultSharedBytes
-                                                                : std::max<size_t>(allowed->second, kDefaultSharedBytes);
+  const size_t shared = allowed == allowed_shared_bytes().end()
+                            ? kDefaultSharedBytes
+                            : std::max<size_t>(allowed->second, kDefaultSharedBytes);
   if (threads == 0 || threads > kMaxThreads || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
       grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ)
     return cudaErrorInvalidConfiguration;
@@ -48,6 +53,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   static std::mutex one_at_a_time;
   const std::lock_guard guard(one_at_a_time);
   const Running running;
+  const FaultsReported faults;
   cta.start(kernel, grid, block, thread);
   reserve_shared_memory(config.dynamicSmemBytes, static_cast<int>(threads));
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
@@ -88,7 +94,7 @@ cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = 8; break;  // few, so that small problems fill them
-    case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = simt::capability; break;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = simt::kMaxSharedBytes + 1024; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = simt::kMaxSharedBytes; break;
@@ -100,5 +106,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 // ---- what Python asks for
 extern "C" {
 [[gnu::visibility("default")]] void simt_set_order(unsigned seed) { simt::cta.order.seed = seed; }
+[[gnu::visibility("default")]] void simt_set_capability(int major) { simt::capability = major; }
+[[gnu::visibility("default")]] void simt_guard_tensors(bool on) { simt::guard_tensors(on); }
 [[gnu::visibility("default")]] uint64_t simt_switches() { return simt::switches; }
 }

@@ -69,7 +69,8 @@ void multiply(void* const* exchanges, unsigned) {
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, Site site) {
   const std::string where = site_text(site);
   if (shared_offset(row) == ~size_t{0}) fail_at("load_matrices of a row outside shared memory", where);
-  if (reinterpret_cast<uintptr_t>(row) % 16) fail_at("load_matrices needs rows at multiples of 16 bytes", where);
+  if (reinterpret_cast<uintptr_t>(row) % 16)
+    fail_at("load_matrices needs rows at multiples of 16 bytes", where);
   check_access(Access::read, row, 16, nullptr, where.c_str());
   MatrixRows exchange{r, row};
   if (transposed)
@@ -82,9 +83,11 @@ void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, Site site
         [](void* const* exchanges, unsigned) { give_rows(exchanges, false); }, false, site);
 }
 
-void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat16, Site site) {
+void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat16,
+                      Site site) {
   Product exchange{d, a, b};
-  rendezvous("mma_16x8x16", ~0u, &exchange, bfloat16 ? multiply<__nv_bfloat16> : multiply<__half>, false, site);
+  rendezvous("mma_16x8x16", ~0u, &exchange, bfloat16 ? multiply<__nv_bfloat16> : multiply<__half>, false,
+             site);
 }
 
 }  // namespace simt

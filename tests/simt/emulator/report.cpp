@@ -11,12 +11,6 @@
 namespace simt {
 namespace {
 
-std::string file_text(const std::string& path) {
-  for (const char* root : {"/csrc/", "/tests/"})
-    if (const size_t at = path.rfind(root); at != std::string::npos) return path.substr(at + 1);
-  return path;
-}
-
 // Lines of addr2line: function and position, inlined ones first.
 std::vector<std::string> debug_lines(const void* instruction) {
   Dl_info library;
@@ -39,6 +33,12 @@ std::string coordinates(uint3 x) {
 }
 
 }  // namespace
+
+std::string file_text(const std::string& path) {
+  for (const char* root : {"/csrc/", "/tests/"})
+    if (const size_t at = path.rfind(root); at != std::string::npos) return path.substr(at + 1);
+  return path;
+}
 
 std::string site_text(Site site) { return file_text(site.file_name()) + ":" + std::to_string(site.line()); }
 

@@ -8,14 +8,15 @@
 
 namespace simt {
 
-// "commit.cuh:12"
+std::string file_text(const std::string& path);  // from the source tree's root on
+// "csrc/cuda/commit/kernel.cuh:12"
 std::string site_text(Site site);
 bool same_site(Site a, Site b);
 // Function and line that an instruction of this library was compiled from.
 std::string code_text(const void* instruction);
 
-std::string kernel_text();    // "kernel f<float>, block (0, 1, 0)"
-std::string position_text();  // and ", thread (3, 0, 0): "
+std::string kernel_text();                                  // "kernel f<float>, block (0, 1, 0)"
+std::string position_text();                                // and ", thread (3, 0, 0): "
 std::string threads_text(const std::vector<int>& threads);  // "threads 0-31, 40"
 
 [[noreturn]] void fail_at(const std::string& text, const std::string& where);

@@ -8,14 +8,18 @@
 
 #include "cta.h"
 #include "report.h"
+#include "simt/hopper.h"
 
 namespace simt {
 namespace {
 
-// ---- the bytes: one arena for dynamic shared memory, the thread-local storage of this library for static one
+// ---- the bytes: one arena for dynamic shared memory, the thread-local storage of this library for static
+// one
 constexpr size_t kMargin = 64 * 1024;  // accesses this near beyond the end are still told from others
 alignas(1024) unsigned char arena[kMaxSharedBytes + kMargin];
 size_t dynamic_bytes = 0;
+constexpr size_t kDynamicBase =
+    128;  // dynamic shared memory begins at a multiple of 128 bytes, and of no more
 unsigned char* statics = nullptr;
 size_t static_bytes = 0;
 
@@ -23,7 +27,7 @@ void find_statics() {
   const auto visit = [](dl_phdr_info* info, size_t, void*) {
     bool here = false;
     for (int i = 0; i < info->dlpi_phnum; i++) {
-      const ElfW(Phdr)& part = info->dlpi_phdr[i];
+      const ElfW(Phdr) & part = info->dlpi_phdr[i];
       here |= part.p_type == PT_LOAD &&
               reinterpret_cast<uintptr_t>(arena) - info->dlpi_addr - part.p_vaddr < part.p_memsz;
     }
@@ -43,13 +47,13 @@ void find_statics() {
 
 // ---- what is known of them
 struct Stamp {
-  uint32_t epoch, thread : 10, clock : 22;
+  uint32_t epoch, thread : 11, clock : 21;
   bool operator==(const Stamp&) const = default;
 };
 struct Cell {
   Stamp write, read, other_read;  // epochs before first_epoch: never. Reads: the last two, by two threads
-  uint32_t copying;               // an asynchronous copy of this CTA is under way: its number, else 0
-  bool atomic;                    // the last write was
+  uint32_t copied_by;             // the CTA of which an asynchronous copy is under way, by its first epoch
+  bool atomic, asynchronous;      // the last write was
 };
 // A cell per word; where accesses are narrower, in this CTA, a cell for each of its bytes.
 struct Word {
@@ -66,16 +70,18 @@ struct Clock {
 std::vector<Clock> clocks;
 std::vector<uint32_t> seen;        // [thread][thread]: ticks of the second that the first knows to be over
 std::vector<uint32_t> seen_epoch;  // [thread]: the row is of this epoch, else nothing was seen yet
+std::vector<Clock> fences;         // when each thread last called fence_asynchronous_reads
+int clock_count;                   // threads and engine
 
 uint32_t now(int thread) {
   if (clocks[thread].epoch != epoch) clocks[thread] = {epoch, 0};
   return clocks[thread].now;
 }
 uint32_t* seen_by(int thread) {
-  uint32_t* row = &seen[static_cast<size_t>(thread) * cta.threads];
+  uint32_t* row = &seen[static_cast<size_t>(thread) * clock_count];
   if (seen_epoch[thread] != epoch) {
     seen_epoch[thread] = epoch;
-    std::fill_n(row, cta.threads, 0);
+    std::fill_n(row, clock_count, 0);
   }
   return row;
 }
@@ -96,10 +102,13 @@ struct Asked {
   const char* where;
 
   std::string text() const {
-    const char* name = access == Access::read ? "read" : access == Access::write ? "write" : "atomic operation";
-    const size_t offset = address - arena;
+    const char* name = access == Access::read    ? "read"
+                       : access == Access::write ? "write"
+                                                 : "atomic operation";
+    const size_t offset = address - arena - kDynamicBase;
     return std::string(name) + " of " + std::to_string(bytes) +
-           (offset < sizeof arena ? " bytes at offset " + std::to_string(offset) + " of dynamic shared memory"
+           (offset < sizeof arena ? " bytes at offset " + std::to_string(static_cast<int64_t>(offset)) +
+                                        " of dynamic shared memory"
                                   : " bytes of a __shared__ variable");
   }
   [[noreturn]] void fail(const std::string& problem) const {
@@ -115,7 +124,8 @@ struct Asked {
 void check_cell(Cell& cell, const Asked& asked) {
   const int thread = cta.current;
   const bool written = cell.write.epoch >= first_epoch;
-  if (cell.copying && written) asked.fail("that an asynchronous copy is still on its way to: wait_copies() is missing");
+  if (cell.copied_by == first_epoch)
+    asked.fail("that an asynchronous copy is still on its way to: wait_copies() is missing");
   if (asked.access != Access::write && !written) asked.fail("that no thread wrote");
   if (cell.write.epoch == epoch && !(cell.atomic && asked.access == Access::atomic) &&
       !is_ordered(cell.write, thread))
@@ -131,6 +141,7 @@ void check_cell(Cell& cell, const Asked& asked) {
     if (read.epoch == epoch && !is_ordered(read, thread)) asked.fail_race("read", read);
   cell.write = mine;
   cell.atomic = asked.access == Access::atomic;
+  cell.asynchronous = false;
 }
 
 // The cells of bytes [begin, begin + bytes), counted over arena and statics.
@@ -169,7 +180,7 @@ inline bool find(const void* address, size_t& at) {
 }
 
 void check_shared(size_t at, const Asked& asked) {
-  if (at < sizeof arena && at + asked.bytes > dynamic_bytes)
+  if (at < sizeof arena && (at < kDynamicBase || at + asked.bytes > kDynamicBase + dynamic_bytes))
     asked.fail("goes beyond the " + std::to_string(dynamic_bytes) + " bytes of the launch");
   for_cells(at, asked.bytes, asked.access == Access::write, [&](Cell& cell) { check_cell(cell, asked); });
 }
@@ -193,31 +204,35 @@ void reserve_shared_memory(size_t bytes, int threads) {
   dynamic_bytes = bytes;
   const size_t covered = (sizeof arena + static_bytes + 3) / 4;
   if (words.size() < covered) words.resize(covered), byte_cells.resize(covered * 4);
-  clocks.assign(threads, {0, 0});
-  seen.resize(static_cast<size_t>(threads) * threads);
-  seen_epoch.assign(threads, 0);
+  clock_count = threads + 1;
+  clocks.assign(clock_count, {0, 0});
+  fences.assign(clock_count, {0, 0});
+  seen.resize(static_cast<size_t>(clock_count) * clock_count);
+  seen_epoch.assign(clock_count, 0);
   copies.assign(threads, {});
 }
 
 void poison_shared_memory() {
   first_epoch = ++epoch;
-  memset(arena, 0xFF, dynamic_bytes);
+  memset(arena + kDynamicBase, 0xFF, dynamic_bytes);
   memset(statics, 0xFF, static_bytes);
   for (Copies& of_thread : copies) of_thread.under_way.clear(), of_thread.open_group = 1;
 }
 
 void begin_epoch() { epoch++; }
 
+std::vector<uint32_t> no_clocks() { return std::vector<uint32_t>(clock_count, 0); }
+
 void release_clock(int i, std::vector<uint32_t>& into) {
   const uint32_t* known = seen_by(i);
-  for (int k = 0; k < cta.threads; k++) into[k] = std::max(into[k], known[k]);
+  for (int k = 0; k < clock_count; k++) into[k] = std::max(into[k], known[k]);
   into[i] = now(i) + 1;
   clocks[i].now++;
 }
 
 void acquire_clock(int i, const std::vector<uint32_t>& from) {
   uint32_t* known = seen_by(i);
-  for (int k = 0; k < cta.threads; k++) known[k] = std::max(known[k], from[k]);
+  for (int k = 0; k < clock_count; k++) known[k] = std::max(known[k], from[k]);
 }
 
 void check_access(Access access, const void* address, size_t bytes, const void* code, const char* where) {
@@ -230,11 +245,12 @@ void check_atomic(const void* address, size_t bytes, Site site) {
   size_t at = 0;
   if (find(address, at)) {
     const std::string where = site_text(site);
-    check_shared(at, {Access::atomic, static_cast<const unsigned char*>(address), bytes, nullptr, where.c_str()});
+    check_shared(at,
+                 {Access::atomic, static_cast<const unsigned char*>(address), bytes, nullptr, where.c_str()});
   }
 }
 
-void* dynamic_shared() { return arena; }
+void* dynamic_shared() { return arena + kDynamicBase; }
 
 void copy_async(void* shared, const void* global, Site site) {
   const std::string where = site_text(site);
@@ -243,8 +259,7 @@ void copy_async(void* shared, const void* global, Site site) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     fail_at("copy_async needs addresses that are multiples of 16 bytes", where);
   check_shared(at, {Access::write, static_cast<unsigned char*>(shared), 16, nullptr, where.c_str()});
-  for_cells(at, 16, true, [](Cell& cell) { cell.copying = 1; });
-  memset(shared, 0xFF, 16);
+  start_copy(shared, 16);
   Copies& mine = copies[cta.current];
   mine.under_way.push_back({shared, global, mine.open_group});
 }
@@ -254,21 +269,58 @@ void commit_copies() { copies[cta.current].open_group++; }
 void wait_copies(int pending) {
   Copies& mine = copies[cta.current];
   const int64_t last_done = static_cast<int64_t>(mine.open_group) - 1 - pending;
-  const auto waiting = std::ranges::stable_partition(mine.under_way,
-                                                     [&](const Copy& copy) { return copy.group <= last_done; });
+  const auto waiting = std::ranges::stable_partition(
+      mine.under_way, [&](const Copy& copy) { return copy.group <= last_done; });
   for (auto copy = mine.under_way.begin(); copy != waiting.begin(); ++copy) {
-    if (copy->from)
-      memcpy(copy->to, copy->from, 16);
-    else
-      memset(copy->to, 0, 16);
+    if (copy->from) memcpy(copy->to, copy->from, 16);
+    else memset(copy->to, 0, 16);
     size_t at = 0;
     find(copy->to, at);
     for_cells(at, 16, true, [](Cell& cell) {
-      cell.copying = 0;
+      cell.copied_by = 0;
       cell.write = stamp(cta.current);
     });
   }
   mine.under_way.erase(mine.under_way.begin(), waiting.begin());
+}
+
+// ---- asynchronous reads and writes of Hopper
+void fence_asynchronous_reads() {
+  const int thread = cta.current;
+  fences[thread] = {epoch, now(thread) + 1};
+  clocks[thread].now++;
+}
+
+void check_asynchronous_read(const void* address, size_t bytes, const char* where) {
+  size_t at = 0;
+  const Asked asked{Access::read, static_cast<const unsigned char*>(address), bytes, nullptr, where};
+  if (!find(address, at)) asked.fail("is outside shared memory");
+  check_shared(at, asked);
+  for_cells(at, bytes, false, [&](Cell& cell) {
+    const Clock& fence = fences[cell.write.thread];
+    const bool fenced =
+        fence.epoch > cell.write.epoch || (fence.epoch == cell.write.epoch && fence.now > cell.write.clock);
+    if (!cell.asynchronous && !fenced)
+      asked.fail("by a matrix product, of what thread " + std::to_string(cell.write.thread) +
+                 " wrote by ordinary stores: its fence_async_proxy() is missing");
+  });
+}
+
+void start_copy(void* address, size_t bytes) {
+  size_t at = 0;
+  find(address, at);
+  memset(address, 0xFF, bytes);
+  for_cells(at, bytes, true, [](Cell& cell) { cell.copied_by = first_epoch; });
+}
+
+void land_copy(void* address, size_t bytes) {
+  size_t at = 0;
+  find(address, at);
+  for_cells(at, bytes, true, [](Cell& cell) {
+    cell.copied_by = 0;
+    cell.write = stamp(cta.threads);
+    cell.asynchronous = true;
+  });
 }
 
 size_t shared_offset(const void* shared) {
@@ -282,23 +334,23 @@ void* shared_pointer(size_t offset) {
 
 }  // namespace simt
 
-// ---- what the compiler calls before every access of instrumented code (-fsanitize=thread; the sanitizer's own
-// runtime is not linked)
-#define SIMT_HOOK(name, access, bytes)                                                                      \
-  extern "C" void name(void* address) {                                                                     \
-    size_t at = 0;                                                                                              \
-    if (simt::cta.kernel && simt::find(address, at))                                                        \
-      simt::check_shared(at, {simt::Access::access, static_cast<unsigned char*>(address), bytes,            \
-                              __builtin_return_address(0), nullptr});                                       \
+// ---- what the compiler calls before every access of instrumented code (-fsanitize=thread; the sanitizer's
+// own runtime is not linked)
+#define SIMT_HOOK(name, access, bytes)                                                           \
+  extern "C" void name(void* address) {                                                          \
+    size_t at = 0;                                                                               \
+    if (simt::cta.kernel && simt::find(address, at))                                             \
+      simt::check_shared(at, {simt::Access::access, static_cast<unsigned char*>(address), bytes, \
+                              __builtin_return_address(0), nullptr});                            \
   }
-#define SIMT_HOOKS(bytes)                                          \
-  SIMT_HOOK(__tsan_read##bytes, read, bytes)                       \
-  SIMT_HOOK(__tsan_write##bytes, write, bytes)                     \
-  SIMT_HOOK(__tsan_unaligned_read##bytes, read, bytes)             \
-  SIMT_HOOK(__tsan_unaligned_write##bytes, write, bytes)           \
-  SIMT_HOOK(__tsan_volatile_read##bytes, read, bytes)              \
-  SIMT_HOOK(__tsan_volatile_write##bytes, write, bytes)            \
-  SIMT_HOOK(__tsan_unaligned_volatile_read##bytes, read, bytes)    \
+#define SIMT_HOOKS(bytes)                                       \
+  SIMT_HOOK(__tsan_read##bytes, read, bytes)                    \
+  SIMT_HOOK(__tsan_write##bytes, write, bytes)                  \
+  SIMT_HOOK(__tsan_unaligned_read##bytes, read, bytes)          \
+  SIMT_HOOK(__tsan_unaligned_write##bytes, write, bytes)        \
+  SIMT_HOOK(__tsan_volatile_read##bytes, read, bytes)           \
+  SIMT_HOOK(__tsan_volatile_write##bytes, write, bytes)         \
+  SIMT_HOOK(__tsan_unaligned_volatile_read##bytes, read, bytes) \
   SIMT_HOOK(__tsan_unaligned_volatile_write##bytes, write, bytes)
 SIMT_HOOKS(1)
 SIMT_HOOKS(2)

@@ -18,8 +18,7 @@ std::string lanes_text(unsigned mask) {
 
 // The lanes of one warp tell each other what they know.
 void synchronise_clocks(int warp, unsigned mask) {
-  static std::vector<uint32_t> clocks;
-  clocks.assign(cta.threads, 0);
+  std::vector<uint32_t> clocks = no_clocks();
   for (int lane = 0; lane < kLanes; lane++)
     if (mask >> lane & 1) release_clock(warp * kLanes + lane, clocks);
   for (int lane = 0; lane < kLanes; lane++)
@@ -32,9 +31,11 @@ void rendezvous(const char* what, unsigned mask, void* exchange, Work work, bool
   const int warp = cta.current / kLanes, lane = cta.current % kLanes;
   const unsigned self = 1u << lane;
   const int lanes = std::min(cta.threads - warp * kLanes, kLanes);
-  if (!(mask & self)) fail_at(std::string(what) + " names lanes " + lanes_text(mask) + " without this one", site_text(site));
+  if (!(mask & self))
+    fail_at(std::string(what) + " names lanes " + lanes_text(mask) + " without this one", site_text(site));
   if (lanes < kLanes && mask >> lanes)
-    fail_at(std::string(what) + " names lanes " + lanes_text(mask) + ", but this warp has " + std::to_string(lanes),
+    fail_at(std::string(what) + " names lanes " + lanes_text(mask) + ", but this warp has " +
+                std::to_string(lanes),
             site_text(site));
 
   auto& pending = cta.rendezvous[warp];
@@ -71,10 +72,10 @@ void shuffle(ShuffleKind kind, unsigned mask, Shuffle& exchange, Site site) {
                                            "__shfl_xor_sync"};
   const int lane = lane_index(), width = exchange.width, operand = exchange.operand;
   const int first = lane & ~(width - 1), last = first + width - 1;
-  int source = kind == ShuffleKind::index          ? first | (operand & (width - 1))
-               : kind == ShuffleKind::up           ? lane - operand
-               : kind == ShuffleKind::down         ? lane + operand
-                                                   : lane ^ operand;
+  int source = kind == ShuffleKind::index  ? first | (operand & (width - 1))
+               : kind == ShuffleKind::up   ? lane - operand
+               : kind == ShuffleKind::down ? lane + operand
+                                           : lane ^ operand;
   if (kind == ShuffleKind::up ? source < first : source > last) source = lane;
   const char* what = kNames[static_cast<int>(kind)];
   if (width <= 0 || width > kLanes || width & (width - 1))

@@ -14,7 +14,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __align__(bytes) alignas(bytes)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __constant__ static
 // One CTA runs at a time, on one thread of the machine: this library's thread-local storage is its memory.
 #define __shared__ static thread_local
@@ -46,16 +46,46 @@ inline void __threadfence_system() {}
 inline size_t __cvta_generic_to_shared(const void* pointer) { return simt::shared_offset(pointer); }
 inline void* __cvta_shared_to_generic(size_t offset) { return simt::shared_pointer(offset); }
 
-template <class T> T __ldg(const T* from) { return *from; }
-template <class T> T __ldcg(const T* from) { return *from; }
-template <class T> T __ldca(const T* from) { return *from; }
-template <class T> T __ldcs(const T* from) { return *from; }
-template <class T> T __ldlu(const T* from) { return *from; }
-template <class T> T __ldcv(const T* from) { return *from; }
-template <class T> void __stcg(T* to, T value) { *to = value; }
-template <class T> void __stcs(T* to, T value) { *to = value; }
-template <class T> void __stwb(T* to, T value) { *to = value; }
-template <class T> void __stwt(T* to, T value) { *to = value; }
+template <class T>
+T __ldg(const T* from) {
+  return *from;
+}
+template <class T>
+T __ldcg(const T* from) {
+  return *from;
+}
+template <class T>
+T __ldca(const T* from) {
+  return *from;
+}
+template <class T>
+T __ldcs(const T* from) {
+  return *from;
+}
+template <class T>
+T __ldlu(const T* from) {
+  return *from;
+}
+template <class T>
+T __ldcv(const T* from) {
+  return *from;
+}
+template <class T>
+void __stcg(T* to, T value) {
+  *to = value;
+}
+template <class T>
+void __stcs(T* to, T value) {
+  *to = value;
+}
+template <class T>
+void __stwb(T* to, T value) {
+  *to = value;
+}
+template <class T>
+void __stwt(T* to, T value) {
+  *to = value;
+}
 
 [[noreturn]] inline void __trap(simt::Site site = simt::Site::current()) { simt::fail("__trap", site); }
 inline void __nanosleep(unsigned) {}

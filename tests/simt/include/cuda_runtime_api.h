@@ -48,15 +48,24 @@ enum cudaDeviceAttr {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 
+// ---- the driver
+enum cudaDriverEntryPointQueryResult {
+  cudaDriverEntryPointSuccess = 0,
+  cudaDriverEntryPointSymbolNotFound = 1,
+  cudaDriverEntryPointVersionNotSufficent = 2,
+};
+constexpr unsigned long long cudaEnableDefault = 0;
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
+                                             unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult* result);
+
 // ---- functions
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
   cudaFuncAttributePreferredSharedMemoryCarveout = 9,
   cudaFuncAttributeNonPortableClusterSizeAllowed = 13,
 };
-namespace simt {
-cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
-}
+namespace simt { cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value); }
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
   return simt::set_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
@@ -92,5 +101,6 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   std::tuple<Parameters...> parameters(static_cast<Arguments&&>(arguments)...);
-  return simt::launch(*config, reinterpret_cast<const void*>(kernel), [&] { std::apply(kernel, parameters); });
+  return simt::launch(*config, reinterpret_cast<const void*>(kernel),
+                      [&] { std::apply(kernel, parameters); });
 }

@@ -10,8 +10,8 @@
 #include <cstring>
 
 // ---- CUDA's overloads of min and max
-#define SIMT_MIN_MAX(T)                                  \
-  constexpr T min(T a, T b) { return b < a ? b : a; }    \
+#define SIMT_MIN_MAX(T)                               \
+  constexpr T min(T a, T b) { return b < a ? b : a; } \
   constexpr T max(T a, T b) { return a < b ? b : a; }
 SIMT_MIN_MAX(int)
 SIMT_MIN_MAX(unsigned)

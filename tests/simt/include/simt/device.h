@@ -40,7 +40,8 @@ void commit_copies();
 void wait_copies(int pending);
 // ldmatrix.x4 and mma.m16n8k16 for the whole warp.
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, Site site);
-void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat16, Site site);
+void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat16,
+                      Site site);
 
 // Ends the launch with `text` as its diagnosis.
 [[noreturn]] void fail(const char* text, Site site);

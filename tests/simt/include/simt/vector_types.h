@@ -6,13 +6,13 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-#define SIMT_VECTORS(T, name, align2, align4)               \
-  struct name##1 { T x; };                                  \
-  struct alignas(align2) name##2 { T x, y; };               \
-  struct name##3 { T x, y, z; };                            \
-  struct alignas(align4) name##4 { T x, y, z, w; };         \
-  constexpr name##2 make_##name##2(T x, T y) { return {x, y}; }             \
-  constexpr name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }     \
+#define SIMT_VECTORS(T, name, align2, align4)                           \
+  struct name##1 { T x; };                                              \
+  struct alignas(align2) name##2 { T x, y; };                           \
+  struct name##3 { T x, y, z; };                                        \
+  struct alignas(align4) name##4 { T x, y, z, w; };                     \
+  constexpr name##2 make_##name##2(T x, T y) { return {x, y}; }         \
+  constexpr name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; } \
   constexpr name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 SIMT_VECTORS(signed char, char, 2, 4)
 SIMT_VECTORS(unsigned char, uchar, 2, 4)

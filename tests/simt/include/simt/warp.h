@@ -1,4 +1,5 @@
-// Warp intrinsics: a rendezvous of the lanes that the mask names, then one of them works out every lane's result.
+// Warp intrinsics: a rendezvous of the lanes that the mask names, then one of them works out every lane's
+// result.
 #pragma once
 
 #include <bit>
@@ -79,8 +80,8 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, SIMT_SITE) {
 }
 
 // ---- reductions
-#define SIMT_REDUCE(name, T, expression)                                         \
-  inline T name(unsigned mask, T value, SIMT_SITE) {                             \
+#define SIMT_REDUCE(name, T, expression)                                                 \
+  inline T name(unsigned mask, T value, SIMT_SITE) {                                     \
     return simt::reduced(#name, mask, value, [](T a, T b) { return expression; }, site); \
   }
 SIMT_REDUCE(__reduce_add_sync, unsigned, a + b)
@@ -89,7 +90,7 @@ SIMT_REDUCE(__reduce_min_sync, unsigned, a < b ? a : b)
 SIMT_REDUCE(__reduce_min_sync, int, a < b ? a : b)
 SIMT_REDUCE(__reduce_max_sync, unsigned, a > b ? a : b)
 SIMT_REDUCE(__reduce_max_sync, int, a > b ? a : b)
-SIMT_REDUCE(__reduce_and_sync, unsigned, a & b)
+SIMT_REDUCE(__reduce_and_sync, unsigned, a& b)
 SIMT_REDUCE(__reduce_or_sync, unsigned, a | b)
 SIMT_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
 #undef SIMT_REDUCE

@@ -1,0 +1,44 @@
+"""Parity modes: what a reference implementation does besides its options, so that tokens come out as there.
+
+A mode is a row of the table. `fixed` are the options it settles; whoever gives another value for one of them
+contradicts it. The rest are particulars that no option names. All hold at temperature 0, on the same float32
+model; where a reference would leave masks in its output or never end, the rules of this library hold instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How a reference differs.
+
+    precision: of the softmax behind confidences. mask_in_softmax: the mask token is barred from the argmax
+    only. blocks_from_prompt: block-causal blocks count from the end of each row's prompt, whose first block
+    is then short, as left padding to whole blocks has it; the last block ends with the canvas.
+    shift_in_window: with a cache, the first position that a step computes is predicted by its own output.
+    factor_takes_all: if only the last rank fails the factor rule, it is accepted too.
+    refresh_commits_start: a refresh commits exactly the block's first position.
+    """
+
+    fixed: Mapping[str, object] = field(default_factory=dict)
+    precision: str = "float32"
+    mask_in_softmax: bool = True
+    blocks_from_prompt: bool = False
+    shift_in_window: bool = False
+
+
+NONE = Parity(mask_in_softmax=False)
+_NO_STOP = dict(stop_on_eos=False)
+
+PARITY = {
+    "llada": Parity(dict(schedule="llada", cache="none", **_NO_STOP)),
+    "llada_fp64": Parity(dict(schedule="llada", cache="none", **_NO_STOP), precision="float64"),
+    "fast_dllm": Parity(dict(schedule="llada", **_NO_STOP), precision="float64"),
+    "dllm_mdlm": Parity(dict(schedule="dllm", **_NO_STOP), shift_in_window=True),
+    "dllm_bd3lm": Parity(dict(schedule="dllm"), blocks_from_prompt=True),
+    "dream": Parity(dict(schedule="dream", cache="none", **_NO_STOP)),
+    "llada2": Parity(dict(rule="quota_or_threshold")),
+}

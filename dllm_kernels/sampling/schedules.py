@@ -1,0 +1,71 @@
+"""Schedules: how the masks of a block are spread over its steps, as a list of quotas."""
+
+import numpy as np
+import torch
+
+
+def llada_schedule(masks: int, steps: int) -> list[int]:
+    """Quota of each of `steps` steps: masks // steps, one more in the first masks mod steps [LLaDA]."""
+    _check(masks, steps)
+    return [masks // steps + (step < masks % steps) for step in range(steps)]
+
+
+def dllm_schedule(masks: int, steps: int) -> list[int]:
+    """Quotas of dLLM's linear schedule, without its empty steps (so the list may be shorter than `steps`).
+
+    With t = (S−j)/S and s = (S−j−1)/S: n = round-half-even(remaining·(1 − s/t)), the ratio in float32
+    and the product in float64, as in dLLM (exact arithmetic gives other schedules).
+    """
+    _check(masks, steps)
+    quotas, remaining = [], masks
+    for j in range(steps):
+        quota = min(round(remaining * _dllm_share(j, steps)), remaining)
+        remaining -= quota
+        quotas.append(quota)
+    return [quota for quota in quotas if quota]
+
+
+def binomial_schedule(masks: int, steps: int, seed: int, draw: tuple[int, int]) -> list[int]:
+    """`dllm_schedule` with each quota drawn from Binomial(remaining, 1 − s/t), the last step taking all.
+
+    A function of seed and `draw` (the row's number and the block's start) alone.
+    """
+    _check(masks, steps)
+    random = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, *draw]))
+    quotas, remaining = [], masks
+    for j in range(steps):
+        quota = int(random.binomial(remaining, _dllm_share(j, steps)))
+        remaining -= quota
+        quotas.append(quota)
+    return [quota for quota in quotas if quota]
+
+
+def _dllm_share(j: int, steps: int) -> float:
+    """1 − s/t of step j, in float32 as there."""
+    t, s = (torch.tensor((steps - j - k) / steps, dtype=torch.float32) for k in (0, 1))
+    alpha_t, alpha_s = 1 - t, 1 - s
+    return float(1 - (1 - alpha_s) / (1 - alpha_t))
+
+
+def dream_schedule(masks: int, steps: int, eps: float = 1e-3) -> list[int]:
+    """Quotas of Dream: int(remaining·(1 − s/t)), t = linspace(1, eps, S+1); the last step takes all.
+
+    Counted for each row by itself (the original takes the mean of the batch). Quotas may be 0.
+    """
+    _check(masks, steps)
+    if not 0 < eps < 1:
+        raise ValueError(f"eps is {eps}; it must lie between 0 and 1")
+    t = torch.linspace(1, eps, steps + 1)
+    quotas, remaining = [], masks
+    for j in range(steps):
+        quota = int(remaining * float(1 - t[j + 1] / t[j])) if j < steps - 1 else remaining
+        remaining -= quota
+        quotas.append(quota)
+    return quotas
+
+
+def _check(masks: int, steps: int) -> None:
+    if masks < 0:
+        raise ValueError(f"masks is {masks}; it must be >= 0")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be >= 1")
