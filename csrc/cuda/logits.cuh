@@ -26,10 +26,16 @@ __device__ inline float tame(float x) { return fminf(fmaxf(x, -HUGE_VALF), FLT_M
 __device__ inline float exponential(float x) { return fast_exp2(x * 1.44269504f); }
 __device__ inline double exponential(double x) { return exp(x); }
 
+// Divisions are of 32 bits, and none where a row is among the first `inner`, as all rows of a matrix are.
 template <class T>
-__device__ T* row_of(const LogitsView& view, int64_t row) {
-  return static_cast<T*>(view.data) + row / view.inner * view.outer_stride +
-         row % view.inner * view.inner_stride;
+__device__ T* row_of(const LogitsView& view, int32_t row) {
+  int64_t offset = 0;
+  if (row >= view.inner) {
+    const int32_t outer = row / view.inner;
+    offset = outer * view.outer_stride;
+    row -= outer * view.inner;
+  }
+  return static_cast<T*>(view.data) + offset + row * view.inner_stride;
 }
 
 __device__ inline bool listed(const TokenIds& list, int32_t id) {

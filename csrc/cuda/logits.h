@@ -11,7 +11,8 @@ enum class LogitType { float32, bfloat16, float16, float64 };
 struct LogitsView {
   void* data;
   LogitType type;
-  int64_t inner, outer_stride, inner_stride;
+  int32_t inner;
+  int64_t outer_stride, inner_stride;
 };
 
 // Token ids travel as kernel arguments: no copy to the device, constant in a captured graph.

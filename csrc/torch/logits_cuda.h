@@ -19,8 +19,8 @@ inline cuda::LogitType logit_type(ScalarType type) {
 }
 
 inline cuda::LogitsView logits_view(const LogitsRows& rows) {
-  return {rows.tensor.data_ptr(), logit_type(rows.tensor.scalar_type()), rows.inner, rows.outer_stride,
-          rows.inner_stride};
+  return {rows.tensor.data_ptr(), logit_type(rows.tensor.scalar_type()), static_cast<int32_t>(rows.inner),
+          rows.outer_stride, rows.inner_stride};
 }
 
 inline cuda::TokenIds listed_ids(const char* op, const char* name, const std::vector<int32_t>& ids) {

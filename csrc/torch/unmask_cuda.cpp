@@ -135,7 +135,7 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
                                    canvas.size(1),
                                    mask_id,
                                    start,
-                                   block,
+                                   static_cast<int32_t>(block),
                                    int32_data(arguments.step),
                                    int32_data(arguments.sequence_ids)};
   const auto [token, prob, margin, entropy, logsumexp] =

@@ -21,6 +21,8 @@ def linear_diffusion_cross_entropy(
 
     Rows of weight other than 0 are taken up in chunks: logits = x · Wᵀ + b, the kernel replaces them by their
     gradient G, and then dx = G · W, dW += Gᵀ · x, db += Σ G.
+
+    On a GPU the host waits once: the shapes of the products depend on how many weights are not 0.
     """
     _check(hidden, weight, targets, weights, bias)
     results = new_results(hidden, weight, targets, bias, needs_grad)

@@ -33,6 +33,8 @@ def diffusion_cross_entropy(
     logits [..., V]; targets int64 [...]; weights [...], any float dtype. Logits are read once in the forward
     and once in the backward pass, rows of weight 0 never: their logits and targets may be anything.
     suppress_tokens: ids that are left out of the softmax, e.g. the mask token [SUBS, Sahoo et al. 2024].
+    On a GPU the contents of targets are not checked: one outside the vocabulary makes its CE_i NaN, a
+    suppressed one makes it infinite. At most 64 tokens may be suppressed there.
     Returns a scalar, float32 (float64 for float64 logits), and with return_ce each CE_i, detached, 0 where
     the weight is 0. Differentiable in logits, and in weights (learned schedules): the gradient is CE_i.
     """

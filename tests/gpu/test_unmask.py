@@ -70,6 +70,14 @@ def test_odd_rows_agree_with_the_cpu(gpu):
         assert assert_agrees(gpu, logits, temperature=temperature, suppress_tokens=[0]) == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [-3e4, 6e4, -1e5, 7e4, 1e20, -1e38, 3e38])
+def test_logits_far_from_zero_agree_with_the_cpu(gpu, offset, dtype):
+    offset = max(min(offset, float(torch.finfo(dtype).max)), float(torch.finfo(dtype).min))
+    logits = (random_logits(5, 2, 300).double() * (1 + abs(offset) / 1e4) + offset).clamp(-3.4e38, 3.4e38)
+    assert assert_agrees(gpu, logits.to(dtype)) == 0
+
+
 @pytest.mark.parametrize("view", [lambda x: x[:, 2:6], lambda x: x.transpose(0, 1), lambda x: x[..., 5:30]])
 def test_strided_logits(gpu, view):
     logits = view(random_logits(3, 3, 10, 501))

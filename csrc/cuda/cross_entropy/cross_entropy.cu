@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "cuda/cross_entropy/kernel.cuh"
 #include "cuda/launch_kernel.h"
 
@@ -55,12 +57,16 @@ cudaError_t cross_entropy_in_place(const CrossEntropyParams& p, cudaStream_t str
   return with_types(p.logits.type, [&](auto t, auto real) {
     using T = decltype(t);
     using Real = decltype(real);
-    const int64_t bytes = resident_bytes(p.vocabulary * sizeof(T), limit);
-    const auto resident = static_cast<int32_t>(bytes / 16);
-    if (p.rows)
-      status = launch_kernel(cross_entropy_in_place_kernel<T, Real>, p.rows, kRowThreads, bytes, stream, p,
-                             resident);
-    return status == cudaSuccess ? add_up<Real>(p, stream) : status;
+    if constexpr (std::is_same_v<T, __half>) {
+      return cudaErrorInvalidValue;  // too small for gradients
+    } else {
+      const int64_t bytes = resident_bytes(p.vocabulary * sizeof(T), limit);
+      const auto resident = static_cast<int32_t>(bytes / 16);
+      if (p.rows)
+        status = launch_kernel(cross_entropy_in_place_kernel<T, Real>, p.rows, kRowThreads, bytes, stream, p,
+                               resident);
+      return status == cudaSuccess ? add_up<Real>(p, stream) : status;
+    }
   });
 }
 

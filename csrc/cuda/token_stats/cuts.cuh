@@ -107,9 +107,10 @@ __device__ void find_tie(const CutRow<T, Real>& row, uint32_t key, int32_t n, co
 }
 
 template <class T, class Real>
-__global__ void __launch_bounds__(kCutThreads, 1) token_cuts_kernel(const __grid_constant__ TokenStatsParams p) {
-  const int64_t at = row_of_cta();
-  if (at >= p.rows || !row_identity(p, at).masked) return;
+__global__ void __launch_bounds__(kCutThreads, 1)
+    token_cuts_kernel(const __grid_constant__ TokenStatsParams p) {
+  const int32_t at = row_of_cta();
+  if (at < 0 || at >= p.rows || !row_identity(p, at).masked) return;
   const TokenState<Real> state = merged_ranges<Real>(p, at);
   TokenCut cut;
   cut.fallback = state.token < 0 ? p.fallback : state.token;

@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(kStatsThreads, 1)
     token_states_kernel(const __grid_constant__ TokenStatsParams p) {
   constexpr int kIds = 16 / sizeof(T);  // ids in one load: one or two Philox blocks
   __shared__ TokenState<Real> warp_states[kStatsWarps];
-  const int64_t row = row_of_cta();
-  if (row >= p.rows) return;
+  const int32_t row = row_of_cta();
+  if (row < 0 || row >= p.rows) return;
   const RowIdentity identity = row_identity(p, row);
   if (!identity.masked) return;
   const int32_t begin = blockIdx.x * kStatsRange;
@@ -105,7 +105,8 @@ __global__ void __launch_bounds__(kStatsThreads, 1)
   __syncthreads();
   if (warp > 0) return;
   state = merged_lanes(lane < kStatsWarps ? warp_states[lane] : TokenState<Real>());
-  if (lane == 0) static_cast<TokenState<Real>*>(p.states)[row * gridDim.x + blockIdx.x] = state;
+  if (lane == 0)
+    static_cast<TokenState<Real>*>(p.states)[static_cast<int64_t>(row) * gridDim.x + blockIdx.x] = state;
 }
 
 template <class T, class Real>

@@ -18,7 +18,7 @@ struct BlockRows {
   bool canvas_is_int64;
   int64_t canvas_stride, length, mask_id;
   const int32_t* block_start;  // [batch]
-  int64_t block;
+  int32_t block;
   const int32_t* step;          // [batch], null: 0
   const int32_t* sequence_ids;  // [batch], null: the batch index
 };

@@ -13,25 +13,28 @@ struct RowIdentity {
   bool masked;
 };
 
-__device__ inline RowIdentity row_identity(const TokenStatsParams& p, int64_t row) {
+__device__ inline RowIdentity row_identity(const TokenStatsParams& p, int32_t row) {
   const BlockRows& block = p.block;
   if (!block.canvas) {
-    if (!p.noise_ids) return {0, static_cast<int32_t>(row), 0, true};
-    return {p.noise_ids[3 * row], p.noise_ids[3 * row + 1], p.noise_ids[3 * row + 2], true};
+    if (!p.noise_ids) return {0, row, 0, true};
+    const int32_t* ids = p.noise_ids + 3 * static_cast<int64_t>(row);
+    return {ids[0], ids[1], ids[2], true};
   }
-  const int64_t b = row / block.block, position = block.block_start[b] + row % block.block;
+  const int32_t b = row / block.block;
+  const int64_t position = block.block_start[b] + static_cast<int64_t>(row % block.block);
   bool masked = position >= 0 && position < block.length;
   if (masked) {
     const int64_t at = b * block.canvas_stride + position;
     masked = (block.canvas_is_int64 ? static_cast<const int64_t*>(block.canvas)[at]
                                     : static_cast<const int32_t*>(block.canvas)[at]) == block.mask_id;
   }
-  return {block.sequence_ids ? block.sequence_ids[b] : static_cast<int32_t>(b),
-          static_cast<int32_t>(position), block.step ? block.step[b] : 0, masked};
+  return {block.sequence_ids ? block.sequence_ids[b] : b, static_cast<int32_t>(position),
+          block.step ? block.step[b] : 0, masked};
 }
 
-// A grid of (anything, rows): rows run over y and z, which are limited.
-__device__ inline int64_t row_of_cta() { return blockIdx.y + static_cast<int64_t>(gridDim.y) * blockIdx.z; }
+// A grid of (anything, rows): rows run over y and z, which are limited. Beyond the last row: a row out of
+// range, perhaps below 0.
+__device__ inline int32_t row_of_cta() { return static_cast<int32_t>(blockIdx.y + gridDim.y * blockIdx.z); }
 
 // The highest of a warp's values, none of them NaN; integers of the same order take one instruction.
 __device__ inline float warp_max(float x) {
@@ -65,9 +68,9 @@ __device__ TokenState<Real> merged_lanes(TokenState<Real> state) {
 
 // Every lane gets the state of all ranges of a row.
 template <class Real>
-__device__ TokenState<Real> merged_ranges(const TokenStatsParams& p, int64_t row) {
+__device__ TokenState<Real> merged_ranges(const TokenStatsParams& p, int32_t row) {
   const int ranges = stats_ranges(p.vocabulary), lane = threadIdx.x % 32;
-  const auto* states = static_cast<const TokenState<Real>*>(p.states) + row * ranges;
+  const auto* states = static_cast<const TokenState<Real>*>(p.states) + static_cast<int64_t>(row) * ranges;
   TokenState<Real> state;
   for (int first = 0; first < ranges; first += 32)
     merge(state, merged_lanes(first + lane < ranges ? states[first + lane] : TokenState<Real>()));
