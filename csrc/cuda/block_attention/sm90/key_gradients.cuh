@@ -31,6 +31,7 @@ struct KeyGradients {
                     [kQueries];  // of a partial tile: bit i: the query sees key i of 64
   };
   static_assert(sizeof(Shared) <= Tiles::kStaticBytes);
+  static_assert(kQueries == 64, "a bit of 64 for each query, two terms for each lane");
 
   const GradientParams& p;
   Shared& shared;
@@ -88,17 +89,18 @@ struct KeyGradients {
                                                     p.workspace.padded_queries;
       for_query_tiles([&](int tile, bool full) {
         const int query = tile * kQueries;
+        const float4 two_terms = reinterpret_cast<const float4*>(terms + query)[lane];
         BufferBarriers& buffer = shared.queries[ring.stage];
         buffer.wait_empty(ring.parity);
+        reinterpret_cast<float4*>(shared.terms[ring.stage])[lane] = two_terms;
+        if (lane == 0) shared.tiles[ring.stage] = full ? Tile::full : Tile::partial;
+        __syncwarp();
         if (lane == 0) {
           TransactionBarrier& barrier = full ? buffer.full : shared.landed;
-          if (!full) arrive_expecting(barrier, 2 * QueryRows::kBytes);
+          arrive_expecting(barrier, 2 * QueryRows::kBytes);
           queries(ring.stage).load(p.q, barrier, item.batch, head, query);
           grads(ring.stage).load(p.grad_out, barrier, item.batch, head, query);
-          shared.tiles[ring.stage] = full ? Tile::full : Tile::partial;
         }
-        reinterpret_cast<float4*>(shared.terms[ring.stage])[lane] =
-            reinterpret_cast<const float4*>(terms + query)[lane];
         if (!full) {
           const uint64_t partners = mark_visible(spans, query, ring.stage);
           wait(shared.landed, landed.parity);
@@ -106,10 +108,9 @@ struct KeyGradients {
           queries(ring.stage).clear({partners});
           grads(ring.stage).clear({partners});
           fence_async_proxy();
+          __syncwarp();
+          if (lane == 0) arrive(buffer.full);
         }
-        __syncwarp();
-        if (lane == 0 && full) arrive_expecting(buffer.full, 2 * QueryRows::kBytes);
-        if (lane == 0 && !full) arrive(buffer.full);
         ring.advance();
       });
     }
