@@ -61,23 +61,25 @@ struct CutRow {
 
 // Every thread gets the totals of the CTA.
 __device__ inline void add_up(SlotTotal (&slots)[kCutSlots]) {
-  __shared__ SlotTotal warp_totals[kCutSlots][kCutWarps];
-  __shared__ SlotTotal totals[kCutSlots];
+  __shared__ double warp_mass[kCutSlots][kCutWarps], mass[kCutSlots];
+  __shared__ int32_t warp_count[kCutSlots][kCutWarps], count[kCutSlots];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int s = 0; s < kCutSlots; s++) {
-    const SlotTotal total{warp_sum(slots[s].mass), __reduce_add_sync(kAllLanes, slots[s].count)};
-    if (lane == 0) warp_totals[s][warp] = total;
+    const double slot_mass = warp_sum(slots[s].mass);
+    const int32_t slot_count = __reduce_add_sync(kAllLanes, slots[s].count);
+    if (lane == 0) warp_mass[s][warp] = slot_mass, warp_count[s][warp] = slot_count;
   }
   __syncthreads();
   if (warp < kCutSlots) {
-    const SlotTotal own = lane < kCutWarps ? warp_totals[warp][lane] : SlotTotal();
-    const SlotTotal total{warp_sum(own.mass), __reduce_add_sync(kAllLanes, own.count)};
-    if (lane == 0) totals[warp] = total;
+    const bool holds = lane < kCutWarps;
+    const double slot_mass = warp_sum(holds ? warp_mass[warp][lane] : 0.0);
+    const int32_t slot_count = __reduce_add_sync(kAllLanes, holds ? warp_count[warp][lane] : 0);
+    if (lane == 0) mass[warp] = slot_mass, count[warp] = slot_count;
   }
   __syncthreads();
 #pragma unroll
-  for (int s = 0; s < kCutSlots; s++) slots[s] = totals[s];
+  for (int s = 0; s < kCutSlots; s++) slots[s] = {mass[s], count[s]};
 }
 
 // The id of the n-th logit, counted from 1 in the order of ids, whose key is `key`; each warp counts those of
