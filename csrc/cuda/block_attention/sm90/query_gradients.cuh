@@ -10,7 +10,7 @@
 #include "cuda/block_attention/sm90/panel_rows.cuh"
 #include "cuda/block_attention/sm90/row_spans.cuh"
 #include "cuda/block_attention/sm90/store_rows.cuh"
-#include "cuda/block_attention/sm90/tile_ring.cuh"
+#include "cuda/sm90/tile_ring.cuh"
 #include "cuda/launch_kernel.h"
 
 namespace dllm::cuda::sm90 {
