@@ -14,8 +14,8 @@ template <class... Arguments>
 TokenStatsTensors chunked(const Arguments&... arguments) {
   using torch::stable::detail::from;
   std::array<StableIValue, sizeof...(arguments)> stack{from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("dllm_kernels::chunked_linear_token_stats", "",
-                                                      stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("dllm_kernels::chunked_linear_token_stats", "", stack.data(), TORCH_ABI_VERSION));
   const auto result = [&](int i) { return torch::stable::detail::to<Tensor>(stack[i]); };
   return {result(0), result(1), result(2), result(3), result(4)};
 }
@@ -35,7 +35,6 @@ TokenStatsTensors linear_token_stats(Tensor hidden, Tensor weight, std::optional
   const TokenStatsOptions options(op, vocabulary, temperature, seed, suppress_tokens, proposal_exclude,
                                   confidence_exclude, confidence_temperature, float64);
   const Tensor dense_hidden = torch::stable::contiguous(hidden);
-  const Tensor dense_weight = weight.stride(1) == 1 ? weight : torch::stable::contiguous(weight);
 
   cuda::LinearTokenStatsParams p{};
   p.stats.rows = rows;
@@ -44,10 +43,11 @@ TokenStatsTensors linear_token_stats(Tensor hidden, Tensor weight, std::optional
   p.stats.proposal_exclude = listed_ids(op, "proposal_exclude", options.proposal_exclude);
   p.stats.confidence_exclude = listed_ids(op, "confidence_exclude", options.confidence_exclude);
   p.stats.float64 = options.float64;
-  p.hidden = dense_hidden.data_ptr(), p.hidden_type = storage_type(hidden);
-  p.hidden_size = static_cast<int32_t>(hidden.size(-1));
-  p.weight = dense_weight.data_ptr(), p.weight_type = storage_type(weight);
-  p.weight_stride = vocabulary == 1 ? p.hidden_size : dense_weight.stride(0);
+  cuda::Projection& product = p.projection;
+  product.hidden = dense_hidden.data_ptr(), product.hidden_type = storage_type(hidden);
+  product.hidden_size = static_cast<int32_t>(hidden.size(-1));
+  product.weight = weight.data_ptr(), product.weight_type = storage_type(weight);
+  product.weight_stride = weight.stride(1) > 1 ? 0 : vocabulary == 1 ? product.hidden_size : weight.stride(0);
   if (!cuda::serves_linear_token_stats(p))
     return chunked(hidden, weight, bias, temperature, seed, noise_ids, suppress_tokens, proposal_exclude,
                    confidence_exclude, confidence_temperature, float64);
@@ -57,10 +57,11 @@ TokenStatsTensors linear_token_stats(Tensor hidden, Tensor weight, std::optional
   std::optional<Tensor> dense_bias;
   if (bias) {
     dense_bias = torch::stable::contiguous(*bias);
-    p.bias = dense_bias->data_ptr(), p.bias_type = storage_type(*bias);
+    product.bias = dense_bias->data_ptr(), product.bias_type = storage_type(*bias);
   }
-  const Tensor states = new_tensor(
-      hidden, {static_cast<int64_t>(cuda::linear_token_states_workspace(rows, vocabulary))}, ScalarType::Byte);
+  const Tensor states =
+      new_tensor(hidden, {static_cast<int64_t>(cuda::linear_token_states_workspace(rows, vocabulary))},
+                 ScalarType::Byte);
   const Tensor proposals =
       new_tensor(hidden, {rows, cuda::VocabularyRanges(vocabulary).count}, ScalarType::Float);
   p.stats.states = states.data_ptr();

@@ -101,7 +101,7 @@ inline std::optional<Tensor> checked_noise_ids(const char* op, const std::option
 
 // Of linear_token_stats: hidden · weightᵀ + bias.
 inline void check_product(const char* op, const Tensor& hidden, const Tensor& weight,
-                   const std::optional<Tensor>& bias) {
+                          const std::optional<Tensor>& bias) {
   check(hidden.dim() >= 1, op, ": hidden must be [..., hidden_size], got shape ", shape_text(hidden));
   check_float(op, "hidden", hidden);
   check_dims(op, "weight", weight, 2, "[vocabulary, hidden_size]");

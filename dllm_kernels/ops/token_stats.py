@@ -183,8 +183,9 @@ def chunked_linear_token_stats(
     return tuple(torch.cat(field).reshape(shape) for field in zip(*chunks, strict=True))
 
 
-for _device in ("cpu", "cuda"):
-    torch.library.register_kernel("dllm_kernels::chunked_linear_token_stats", _device)(chunked_linear_token_stats)
+torch.library.register_kernel("dllm_kernels::chunked_linear_token_stats", ("cpu", "cuda"))(
+    chunked_linear_token_stats
+)
 
 
 def _new_stats(rows: Tensor, float64: bool) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ namespace dllm::cuda {
 
 bool serves_linear_token_stats([[maybe_unused]] const LinearTokenStatsParams& p) {
 #ifdef DLLM_CUDA_HAS_SM90A
-  return sm90::serves(p, compute_capability());
+  return sm90::serves(p.projection, p.stats.float64, compute_capability());
 #else
   return false;
 #endif

@@ -4,7 +4,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include "core/params.h"
 #include "cuda/linear_token_stats/config.h"
 #include "cuda/token_stats/launch.h"
 
@@ -13,12 +12,7 @@ namespace dllm::cuda {
 struct LinearTokenStatsParams {
   TokenStatsParams stats;  // without logits; states: workspace [rows, ranges] of TokenState<float>
   float* proposals;        // workspace [rows, ranges]: the logit of each state's token
-  const void* hidden;      // [rows, hidden_size]
-  const void* weight;      // [vocabulary, hidden_size]
-  const void* bias;        // [vocabulary], null: none
-  DType hidden_type, weight_type, bias_type;
-  int32_t hidden_size;
-  int64_t weight_stride;  // in elements
+  Projection projection;
 };
 
 // Whether there are kernels for this problem on the current device.

@@ -1,9 +1,9 @@
-// States of rows of hidden · weightᵀ + bias for Hopper. A CTA walks through a range of the vocabulary, tile by
-// tile. One warp fetches, two warpgroups multiply: rows of the weight are the left operand, so that few rows
-// of hidden states cost little. The logits of a tile pass through shared memory to the warps that own their
-// rows, four neighbouring ids to a lane, while the next tile's weight is on its way. Every kRows sums a logit
-// along the hidden size in the same order and takes it into the same lane's state: what a row gets does not
-// depend on its companions.
+// States of rows of hidden · weightᵀ + bias for Hopper. A CTA walks through a range of the vocabulary, tile
+// by tile. One warp fetches, two warpgroups multiply: rows of the weight are the left operand, so that few
+// rows of hidden states cost little. The logits of a tile pass through shared memory to the warps that own
+// their rows, four neighbouring ids to a lane, while the next tile's weight is on its way. Every kRows sums a
+// logit along the hidden size in the same order and takes it into the same lane's state: what a row gets does
+// not depend on its companions.
 #pragma once
 
 #include "cuda/launch_kernel.h"
@@ -46,7 +46,9 @@ struct LinearStates {
     return buffers + stage * Tiles::kBufferBytes + unit * Tiles::kUnitBytes;
   }
   __device__ unsigned char* hidden(int stage) const { return weight(stage, Tiles::kConsumers); }
-  __device__ int steps() const { return (p.linear.hidden_size + kPanelColumns - 1) / kPanelColumns; }
+  __device__ int steps() const {
+    return (p.linear.projection.hidden_size + kPanelColumns - 1) / kPanelColumns;
+  }
 
   // ---- the thread that fetches
   __device__ void load() const {
@@ -108,11 +110,12 @@ struct LinearStates {
   }
 
   __device__ float bias(int32_t id) const {
-    if (!p.linear.bias || id >= end) return 0;
-    switch (p.linear.bias_type) {
-      case DType::bfloat16: return widen(static_cast<const __nv_bfloat16*>(p.linear.bias)[id]);
-      case DType::float16: return widen(static_cast<const __half*>(p.linear.bias)[id]);
-      default: return static_cast<const float*>(p.linear.bias)[id];
+    const void* bias = p.linear.projection.bias;
+    if (!bias || id >= end) return 0;
+    switch (p.linear.projection.bias_type) {
+      case DType::bfloat16: return widen(static_cast<const __nv_bfloat16*>(bias)[id]);
+      case DType::float16: return widen(static_cast<const __half*>(bias)[id]);
+      default: return static_cast<const float*>(bias)[id];
     }
   }
 

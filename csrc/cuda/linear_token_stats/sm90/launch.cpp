@@ -26,13 +26,14 @@ cudaError_t launch_rows(const LinearStatesParams& p, int rows, cudaStream_t stre
 
 }  // namespace
 
-cudaError_t launch_linear_token_states(const LinearTokenStatsParams& p, cudaStream_t stream) {
-  LinearStatesParams params{p, {}, {}};
-  const int rows = linear_rows(p.stats.rows);
+cudaError_t launch_linear_token_states(const LinearTokenStatsParams& linear, cudaStream_t stream) {
+  const Projection& p = linear.projection;
+  LinearStatesParams params{linear, {}, {}};
+  const int rows = linear_rows(linear.stats.rows);
   cudaError_t status =
-      map_rows(params.hidden, p.hidden_type, p.hidden, p.stats.rows, p.hidden_size, p.hidden_size, rows);
+      map_rows(params.hidden, p.hidden_type, p.hidden, linear.stats.rows, p.hidden_size, p.hidden_size, rows);
   if (status == cudaSuccess)
-    status = map_rows(params.weight, p.weight_type, p.weight, p.stats.vocabulary, p.hidden_size,
+    status = map_rows(params.weight, p.weight_type, p.weight, linear.stats.vocabulary, p.hidden_size,
                       p.weight_stride, VocabularyRanges::kUnit);
   if (status != cudaSuccess) return status;
   return p.weight_type == DType::bfloat16 ? launch_rows<__nv_bfloat16>(params, rows, stream)
