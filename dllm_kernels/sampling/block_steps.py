@@ -31,6 +31,10 @@ class BlockSteps:
         """Whether the next forward renews an approximate cache."""
         return self.taken == 0 or (refresh_every is not None and self.taken % refresh_every == 0)
 
+    def next_quota(self, everything: int) -> int:
+        """The next of the schedule; behind its end (where `on_round` put masks back) everything."""
+        return self.quotas.popleft() if self.quotas else everything
+
     def is_edited(self, had_masks: bool, changed: bool, most: int) -> bool:
         """Whether a block without masks is done with editing: a step without masks changed nothing, or
         there were enough of them."""

@@ -20,6 +20,7 @@ from dllm_kernels.sampling.canvases import Canvases
 from dllm_kernels.sampling.job import Job
 from dllm_kernels.sampling.predictions import Predictions
 from dllm_kernels.sampling.row_pages import RowPages
+from dllm_kernels.sampling.rules import Rule
 from dllm_kernels.sampling.views import Rows, StepView, view_of
 
 
@@ -147,6 +148,9 @@ class Rounds:
         canvas = self.ids[rows]
         masked = frame.inside & (canvas.gather(1, frame.index) == mask_id)
         listed = masked
+        if job.parity.refresh_commits_start:
+            alone = torch.tensor(frame.stale, device=rows.device)[:, None]
+            listed = masked & (~alone | (window == self.start[rows, None]))
         if self.rule.name == "edit":
             listed = frame.inside & self.open[rows].gather(1, frame.index)
         elif self.rule.name == "bernoulli":
@@ -169,6 +173,8 @@ class Rounds:
             mask_id=mask_id, quota=self.quota(blocks), seed=seed, sequence_ids=rows.int(), state=state,
             step=(index if self.rule.name == "bernoulli" else step).int(),
         )  # fmt: skip
+        if job.parity.factor_takes_all and self.rule.name == "factor":
+            accepted |= self.take_last(canvas, window, listed & ~accepted, stats, slot)
         if bool((masked.any(1) & ~accepted.any(1)).any()):
             raise ValueError("no token can be committed: suppress_tokens leaves none of the vocabulary")
 
@@ -191,6 +197,14 @@ class Rounds:
         if self.on_round is not None:
             self.on_round(self.event(row, position))
         return going
+
+    def take_last(self, canvas, window, left: Tensor, stats: TokenStats, slot: Tensor) -> Tensor:
+        """Commit a row's candidate if it is the only one in `left`; what was committed, bool [B, C]."""
+        alone = left & (left.sum(1, keepdim=True) == 1)
+        return commit_(
+            canvas, window.masked_fill(~alone, -1).int(), _spread(stats, slot, left.numel()), Rule.quota(),
+            mask_id=self.job.mask_id, quota=1,
+        )  # fmt: skip
 
     def settle(self, frame: Frame, tokens: Tensor, masked: Tensor, accepted: Tensor) -> list[int]:
         """Rows whose block is complete move on, rows that are done leave; returns those that go on.
@@ -275,7 +289,7 @@ class Rounds:
         """int32 [B], how many tokens each row commits in this round; None for rules without a quota."""
         if not self.rule.needs_quota:
             return None
-        quotas = [block.quotas.popleft() for block in blocks]
+        quotas = [block.next_quota(self.job.config.block_size) for block in blocks]
         return torch.tensor(quotas, dtype=torch.int32, device=self.ids.device)
 
     def advance(self, row: int) -> bool:
@@ -313,7 +327,9 @@ class Rounds:
         return (self.ids[row, first : int(self.canvas_end[row])] == self.job.mask_id).nonzero()[:, 0] + first
 
     def _count_blocks(self, row: int) -> int:
-        """Blocks of a row that hold masks."""
+        """Blocks of a row that hold masks, over which its steps are spread."""
+        if self.job.parity.every_block_counts:
+            return -(-int((self.canvas_end - self.origin).max()) // self.job.config.block_size)
         return len(((self._masks(row) - self.origin[row]) // self.job.config.block_size).unique())
 
 

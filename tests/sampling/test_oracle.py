@@ -22,6 +22,7 @@ RULES = {
     "quota or threshold": dict(rule="quota_or_threshold", threshold=0.5, steps_per_block=3),
     "entropy bound": dict(entropy_bound=1.0),
     "dllm schedule": dict(steps_per_block=5, schedule="dllm"),
+    "dllm's cosine schedule": dict(steps_per_block=5, schedule="dllm_cosine"),
     "dream schedule": dict(steps_per_block=3, schedule="dream", eps=0.01),
     "drawn quotas": dict(steps_per_block=5, schedule="dllm", stochastic=True, seed=3),
     "drawn positions": dict(steps_per_block=3, alg_temp=0.5, seed=2),
