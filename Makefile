@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 DEV_TOOLS := $(VENV)/.dev-tools
 endif
 
-.PHONY: help demo test lint format bench cuda gpu-check asan build clean
+.PHONY: help demo test lint format bench cuda gpu-check gpu-sanitize asan build clean
 .DEFAULT_GOAL := help
 
 help:       ## this list
@@ -31,12 +31,12 @@ test: build        ## the test suite (tests/gpu skips itself without a GPU)
 lint: $(DEV_TOOLS) ## ruff and clang-format, in the versions that pyproject.toml pins
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	git ls-files 'csrc/*' | xargs $(dir $(PYTHON))clang-format --dry-run -Werror
+	git ls-files 'csrc/*' 'tests/simt/*.cpp' 'tests/simt/*.h' 'tests/simt/*.cuh' 'tests/simt/*.cu' | xargs $(dir $(PYTHON))clang-format --dry-run -Werror
 
 format: $(DEV_TOOLS) ## what lint checks, applied
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	git ls-files 'csrc/*' | xargs $(dir $(PYTHON))clang-format -i
+	git ls-files 'csrc/*' 'tests/simt/*.cpp' 'tests/simt/*.h' 'tests/simt/*.cuh' 'tests/simt/*.cu' | xargs $(dir $(PYTHON))clang-format -i
 
 bench: build       ## benchmarks against what a user would otherwise run; ARGS="-k attention", ARGS=--smoke
 	$(PYTHON) -m pytest -q benchmarks $(ARGS)
@@ -46,7 +46,10 @@ cuda: $(DEV_TOOLS) $(INSTALLED) ## the CUDA library for 80 and 90a on any machin
 	$(PYTHON) tools/cuda_gates.py build
 
 gpu-check:         ## on a GPU machine: tests/gpu and GPU benchmarks; results in $OUT, else benchmarks/results
-	bash tools/gpu_check.sh
+	bash tools/gpu.sh check
+
+gpu-sanitize:      ## on a GPU machine: tests/gpu under compute-sanitizer
+	bash tools/gpu.sh sanitize
 
 asan: $(INSTALLED) ## CPU operators under address and undefined-behaviour sanitizers
 	bash tools/asan.sh $(PYTHON) $(ARGS)

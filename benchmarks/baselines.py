@@ -1,6 +1,7 @@
 """What a user would otherwise run: the alternatives that benchmarks compare with."""
 
 import functools
+import importlib.util
 import math
 import time
 from collections.abc import Callable
@@ -8,14 +9,60 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 FLEX_BLOCK_SIZES = (32, 64, 128)
+SDPA_BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, dense_mask: Tensor | None = None) -> Tensor:
     """torch's attention; dense_mask bool [Sq, Sk] or [B, 1, Sq, Sk]."""
     return F.scaled_dot_product_attention(q, k, v, dense_mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def full_attention(device: str) -> dict[str, Callable]:
+    """Attention without a mask by every library that is here."""
+    if device == "cpu":
+        return {"sdpa": sdpa}
+    libraries = {f"sdpa, {name}": _with_backend(kind) for name, kind in SDPA_BACKENDS.items()}
+    if installed("flash_attn_interface"):
+        libraries["FlashAttention 3"] = _flash_attention_3
+    return libraries
+
+
+def _with_backend(kind: SDPBackend) -> Callable:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(kind):
+            return sdpa(q, k, v)
+
+    return attention
+
+
+def _flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)))
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+def gathered_attention() -> dict[str, Callable]:
+    """Attention of a step (see workloads.cached_step) over keys and values that were gathered before."""
+    libraries = {"sdpa, gathered": lambda *step: sdpa(step[0], *step[7:])}
+    if installed("flashinfer"):
+        libraries["FlashInfer, gathered"] = lambda *step: _flashinfer(step[0], *step[7:])
+    return libraries
+
+
+def _flashinfer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flashinfer import single_prefill_with_kv_cache
+
+    out = single_prefill_with_kv_cache(q[0].transpose(0, 1), k[0], v[0], causal=False, kv_layout="HND")
+    return out.transpose(0, 1)[None]
 
 
 def best_flex(mask, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable:
@@ -66,6 +113,27 @@ def filtered_statistics(logits: Tensor, top_p: float, top_k: int) -> tuple[Tenso
     logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     probability, token = F.softmax(logits, dim=-1).max(dim=-1)
     return token, probability
+
+
+def threshold_step(canvas: Tensor, logits: Tensor, threshold: float, mask_id: int) -> Tensor:
+    """Fast-dLLM's threshold rule over a canvas [B, T] and logits [B·T, V], as its loop writes it."""
+    token, confidence = (x.view(canvas.shape) for x in softmax_statistics(logits))
+    masked = canvas == mask_id
+    confidence = torch.where(masked, confidence, -math.inf)
+    accepted = confidence >= threshold
+    accepted.scatter_(1, confidence.argmax(dim=1, keepdim=True), True)
+    accepted &= masked
+    canvas[accepted] = token[accepted]
+    return accepted
+
+
+def write_slots(
+    cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, page_table: Tensor, positions: Tensor
+) -> None:
+    """Keys and values [B, H, T, D] to their slots of pages [pages, page_size, H, D] by indexing."""
+    page = page_table.gather(1, (positions // cache_k.shape[1]).long()).long()
+    slot = (positions % cache_k.shape[1]).long()
+    cache_k[page, slot], cache_v[page, slot] = k.transpose(1, 2), v.transpose(1, 2)
 
 
 def projected_statistics(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 pytest benchmarks -k attention            # a table, and benchmarks/results/<device>.json and .svg
 pytest benchmarks --smoke                 # tiny sizes, one round, nothing written
-pytest benchmarks -m gpu --results DIR    # the GPU suites, results elsewhere
+pytest benchmarks/gpu --results DIR       # the GPU suites, results elsewhere
 """
 
 import itertools
@@ -15,6 +15,7 @@ import torch
 from benchmarks import machine, report
 from dllm_kernels import _library
 
+GPU_FOLDER = Path(__file__).parent / "gpu"
 L2_MULTIPLE = 3  # rotating inputs cover the last-level cache of the GPU this many times
 BUSY_CYCLES = 400_000  # of the GPU before each launch: hides the time that Python takes to launch
 
@@ -23,6 +24,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("dllm benchmarks")
     group.addoption("--smoke", action="store_true", help="tiny sizes, one round each; writes no results")
     group.addoption("--results", type=Path, help="folder for the results (default: benchmarks/results)")
+    group.addoption("--peer", action="append", default=[], metavar="NAME=DIR", help="a checkout to run too")
     group.addoption("--seconds", type=float, default=2.0, help="time to spend on one comparison")
 
 
@@ -33,13 +35,17 @@ def pytest_configure(config):
     machine.commit()  # read now: the checkout may change while benchmarks run
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    """benchmarks/gpu needs a GPU; its smoke run makes do with the CPU, to see that the code still runs."""
     reason = _library.cuda_unavailable()
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if GPU_FOLDER not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.gpu)
+        if reason is None:
             item.add_marker(pytest.mark.benchmark(timer=CudaTime))
-            if reason:
-                item.add_marker(pytest.mark.skip(reason=reason))
+        elif not config.getoption("--smoke"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -49,6 +55,16 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.fixture
 def smoke(request) -> bool:
     return request.config.getoption("--smoke")
+
+
+@pytest.fixture
+def device(request) -> str:
+    """Where the tensors of a benchmark live."""
+    return "cuda" if _on_gpu(request) else "cpu"
+
+
+def _on_gpu(request) -> bool:
+    return request.node.get_closest_marker("gpu") is not None and _library.cuda_unavailable() is None
 
 
 @pytest.fixture
@@ -66,8 +82,9 @@ def compare(benchmark, request, smoke):
     flops: useful ones, of visible pairs only; dense_flops: of the whole rectangle; bytes: read and written.
     tolerance: atol and rtol with which every baseline's result must equal ours.
     size: the case's place on the scaling plot. memory: also records the peak memory of every function.
+    rounds: how many, where as many as fit would take too long.
     """
-    on_gpu = request.node.get_closest_marker("gpu") is not None
+    on_gpu = _on_gpu(request)
     clock = CudaTime if on_gpu else time.perf_counter
 
     def compare(
@@ -81,6 +98,7 @@ def compare(benchmark, request, smoke):
         tolerance=None,
         size=None,
         memory=False,
+        rounds=None,
     ):
         rotation = itertools.cycle(_input_sets(inputs, on_gpu and not smoke))
         seconds = {name: [] for name in baselines}
@@ -101,8 +119,9 @@ def compare(benchmark, request, smoke):
 
         _check_equal(ours, baselines, next(rotation), tolerance)
         once = turn(ours) + sum(turn(function) for function in baselines.values())
-        rounds = 1 if smoke else min(200, max(5, int(request.config.getoption("--seconds") / once)))
-        benchmark.pedantic(ours, setup=baselines_then_ours, rounds=rounds)
+        fitting = int(request.config.getoption("--seconds") / once)
+        turns = 1 if smoke else rounds or min(200, max(5, fitting))
+        benchmark.pedantic(ours, setup=baselines_then_ours, rounds=turns)
         if not benchmark.enabled:
             return
         measured = report.Row(
@@ -110,7 +129,7 @@ def compare(benchmark, request, smoke):
             case=request.node.name.removeprefix("test_"),
             device=torch.cuda.get_device_name() if on_gpu else "cpu",
             ours=list(benchmark.stats.stats.data),
-            baselines={name: values[-rounds:] for name, values in seconds.items()},
+            baselines={name: values[-turns:] for name, values in seconds.items()},
             work={"flops": flops, "dense_flops": dense_flops, "bytes": bytes},
             size=size,
             memory=_peak_memory({"ours": ours, **baselines}, next(rotation), on_gpu) if memory else {},

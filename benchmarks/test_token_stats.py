@@ -5,12 +5,9 @@ import torch
 
 import dllm_kernels as dk
 from benchmarks import baselines
+from benchmarks.workloads import random_logits
 
 VOCABULARY = 126_464
-
-
-def logits(rows, vocabulary, device="cpu", dtype=torch.float32):
-    return lambda: (4 * torch.randn(rows, vocabulary, device=device, dtype=dtype),)
 
 
 def greedy(x):
@@ -31,7 +28,7 @@ def test_token_stats_greedy(compare, pick, dtype):
     compare(
         greedy,
         {"softmax, argmax, gather": baselines.softmax_statistics},
-        inputs=logits(rows, vocabulary, dtype=dtype),
+        inputs=random_logits(rows, vocabulary, dtype=dtype),
         bytes=dtype.itemsize * rows * vocabulary,
         tolerance={"atol": 1e-5, "rtol": 1e-4},
     )
@@ -42,7 +39,7 @@ def test_token_stats_sampled(compare, pick):
     compare(
         sampled,
         {"float64 Gumbel": lambda x: baselines.gumbel_statistics(x, 1.0)},
-        inputs=logits(rows, vocabulary),
+        inputs=random_logits(rows, vocabulary),
         bytes=4 * rows * vocabulary,
     )
 
@@ -53,19 +50,7 @@ def test_token_stats_filtered(compare, pick):
     compare(
         lambda x: dk.token_stats(x, top_p=top_p, top_k=top_k)[:2],
         {"sort, softmax, max": lambda x: baselines.filtered_statistics(x, top_p, top_k)},
-        inputs=logits(rows, vocabulary),
+        inputs=random_logits(rows, vocabulary),
         bytes=4 * rows * vocabulary,
         tolerance={"atol": 1e-5, "rtol": 1e-4},
-    )
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", [32, 1024])
-def test_token_stats_greedy_gpu(compare, pick, rows):
-    vocabulary = pick(VOCABULARY, 1000)
-    compare(
-        greedy,
-        {"softmax, argmax, gather": baselines.softmax_statistics},
-        inputs=logits(rows, vocabulary, "cuda", torch.bfloat16),
-        bytes=2 * rows * vocabulary,
     )

@@ -12,6 +12,8 @@ _MODULE_OF = {
     "block_attention": "ops.attention",
     "cached_block_attention": "ops.attention",
     "kv_write_": "ops.kv_cache",
+    "advance_": "ops.advance",
+    "BlockRows": "ops.advance",
     "token_stats": "ops.token_stats",
     "linear_token_stats": "ops.token_stats",
     "TokenStats": "ops.token_stats",

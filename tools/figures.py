@@ -4,8 +4,8 @@
     python tools/figures.py --check   say which pages are out of date, exit 1 if any is
 
 NAME `cpu` is the benchmark results of that device (benchmarks/results/cpu.json), `cpu-headlines` a few of
-them, `tiny-python` the evaluation of the embedded model (its evaluation.json). Nobody types a figure into a
-page.
+them, `gpu` those of every other device, `tiny-python` the evaluation of the embedded model (its
+evaluation.json). Nobody types a figure into a page.
 """
 
 import json
@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from dllm_train.recipes.tiny_python_export import ATTENTION, percent, threshold_table  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS = ROOT / "benchmarks" / "results"
 SECTION = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -39,7 +40,7 @@ HEADLINES = {
 
 def cpu_headlines() -> str:
     """The comparisons of HEADLINES, without machine: the page that is linked names it."""
-    results = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    results = json.loads((RESULTS / "cpu.json").read_text())
     lines = ["| on a CPU | ours | how many times as fast |", "|---|---|---|"]
     for (suite, case), what in HEADLINES.items():
         figures = results[suite]["cases"][case]
@@ -49,8 +50,24 @@ def cpu_headlines() -> str:
 
 
 def cpu_table() -> str:
+    return results_table(RESULTS / "cpu.json")
+
+
+def gpu_tables() -> str:
+    """A table for each GPU that was measured."""
+    files = sorted(path for path in RESULTS.glob("*.json") if path.stem != "cpu")
+    if not files:
+        return "No GPU has been measured yet.\n"
+    return "\n".join(f"### {_device(path)}\n\n{results_table(path)}" for path in files)
+
+
+def _device(path: Path) -> str:
+    return next(iter(json.loads(path.read_text()).values()))["machine"]["device"]
+
+
+def results_table(path: Path) -> str:
     """One line for each comparison: our median time, and how many times as long each alternative takes."""
-    results = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    results = json.loads(path.read_text())
     lines = ["| suite | case | ours | rate | alternatives take | memory |", "|---|---|---|---|---|---|"]
     machines = {}
     for suite, measured in results.items():
@@ -78,9 +95,11 @@ def cpu_table() -> str:
 
 def _rate(figures: dict, peaks: dict) -> str:
     """Useful operations or bytes per second, and their share of the machine's peak."""
-    for name, unit in (("flops", "GFLOP/s"), ("bytes", "GB/s")):
+    for name, unit in (("flops", "FLOP/s"), ("bytes", "B/s")):
         if rate := figures.get(f"{name}_per_second"):
-            return f"{rate / 1e9:.3g} {unit}" + (f" ({rate / peaks[name]:.0%})" if name in peaks else "")
+            scale, prefix = (1e12, "T") if rate >= 1e12 else (1e9, "G")
+            share = f" ({rate / peaks[name]:.0%})" if name in peaks else ""
+            return f"{rate / scale:.3g} {prefix}{unit}{share}"
     return ""
 
 
@@ -116,7 +135,12 @@ def _machine(machine: dict) -> str:
     )
 
 
-SECTIONS = {"cpu": cpu_table, "cpu-headlines": cpu_headlines, "tiny-python": tiny_python}
+SECTIONS = {
+    "cpu": cpu_table,
+    "cpu-headlines": cpu_headlines,
+    "gpu": gpu_tables,
+    "tiny-python": tiny_python,
+}
 
 
 def main(check: bool) -> int:

@@ -54,11 +54,11 @@ struct PagesLayout {
 // Every query attends to spans of its sequence's cache, then to spans of the fresh keys.
 struct CachedAttentionParams {
   DType dtype;
-  int32_t batch, q_heads, kv_heads, q_len, head_dim, page_size;
+  int32_t batch, q_heads, kv_heads, q_len, head_dim, pages, page_size;
   float scale;
   SpanTable cache_spans, fresh_spans;
-  const int32_t* page_table;  // [batch, pages_per_sequence]
-  int64_t page_table_stride;
+  const int32_t* page_table;  // [batch, table_length]
+  int32_t table_length;
   const int32_t* q_lengths;  // [batch], or nullptr: all q_len
   const void *q, *k, *v, *cache_k, *cache_v;
   void* out;
@@ -68,10 +68,10 @@ struct CachedAttentionParams {
 };
 
 struct KvWriteParams {
-  int32_t batch, kv_heads, length, page_size;
-  int64_t row_bytes;  // of one head's key or value
-  const int32_t *page_table, *positions;
-  int64_t page_table_stride, positions_stride;
+  int32_t batch, kv_heads, length, pages, page_size, table_length;
+  int64_t row_bytes;          // of one head's key or value
+  const int32_t* page_table;  // [batch, table_length]
+  const int32_t* positions;   // [batch, length]
   const void *k, *v;
   void *cache_k, *cache_v;
   HeadsLayout k_layout, v_layout;  // strides in bytes

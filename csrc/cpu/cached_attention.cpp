@@ -14,7 +14,7 @@ void attend_item(const CachedAttentionParams& p, int64_t item) {
   tile.set_queries<T>([&](int i) { return at.row<const T>(p.q, p.q_layout, i); });
 
   if (live > 0) {
-    const int32_t* pages = p.page_table + at.batch * p.page_table_stride;
+    const int32_t* pages = p.page_table + static_cast<int64_t>(at.batch) * p.table_length;
     const auto slot = [&](const void* cache, const PagesLayout& layout, int key) {
       return static_cast<const T*>(cache) + pages[key / p.page_size] * layout.page_stride +
              key % p.page_size * layout.slot_stride + at.kv_head * layout.head_stride;

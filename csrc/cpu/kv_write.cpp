@@ -16,9 +16,9 @@ void kv_write(const KvWriteParams& p, long begin, long end) {
     };
     for (int b = 0; b < p.batch; b++) {
       for (int t = 0; t < p.length; t++) {
-        const int position = p.positions[b * p.positions_stride + t];
+        const int position = p.positions[static_cast<int64_t>(b) * p.length + t];
         if (position < 0) continue;
-        const int page = p.page_table[b * p.page_table_stride + position / p.page_size];
+        const int page = p.page_table[static_cast<int64_t>(b) * p.table_length + position / p.page_size];
         copy(p.k, p.k_layout, p.cache_k, p.cache_k_layout, b, t, page, position % p.page_size);
         copy(p.v, p.v_layout, p.cache_v, p.cache_v_layout, b, t, page, position % p.page_size);
       }

@@ -45,45 +45,15 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cpu(
     const Tensor& value, const Tensor& output, const Tensor& logsumexp, const std::optional<Tensor>& spans,
     double scale) {
   const char* op = "block_attention_backward";
-  check_heads(op, query, key, value);
-  if (spans) check_span_tensor(op, "spans", *spans, query, true, false);
-  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"grad_out", grad_out},
-                                     std::pair<const char*, const Tensor&>{"out", output}}) {
-    check_dims(op, name, tensor, 4, "[batch, heads, queries, head_dim]");
-    check_same_dtype(op, name, tensor, "q", query);
-    check_same_device(op, name, tensor, "q", query);
-    for (int64_t dim = 0; dim < 4; dim++) check_size(op, name, tensor, dim, query.size(dim), "as in q");
-  }
-  check_lse(op, "lse", logsumexp, query);
-  if (grad_lse) check_lse(op, "grad_lse", *grad_lse, query);
-
-  const Tensor q = with_contiguous_rows(query), k = with_contiguous_rows(key),
-               v = with_contiguous_rows(value);
-  const Tensor out = with_contiguous_rows(output), grad = with_contiguous_rows(grad_out);
-  const Tensor lse = torch::stable::contiguous(logsumexp);
-  std::optional<Tensor> table, lse_grad;
-  if (spans) table = torch::stable::contiguous(*spans);
-  if (grad_lse) lse_grad = torch::stable::contiguous(*grad_lse);
-  const Tensor grad_q = new_heads(q), grad_k = new_heads(k), grad_v = new_heads(k);
-
+  const BackwardTensors tensors(op, with_contiguous_rows, grad_out, grad_lse, query, key, value, output,
+                                logsumexp, spans, scale);
   BlockAttentionBackwardParams p;
-  fill_inputs(p.forward, q, k, v, checked_scale(op, scale));
-  p.forward.kv_len = static_cast<int32_t>(k.size(2));
-  p.forward.spans = table ? span_table(*table) : kSeesAll;
-  if (table) check_spans(op, "spans", p.forward.spans, p.forward.batch, p.forward.q_len, p.forward.kv_len);
-  p.forward.out = const_cast<void*>(out.const_data_ptr());
-  p.forward.out_layout = heads_layout(out);
-  p.forward.lse = const_cast<float*>(lse.const_data_ptr<float>());
-  p.grad_out = grad.const_data_ptr();
-  p.grad_out_layout = heads_layout(grad);
-  p.grad_lse = lse_grad ? lse_grad->const_data_ptr<float>() : nullptr;
-  p.grad_q = grad_q.mutable_data_ptr();
-  p.grad_k = grad_k.mutable_data_ptr();
-  p.grad_v = grad_v.mutable_data_ptr();
-  p.grad_q_layout = heads_layout(grad_q);
-  p.grad_kv_layout = heads_layout(grad_k);
+  tensors.fill(p);
+  if (tensors.spans)
+    check_spans(op, "spans", p.forward.spans, p.forward.batch, p.forward.q_len, p.forward.kv_len);
   p.keys_per_item = backward_keys_per_item(p.forward);
 
+  const Tensor& k = tensors.k;
   const int64_t width =
       (k.size(3) + cpu::kGradientRowMultiple - 1) / cpu::kGradientRowMultiple * cpu::kGradientRowMultiple;
   const bool in_place = p.forward.dtype == DType::float32 && width == k.size(3);
@@ -92,14 +62,14 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cpu(
                ? grads
                : torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2), width}, ScalarType::Float);
   };
-  const Tensor k_sums = sums(grad_k), v_sums = sums(grad_v);
+  const Tensor k_sums = sums(tensors.grad_k), v_sums = sums(tensors.grad_v);
   p.k_sums = k_sums.mutable_data_ptr<float>();
   p.v_sums = v_sums.mutable_data_ptr<float>();
   p.sums_layout = heads_layout(k_sums);
 
-  run_items(cpu::attention_items(p), 5.0 * q.numel() * p.forward.kv_len,
+  run_items(cpu::attention_items(p), 5.0 * tensors.q.numel() * p.forward.kv_len,
             [&](int64_t begin, int64_t end) { cpu::block_attention_backward(p, begin, end); });
-  return {grad_q, grad_k, grad_v};
+  return {tensors.grad_q, tensors.grad_k, tensors.grad_v};
 }
 
 }  // namespace

@@ -111,6 +111,13 @@ inline void check_lse(const char* op, const char* name, const Tensor& lse, const
   for (int64_t dim = 0; dim < 3; dim++) check_size(op, name, lse, dim, q.size(dim), "as in q");
 }
 
+inline void check_like_q(const char* op, const char* name, const Tensor& tensor, const Tensor& q) {
+  check_dims(op, name, tensor, 4, "[batch, heads, queries, head_dim]");
+  check_same_dtype(op, name, tensor, "q", q);
+  check_same_device(op, name, tensor, "q", q);
+  for (int64_t dim = 0; dim < 4; dim++) check_size(op, name, tensor, dim, q.size(dim), "as in q");
+}
+
 inline float checked_scale(const char* op, double scale) {
   check(std::isfinite(static_cast<float>(scale)), op, ": scale must be finite, got ", scale);
   return static_cast<float>(scale);
@@ -160,6 +167,54 @@ struct AttentionTensors {
     p.out = out.mutable_data_ptr();
     p.lse = lse.mutable_data_ptr<float>();
     p.out_layout = heads_layout(out);
+  }
+};
+
+// The same for block_attention_backward; `prepared` makes the rows of a tensor fit for the kernels.
+struct BackwardTensors {
+  Tensor grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v;
+  std::optional<Tensor> grad_lse, spans;
+  float scale;
+
+  BackwardTensors(const char* op, Tensor (*prepared)(const Tensor&), const Tensor& grad_output,
+                  const std::optional<Tensor>& grad_logsumexp, const Tensor& query, const Tensor& key,
+                  const Tensor& value, const Tensor& output, const Tensor& logsumexp,
+                  const std::optional<Tensor>& span_tensor, double factor) {
+    check_heads(op, query, key, value);
+    if (span_tensor) check_span_tensor(op, "spans", *span_tensor, query, true, false);
+    check_like_q(op, "grad_out", grad_output, query);
+    check_like_q(op, "out", output, query);
+    check_lse(op, "lse", logsumexp, query);
+    if (grad_logsumexp) check_lse(op, "grad_lse", *grad_logsumexp, query);
+    scale = checked_scale(op, factor);
+    grad_out = prepared(grad_output);
+    q = prepared(query);
+    k = prepared(key);
+    v = prepared(value);
+    out = prepared(output);
+    lse = torch::stable::contiguous(logsumexp);
+    if (span_tensor) spans = torch::stable::contiguous(*span_tensor);
+    if (grad_logsumexp) grad_lse = torch::stable::contiguous(*grad_logsumexp);
+    grad_q = new_heads(q);
+    grad_k = new_heads(k);
+    grad_v = new_heads(k);
+  }
+
+  void fill(BlockAttentionBackwardParams& p) const {
+    fill_inputs(p.forward, q, k, v, scale);
+    p.forward.kv_len = static_cast<int32_t>(k.size(2));
+    p.forward.spans = spans ? span_table(*spans) : kSeesAll;
+    p.forward.out = const_cast<void*>(out.const_data_ptr());
+    p.forward.out_layout = heads_layout(out);
+    p.forward.lse = const_cast<float*>(lse.const_data_ptr<float>());
+    p.grad_out = grad_out.const_data_ptr();
+    p.grad_out_layout = heads_layout(grad_out);
+    p.grad_lse = grad_lse ? grad_lse->const_data_ptr<float>() : nullptr;
+    p.grad_q = grad_q.mutable_data_ptr();
+    p.grad_k = grad_k.mutable_data_ptr();
+    p.grad_v = grad_v.mutable_data_ptr();
+    p.grad_q_layout = heads_layout(grad_q);
+    p.grad_kv_layout = heads_layout(grad_k);
   }
 };
 

@@ -1,8 +1,8 @@
-// Checks of paged caches and page tables, shared by cached_block_attention and kv_write_, CPU and CUDA.
+// Arguments of cached_block_attention and kv_write_, checked once for CPU and CUDA. What index tensors hold
+// is checked on the CPU only; CUDA kernels stay inside by themselves.
 #pragma once
 
-#include "core/params.h"
-#include "torch/checks.h"
+#include "torch/attention_arguments.h"
 
 namespace dllm {
 
@@ -40,10 +40,117 @@ inline void check_page_table(const char* op, const Tensor& page_table, const Ten
   check_int(op, "page_table.shape[1] times page_size", page_table.size(1) * page_size);
 }
 
-// Contents, on the CPU only.
-inline void check_page(const char* op, const int32_t* table, int64_t b, int64_t entry, int64_t pages) {
-  check(0 <= table[entry] && table[entry] < pages, op, ": page_table[", b, ", ", entry,
-        "] must be a page from 0 to ", pages - 1, ", got ", table[entry]);
+inline void check_cached_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const Tensor& cache_k, const Tensor& cache_v, const Tensor& page_table,
+                                   const Tensor& cache_spans, const std::optional<Tensor>& fresh_spans,
+                                   const std::optional<Tensor>& q_lengths) {
+  check_heads(op, q, k, v);
+  check_size(op, "k", k, 2, q.size(2), "the queries are the fresh keys");
+  check_caches(op, cache_k, cache_v, k);
+  check_page_table(op, page_table, k, cache_k.size(1));
+  check_span_tensor(op, "cache_spans", cache_spans, q, false, true);
+  if (fresh_spans) check_span_tensor(op, "fresh_spans", *fresh_spans, q, false, false);
+  if (q_lengths) check_lengths(op, "q_lengths", *q_lengths, q);
 }
+
+// The arguments of cached_block_attention as kernels read them, and its outputs.
+struct CachedAttentionTensors {
+  AttentionTensors attention;
+  Tensor cache_k, cache_v, page_table, cache_spans;
+  std::optional<Tensor> fresh_spans, q_lengths;
+
+  CachedAttentionTensors(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                         const Tensor& cache_k, const Tensor& cache_v, const Tensor& page_table,
+                         const Tensor& cache_spans, const std::optional<Tensor>& fresh_spans,
+                         const std::optional<Tensor>& q_lengths, double scale)
+      : attention(op, q, k, v, scale),
+        cache_k(cache_k),
+        cache_v(cache_v),
+        page_table(torch::stable::contiguous(page_table)),
+        cache_spans(torch::stable::contiguous(cache_spans)) {
+    if (fresh_spans) this->fresh_spans = torch::stable::contiguous(*fresh_spans);
+    if (q_lengths) this->q_lengths = torch::stable::contiguous(*q_lengths);
+  }
+
+  CachedAttentionParams params() const {
+    CachedAttentionParams p;
+    attention.fill(p);
+    p.pages = static_cast<int32_t>(cache_k.size(0));
+    p.page_size = static_cast<int32_t>(cache_k.size(1));
+    p.table_length = static_cast<int32_t>(page_table.size(1));
+    p.cache_spans = span_table(cache_spans);
+    p.fresh_spans = fresh_spans ? span_table(*fresh_spans) : kSeesAll;
+    p.page_table = page_table.const_data_ptr<int32_t>();
+    p.q_lengths = q_lengths ? q_lengths->const_data_ptr<int32_t>() : nullptr;
+    p.cache_k = cache_k.const_data_ptr();
+    p.cache_v = cache_v.const_data_ptr();
+    p.cache_k_layout = pages_layout(cache_k);
+    p.cache_v_layout = pages_layout(cache_v);
+    return p;
+  }
+};
+
+// What is written to one slot does not appear in another, as in a cache that was expanded.
+inline void check_slots_apart(const char* op, const char* name, const Tensor& cache) {
+  for (int64_t dim = 0; dim < 3; dim++)
+    check(cache.size(dim) <= 1 || cache.stride(dim) != 0, op, ": ", name, " must not be expanded, but its ",
+          "stride is 0 in dimension ", dim);
+}
+
+// The arguments of kv_write_ as kernels read them.
+struct KvWriteTensors {
+  Tensor cache_k, cache_v, k, v, page_table, positions;
+
+  KvWriteTensors(const char* op, const Tensor& cache_k, const Tensor& cache_v, const Tensor& key,
+                 const Tensor& value, const Tensor& page_table, const Tensor& positions)
+      : cache_k(cache_k), cache_v(cache_v) {
+    check_dims(op, "k", key, 4, "[batch, kv_heads, tokens, head_dim]");
+    check_float(op, "k", key);
+    check_dims(op, "v", value, 4, "[batch, kv_heads, tokens, head_dim]");
+    check_same_dtype(op, "v", value, "k", key);
+    check_same_device(op, "v", value, "k", key);
+    for (int64_t dim = 0; dim < 4; dim++) check_size(op, "v", value, dim, key.size(dim), "as in k");
+    check_caches(op, cache_k, cache_v, key);
+    check_page_table(op, page_table, key, cache_k.size(1));
+    check_dims(op, "positions", positions, 2, "[batch, tokens]");
+    check_dtype(op, "positions", positions, {ScalarType::Int});
+    check_same_device(op, "positions", positions, "k", key);
+    check_size(op, "positions", positions, 0, key.size(0), "the batch size of k");
+    check_size(op, "positions", positions, 1, key.size(2), "the tokens of k");
+    for (int64_t dim = 0; dim < 3; dim++) check_int(op, "every size of k", key.size(dim));
+    check_slots_apart(op, "cache_k", cache_k);
+    check_slots_apart(op, "cache_v", cache_v);
+    k = with_contiguous_rows(key);
+    v = with_contiguous_rows(value);
+    this->page_table = torch::stable::contiguous(page_table);
+    this->positions = torch::stable::contiguous(positions);
+  }
+
+  KvWriteParams params() const {
+    const auto bytes = static_cast<int64_t>(k.element_size());
+    const auto in_bytes = [&](const Tensor& rows) -> HeadsLayout {
+      return {rows.stride(0) * bytes, rows.stride(1) * bytes, rows.stride(2) * bytes};
+    };
+    KvWriteParams p;
+    p.batch = static_cast<int32_t>(k.size(0));
+    p.kv_heads = static_cast<int32_t>(k.size(1));
+    p.length = static_cast<int32_t>(k.size(2));
+    p.pages = static_cast<int32_t>(cache_k.size(0));
+    p.page_size = static_cast<int32_t>(cache_k.size(1));
+    p.table_length = static_cast<int32_t>(page_table.size(1));
+    p.row_bytes = k.size(3) * bytes;
+    p.page_table = page_table.const_data_ptr<int32_t>();
+    p.positions = positions.const_data_ptr<int32_t>();
+    p.k = k.const_data_ptr();
+    p.v = v.const_data_ptr();
+    p.cache_k = cache_k.mutable_data_ptr();
+    p.cache_v = cache_v.mutable_data_ptr();
+    p.k_layout = in_bytes(k);
+    p.v_layout = in_bytes(v);
+    p.cache_k_layout = pages_layout(cache_k, bytes);
+    p.cache_v_layout = pages_layout(cache_v, bytes);
+    return p;
+  }
+};
 
 }  // namespace dllm

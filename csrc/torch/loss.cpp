@@ -8,8 +8,7 @@
 #include <vector>
 
 #include "cpu/cross_entropy.h"
-#include "torch/checks.h"
-#include "torch/logits_arguments.h"
+#include "torch/loss_arguments.h"
 #include "torch/parallel.h"
 
 namespace dllm {
@@ -26,29 +25,11 @@ cpu::LogitsType logits_type(ScalarType type) {
   }
 }
 
-// What the kernels work on: checked, contiguous, and in the arithmetic's precision where it is small.
-struct CrossEntropyTensors {
-  LogitsRows rows;
-  ScalarType real;
-  Tensor targets, weights;
-  std::vector<int32_t> suppressed;
-  std::vector<int64_t> shape;
-
+// What the kernels work on: checked, contents too.
+struct CrossEntropyTensors : CrossEntropyArguments {
   CrossEntropyTensors(const char* op, const Tensor& logits, const Tensor& targets, const Tensor& weights,
                       const std::vector<int64_t>& suppress_tokens)
-      : rows(op, logits, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double}),
-        real(logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
-        targets(targets),
-        weights(weights),
-        suppressed(token_ids(op, "suppress_tokens", suppress_tokens, rows.vocabulary)),
-        shape(leading_shape(logits)) {
-    check_dtype(op, "targets", targets, {ScalarType::Long});
-    check_dtype(op, "weights", weights,
-                {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
-    check_per_row(op, "targets", targets, logits);
-    check_per_row(op, "weights", weights, logits);
-    this->targets = torch::stable::contiguous(targets);
-    this->weights = torch::stable::contiguous(torch::stable::to(weights, real));
+      : CrossEntropyArguments(op, logits, targets, weights, suppress_tokens) {
     real == ScalarType::Double ? check_targets<double>(op) : check_targets<float>(op);
   }
 
@@ -70,24 +51,14 @@ struct CrossEntropyTensors {
     run_items(rows.rows, kOperationsPerLogit * rows.rows * rows.vocabulary, kernel);
   }
 
-  Tensor per_row() const { return new_tensor(weights, shape, real); }
-
   // Scalar Σ weight · ce, summed in one order.
   Tensor weighted_sum(const Tensor& ce) const {
-    Tensor loss = new_tensor(weights, {}, real);
+    Tensor loss = scalar();
     real == ScalarType::Double ? add_up<double>(ce, loss) : add_up<float>(ce, loss);
     return loss;
   }
 
  private:
-  static void check_per_row(const char* op, const char* name, const Tensor& tensor, const Tensor& logits) {
-    check_same_device(op, name, tensor, "logits", logits);
-    const auto sizes = tensor.sizes(), expected = logits.sizes();
-    check(tensor.dim() == logits.dim() - 1 && std::equal(sizes.begin(), sizes.end(), expected.begin()), op,
-          ": ", name, " must have one entry for each row of logits ", shape_text(logits), ", got shape ",
-          shape_text(tensor));
-  }
-
   template <class Real>
   void check_targets(const char* op) const {
     const auto* weight = static_cast<const Real*>(weights.data_ptr());
@@ -129,12 +100,8 @@ Tensor diffusion_cross_entropy_backward(const Tensor& grad_loss, const Tensor& l
                                         const std::vector<int64_t>& suppress_tokens) {
   const char* op = "diffusion_cross_entropy_backward";
   const CrossEntropyTensors tensors(op, logits, targets, weights, suppress_tokens);
-  check(grad_loss.numel() == 1, op, ": grad_loss must be a scalar, got shape ", shape_text(grad_loss));
-  check_dtype(op, "logsumexp", logsumexp, {tensors.real});
-  check(logsumexp.numel() == tensors.rows.rows, op, ": logsumexp must have one entry for each row of logits ",
-        shape_text(logits), ", got shape ", shape_text(logsumexp));
+  const Tensor lse = checked_logsumexp(op, tensors, logits, grad_loss, logsumexp);
   const Tensor factor = torch::stable::to(grad_loss, ScalarType::Double);
-  const Tensor lse = torch::stable::contiguous(logsumexp);
   const auto sizes = logits.sizes();
   Tensor grad = new_tensor(logits, {sizes.begin(), sizes.end()}, logits.scalar_type());
   cpu::CrossEntropyParams p = tensors.params();
@@ -149,8 +116,7 @@ std::tuple<Tensor, Tensor> diffusion_cross_entropy_gradient_(const Tensor& logit
                                                              const std::vector<int64_t>& suppress_tokens) {
   const char* op = "diffusion_cross_entropy_gradient_";
   check_dtype(op, "logits", logits, {ScalarType::Float, ScalarType::Double});
-  check_dims(op, "logits", logits, 2, "[rows, vocabulary]");
-  check(logits.stride(1) == 1, op, ": the rows of logits must be contiguous, got stride ", logits.stride(1));
+  check_writable_logits(op, logits);
   const CrossEntropyTensors tensors(op, logits, targets, weights, suppress_tokens);
   Tensor ce = tensors.per_row();
   cpu::CrossEntropyParams p = tensors.params();

@@ -100,19 +100,15 @@ Tensor token_divergence(Tensor logits, Tensor previous, std::vector<int64_t> sup
                         std::vector<int64_t> confidence_exclude, double confidence_temperature,
                         bool float64) {
   constexpr const char* op = "token_stats";
-  const LogitsRows rows(op, logits);
-  check_same_dtype(op, "previous", previous, "logits", logits);
-  check_same_device(op, "previous", previous, "logits", logits);
-  check(shape_text(previous) == shape_text(logits), op, ": previous must have the shape of logits (",
-        shape_text(logits), "), got shape ", shape_text(previous));
-  const LogitsRows previous_rows(op, previous);
-  const auto suppress = token_ids(op, "suppress_tokens", suppress_tokens, rows.vocabulary);
-  const auto exclude = token_ids(op, "confidence_exclude", confidence_exclude, rows.vocabulary);
+  const TokenDivergenceArguments arguments(op, logits, previous, suppress_tokens, confidence_exclude,
+                                           confidence_temperature);
+  const LogitsRows& rows = arguments.rows;
   Tensor divergence =
       new_tensor(logits, leading_shape(logits), float64 ? ScalarType::Double : ScalarType::Float);
   const cpu::TokenDivergenceParams p{
-      view(rows),       view(previous_rows), rows.vocabulary, confidence_scale(op, confidence_temperature),
-      listed(suppress), listed(exclude),     float64,         divergence.data_ptr()};
+      view(rows),      view(arguments.previous),   rows.vocabulary,
+      arguments.scale, listed(arguments.suppress), listed(arguments.confidence_exclude),
+      float64,         divergence.data_ptr()};
   run_items(rows.rows, 2 * kOperations * rows.rows * rows.vocabulary,
             [&](int64_t begin, int64_t end) { cpu::token_divergence(p, begin, end); });
   return divergence;

@@ -113,6 +113,31 @@ struct TokenFilterOptions {
   }
 };
 
+// Of token_divergence, whose texts speak of token_stats: what its callers call.
+struct TokenDivergenceArguments {
+  LogitsRows rows, previous;
+  std::vector<int32_t> suppress, confidence_exclude;
+  float scale;
+
+  TokenDivergenceArguments(const char* op, const Tensor& logits, const Tensor& previous,
+                           const std::vector<int64_t>& suppress_tokens,
+                           const std::vector<int64_t>& confidence_exclude, double confidence_temperature)
+      : rows(op, logits),
+        previous(op, checked(op, logits, previous)),
+        suppress(token_ids(op, "suppress_tokens", suppress_tokens, rows.vocabulary)),
+        confidence_exclude(token_ids(op, "confidence_exclude", confidence_exclude, rows.vocabulary)),
+        scale(confidence_scale(op, confidence_temperature)) {}
+
+ private:
+  static const Tensor& checked(const char* op, const Tensor& logits, const Tensor& previous) {
+    check_same_dtype(op, "previous", previous, "logits", logits);
+    check_same_device(op, "previous", previous, "logits", logits);
+    check(shape_text(previous) == shape_text(logits), op, ": previous must have the shape of logits (",
+          shape_text(logits), "), got shape ", shape_text(previous));
+    return previous;
+  }
+};
+
 // Statistics on the CPU of the rows listed in `visited` (null: of all); the outputs of others stay unwritten.
 TokenStatsTensors row_stats(const LogitsRows& logits, const std::vector<int64_t>& shape,
                             const std::vector<int64_t>* visited, const int32_t* noise_ids,

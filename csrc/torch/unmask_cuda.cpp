@@ -1,34 +1,19 @@
-// token_stats, commit_ and unmask_ on CUDA tensors: allocation and launches on the current stream.
-// Contents of index tensors stay on the device; the kernels treat what is out of range as absent.
+// token_stats, token_divergence, commit_ and unmask_ on CUDA tensors: allocation and launches on the current
+// stream. Contents of index tensors stay on the device; the kernels treat what is out of range as absent.
 #include "cuda/commit/launch.h"
+#include "cuda/token_divergence/launch.h"
 #include "cuda/token_stats/launch.h"
 #include "torch/cuda_launch.h"
+#include "torch/logits_cuda.h"
 #include "torch/unmask.h"
 
 namespace dllm {
 namespace {
 
-cuda::LogitType logit_type(ScalarType type) {
-  return type == ScalarType::Float      ? cuda::LogitType::float32
-         : type == ScalarType::BFloat16 ? cuda::LogitType::bfloat16
-                                        : cuda::LogitType::float16;
-}
-
-cuda::TokenIds listed_ids(const char* op, const char* name, const std::vector<int32_t>& ids) {
-  check(ids.size() <= cuda::kMaxListedIds, op, ": ", name, " may list at most ", cuda::kMaxListedIds,
-        " ids on CUDA, got ", ids.size());
-  cuda::TokenIds list{};
-  list.count = static_cast<int>(ids.size());
-  std::copy(ids.begin(), ids.end(), list.ids);
-  return list;
-}
-
 TokenStatsTensors launch_token_stats(const char* op, const OnDeviceOf& device, const LogitsRows& logits,
                                      const std::vector<int64_t>& shape, const cuda::BlockRows& block,
                                      const int32_t* noise_ids, const TokenStatsOptions& options,
                                      const TokenFilterOptions& filter) {
-  check(!filter.top_p, op, ": top_p is not available on CUDA yet; leave it None");
-  check(!filter.top_k, op, ": top_k is not available on CUDA yet; leave it None");
   const TokenStatsTensors stats = new_stats(logits.tensor, shape, options.real());
   const auto bytes =
       static_cast<int64_t>(cuda::token_stats_workspace(logits.rows, logits.vocabulary, options.float64));
@@ -36,16 +21,22 @@ TokenStatsTensors launch_token_stats(const char* op, const OnDeviceOf& device, c
 
   cuda::TokenStatsParams p{};
   fill(p, options, logits.vocabulary, stats);
-  p.logits = logits.tensor.data_ptr();
-  p.type = logit_type(logits.tensor.scalar_type());
+  p.logits = logits_view(logits);
   p.rows = logits.rows;
-  p.inner = logits.inner, p.outer_stride = logits.outer_stride, p.inner_stride = logits.inner_stride;
   p.block = block;
   p.noise_ids = noise_ids;
   p.suppress = listed_ids(op, "suppress_tokens", options.suppress);
   p.proposal_exclude = listed_ids(op, "proposal_exclude", options.proposal_exclude);
   p.confidence_exclude = listed_ids(op, "confidence_exclude", options.confidence_exclude);
   p.states = states.data_ptr();
+  Tensor cuts;
+  if (!filter.keeps_all(logits.vocabulary)) {
+    cuts = new_tensor(logits.tensor, {logits.rows * static_cast<int64_t>(sizeof(cuda::TokenCut))},
+                      ScalarType::Byte);
+    p.cuts = static_cast<cuda::TokenCut*>(cuts.data_ptr());
+    p.top_p = filter.top_p.value_or(1);
+    p.top_k = static_cast<int32_t>(std::min<int64_t>(filter.top_k.value_or(INT32_MAX), INT32_MAX));
+  }
   check_launch(op, cuda::token_stats(p, device.stream()));
   return stats;
 }
@@ -65,8 +56,26 @@ TokenStatsTensors token_stats(Tensor logits, double temperature, int64_t seed,
                             {op, top_p, top_k});
 }
 
-Tensor token_divergence(Tensor, Tensor, std::vector<int64_t>, std::vector<int64_t>, double, bool) {
-  throw std::invalid_argument("token_stats: previous is not available on CUDA yet; leave it None");
+Tensor token_divergence(Tensor logits, Tensor previous, std::vector<int64_t> suppress_tokens,
+                        std::vector<int64_t> confidence_exclude, double confidence_temperature,
+                        bool float64) {
+  constexpr const char* op = "token_stats";
+  const OnDeviceOf device(logits);
+  const TokenDivergenceArguments arguments(op, logits, previous, suppress_tokens, confidence_exclude,
+                                           confidence_temperature);
+  Tensor divergence =
+      new_tensor(logits, leading_shape(logits), float64 ? ScalarType::Double : ScalarType::Float);
+  const cuda::TokenDivergenceParams p{logits_view(arguments.rows),
+                                      logits_view(arguments.previous),
+                                      arguments.rows.rows,
+                                      arguments.rows.vocabulary,
+                                      arguments.scale,
+                                      listed_ids(op, "suppress_tokens", arguments.suppress),
+                                      listed_ids(op, "confidence_exclude", arguments.confidence_exclude),
+                                      float64,
+                                      divergence.data_ptr()};
+  check_launch(op, cuda::token_divergence(p, device.stream()));
+  return divergence;
 }
 
 // `positions` or `block_start` is null.

@@ -8,9 +8,9 @@ from torch import Tensor
 from .. import _library  # noqa: F401  (loads the operators)
 from .._arguments import check_optional_tensors, check_tensors, kind, number
 from ..span_mask import SpanMask
-from . import reference
 from ._autocast import cast, register_autocast
 from ._fake import register_fake
+from .full_attention import full_attention
 
 _ops = torch.ops.dllm_kernels
 
@@ -30,7 +30,9 @@ def block_attention(
     of 8 up to 256; float32, bfloat16 or float16, float32 arithmetic. mask=None: every query sees every key.
     scale defaults to 1 / sqrt(D). Returns out [B, Hq, Sq, D], and with return_lse the natural logarithm of
     the softmax's denominator, float32 [B, Hq, Sq]. A query that sees nothing gets output 0 and lse -inf.
-    Differentiable in q, k and v.
+    Differentiable in q, k and v. On a GPU an installed library may serve long calls without a mask
+    (`full_attention.backend` says when); with return_lse, and as torch.ops.dllm_kernels.block_attention,
+    it is always ours.
     """
     check_tensors(q=q, k=k, v=v)
     spans = None
@@ -42,6 +44,8 @@ def block_attention(
         if k.dim() == 4 and mask.kv_len != k.shape[2]:
             raise ValueError(f"mask.kv_len must be the number of keys ({k.shape[2]}), got {mask.kv_len}")
         spans = mask.spans
+    elif not return_lse and (out := full_attention(q, k, v, _scale(q, scale))) is not None:
+        return out
     out, lse = _ops.block_attention(q, k, v, spans, _scale(q, scale))
     return (out, lse) if return_lse else out
 
@@ -108,12 +112,6 @@ def _(q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths
 @torch.library.register_fake("dllm_kernels::block_attention_backward")
 def _(grad_out, grad_lse, q, k, v, out, lse, spans, scale):
     return tuple(map(_empty_heads, (q, k, v)))
-
-
-@torch.library.impl("dllm_kernels::block_attention_backward", "CUDA")
-def _(grad_out, grad_lse, q, k, v, out, lse, spans, scale):
-    grads = reference.block_attention_backward(grad_out, grad_lse, q, k, v, out, lse, spans, scale)
-    return tuple(_empty_heads(grad).copy_(grad) for grad in grads)
 
 
 # ---- autograd -----------------------------------------------------------------------------------------

@@ -28,10 +28,10 @@ class ModelDenoiser:
     first_position: int = 0
 
     def outputs(self, ids: Tensor, view: StepView, places: Tensor) -> tuple[Tensor, int]:
-        """ids [N] of the view's tokens, places [M] among them -> output rows [M, H], forwards made."""
+        """ids [B, N] of the view's tokens, places [M] among all B·N -> output rows [M, H], forwards made."""
         view.layers.clear()
         hidden = self.model.base_model(
-            input_ids=ids[None],
+            input_ids=ids,
             position_ids=view.position_ids + self.first_position,
             attention_mask=VIEW_ONLY,
             use_cache=False,
@@ -39,7 +39,7 @@ class ModelDenoiser:
         )[0]
         if len(view.layers) != self.model.config.num_hidden_layers:
             raise ValueError(view_not_handed_on(type(self.model).__name__))
-        output = hidden[0, places]
+        output = hidden.flatten(0, 1)[places]
         for function in self.head[:-1]:
             output = function(output)
         return output, 1
@@ -83,7 +83,7 @@ class CallableDenoiser:
         row, position = packing.row[places], packing.position[places]
         for length in packing.length.unique().tolist():
             group = (packing.length == length).nonzero()[:, 0]
-            canvas = ids[packing.offset[group, None] + torch.arange(length, device=ids.device)]
+            canvas = ids[0, packing.offset[group, None] + torch.arange(length, device=ids.device)]
             logits = self.function(canvas)
             logits = getattr(logits, "logits", logits)
             if not isinstance(logits, Tensor) or logits.shape[:2] != canvas.shape or logits.dim() != 3:

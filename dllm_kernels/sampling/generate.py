@@ -7,8 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from dllm_kernels.models.chat import chat_ids
-from dllm_kernels.sampling.canvases import check_ids, completions, gaps, token_lists
+from dllm_kernels.sampling.canvases import Canvases, check_ids, completions, gaps, token_lists
 from dllm_kernels.sampling.config import SampleConfig
+from dllm_kernels.sampling.device_rounds import DeviceRounds, serves
 from dllm_kernels.sampling.job import Job, prepare
 from dllm_kernels.sampling.output import SampleOutput, completion_output, infill_output
 from dllm_kernels.sampling.rounds import Round, Rounds
@@ -39,7 +40,7 @@ def sample(
         if job.mask_id in row:
             raise ValueError(f"prompts[{index}] holds the mask token {job.mask_id}; dk.infill fills gaps")
     canvases = completions(rows, job)
-    rounds = Rounds(job, canvases, on_round, stop_ids=job.eos_ids if job.config.stop_on_eos else ())
+    rounds = _rounds(job, canvases, on_round, job.eos_ids if job.config.stop_on_eos else ())
     rounds.run()
     return completion_output(canvases, rounds.unmask_step, job.eos_ids, tokenizer, **rounds.measured())
 
@@ -68,9 +69,16 @@ def infill(
     check_ids("canvases", rows, job.diffusion.vocab_size)
     filled = gaps(rows, job.fill)
     masked = filled.ids == job.mask_id
-    rounds = Rounds(job, filled, on_round)
+    rounds = _rounds(job, filled, on_round)
     rounds.run()
     return infill_output(filled, masked, rounds.unmask_step, tokenizer, **rounds.measured())
+
+
+def _rounds(job: Job, canvases: Canvases, on_round, stop_ids: tuple[int, ...] = ()) -> Rounds | DeviceRounds:
+    """On a GPU the rounds stay there, unless the host must see or do something in every one."""
+    if job.device.type == "cuda" and on_round is None and serves(job):
+        return DeviceRounds(job, canvases, stop_ids)
+    return Rounds(job, canvases, on_round, stop_ids)
 
 
 def _prompt_ids(job: Job, prompts, attention_mask: Tensor | None, tokenizer) -> list[list[int]]:

@@ -90,7 +90,7 @@ class Predictions:
     def _outputs(self, canvas, view, row, position, count) -> tuple[Tensor, int]:
         """Output rows of these positions; with guidance (1 + s)·conditional − s·unconditional."""
         packing, scale = view.packing, self.job.config.cfg_scale
-        ids, places = canvas[packing.row, packing.position], packing.place(row, position)
+        ids, places = canvas[packing.row, packing.position][None], packing.place(row, position)
         if not scale:
             return self.job.denoiser.outputs(ids, view, places)
         places = torch.cat([places, packing.place(row + count, position)])

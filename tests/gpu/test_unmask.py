@@ -1,5 +1,6 @@
 """token_stats, commit_ and unmask_ on the GPU against the CPU operators: same Philox, equal tokens."""
 
+import functools
 import math
 
 import pytest
@@ -9,38 +10,42 @@ import dllm_kernels as dk
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MASK = 5
+hardware = pytest.mark.hardware
 
 
 def random_logits(seed: int, *shape: int, dtype=torch.float32) -> torch.Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype)
 
 
-def assert_agrees(logits: torch.Tensor, **options) -> int:
+def assert_agrees(gpu, logits: torch.Tensor, **options) -> int:
     """Statistics near the CPU's; returns how many tokens differ, all of them between near-equal scores."""
-    cpu = dk.token_stats(logits, **options)
-    on_gpu = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    gpu = dk.TokenStats(*(field.cpu() for field in dk.token_stats(logits.cuda(), **on_gpu)[:5]))
-    differ = gpu.token != cpu.token
+    expected = dk.token_stats(logits, **options)
+    got = gpu(dk.token_stats, logits, **options)
+    differ = got.token != expected.token
     tolerance = 1e-10 if options.get("precision") == "float64" else 1e-5
-    for a, b in zip(gpu[1:5], cpu[1:5], strict=True):
+    for a, b in zip(got[1:5], expected[1:5], strict=True):
         torch.testing.assert_close(a[~differ], b[~differ], rtol=tolerance, atol=tolerance)
     return int(differ.sum())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocabulary", [1, 3, 4, 31, 1000, 16_383, 16_384, 16_385, 50_257, 126_464, 262_144])
-def test_agrees_with_the_cpu(vocabulary, dtype):
-    logits = random_logits(vocabulary, 5, vocabulary, dtype=dtype)
-    assert assert_agrees(logits) == 0
+@pytest.mark.parametrize(
+    "vocabulary",
+    [1, 3, 4, 31, 1000, 16_385]
+    + [pytest.param(n, marks=hardware) for n in (16_383, 16_384, 50_257, 126_464, 262_144)],
+)
+def test_agrees_with_the_cpu(gpu, vocabulary, dtype):
+    logits = random_logits(vocabulary, 2, vocabulary, dtype=dtype)
+    assert assert_agrees(gpu, logits) == 0
     # Noise has the same bits on both; only a rounding of logit + noise could differ, and does not.
-    assert assert_agrees(logits, temperature=0.8, seed=2**40 + 3) == 0
+    assert assert_agrees(gpu, logits, temperature=0.8, seed=2**40 + 3) == 0
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"suppress_tokens": [0, 7, 40_000]},
-        {"proposal_exclude": [3, 65_536], "temperature": 0.5},
+        {"suppress_tokens": [0, 7, 16_390]},
+        {"proposal_exclude": [3, 16_384], "temperature": 0.5},
         {"confidence_exclude": list(range(64))},
         {"confidence_temperature": 0.6},
         {"precision": "float64"},
@@ -49,60 +54,44 @@ def test_agrees_with_the_cpu(vocabulary, dtype):
     ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_options_agree_with_the_cpu(options, dtype):
-    assert assert_agrees(random_logits(1, 4, 70_001, dtype=dtype), **options) == 0
+def test_options_agree_with_the_cpu(gpu, options, dtype):
+    assert assert_agrees(gpu, random_logits(1, 4, 16_401, dtype=dtype), **options) == 0
 
 
-def test_odd_rows_agree_with_the_cpu():
-    logits = random_logits(2, 8, 20_000)
+def test_odd_rows_agree_with_the_cpu(gpu):
+    logits = random_logits(2, 8, 17_000)
     logits[0] = math.nan
     logits[1] = -math.inf
-    logits[2, [5, 19_000]] = math.inf
+    logits[2, [5, 16_900]] = math.inf
     logits[3] = 1.0
     logits[4, ::2] = math.nan
     logits[5, 1:] = -math.inf
     for temperature in (0.0, 1.0):
-        assert assert_agrees(logits, temperature=temperature, suppress_tokens=[0]) == 0
+        assert assert_agrees(gpu, logits, temperature=temperature, suppress_tokens=[0]) == 0
 
 
 @pytest.mark.parametrize("view", [lambda x: x[:, 2:6], lambda x: x.transpose(0, 1), lambda x: x[..., 5:30]])
-def test_strided_logits(view):
-    logits = random_logits(3, 3, 10, 501)
-    expected = dk.token_stats(view(logits))
-    got = dk.token_stats(view(logits.cuda()))
-    assert torch.equal(got.token.cpu(), expected.token)
+def test_strided_logits(gpu, view):
+    logits = view(random_logits(3, 3, 10, 501))
+    assert torch.equal(gpu(dk.token_stats, logits).token, dk.token_stats(logits).token)
 
 
-def test_a_row_does_not_depend_on_its_companions():
-    logits = random_logits(4, 70, 126_464, dtype=torch.bfloat16).cuda()
-    together = dk.token_stats(logits)
-    for row in (0, 33, 69):
-        alone = dk.token_stats(logits[row : row + 1])
+@pytest.mark.parametrize("rows, vocabulary", [(5, 17_000), pytest.param(70, 126_464, marks=hardware)])
+def test_a_row_does_not_depend_on_its_companions(gpu, rows, vocabulary):
+    logits = random_logits(4, rows, vocabulary, dtype=torch.bfloat16)
+    together = gpu(dk.token_stats, logits)
+    for row in (0, rows // 2, rows - 1):
+        alone = gpu(dk.token_stats, logits[row : row + 1])
         assert all(torch.equal(a[0], b[row]) for a, b in zip(alone[:5], together[:5], strict=True))
 
 
-def test_repeats_are_equal_in_bits():
-    logits = random_logits(5, 32, 126_464, dtype=torch.bfloat16).cuda()
-    first = dk.token_stats(logits, temperature=0.7)
-    for _ in range(50):
-        again = dk.token_stats(logits, temperature=0.7)
-        assert all(torch.equal(a, b) for a, b in zip(first[:5], again[:5], strict=True))
-
-
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_linear_token_stats_agrees_with_the_cpu(temperature):
+def test_linear_token_stats_agrees_with_the_cpu(gpu, temperature):
     hidden, weight, bias = random_logits(0, 3, 7, 64) / 8, random_logits(1, 3000, 64), random_logits(2, 3000)
-    cpu = dk.linear_token_stats(hidden, weight, bias, temperature=temperature, seed=3)
-    gpu = dk.linear_token_stats(hidden.cuda(), weight.cuda(), bias.cuda(), temperature=temperature, seed=3)
-    assert torch.equal(gpu.token.cpu(), cpu.token)
-    torch.testing.assert_close(gpu.prob.cpu(), cpu.prob, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name, value", [("top_p", 0.9), ("top_k", 5), ("previous", torch.zeros(2, 5))])
-def test_what_only_the_cpu_does_is_refused(name, value):
-    value = value.cuda() if isinstance(value, torch.Tensor) else value
-    with pytest.raises(ValueError, match=f"token_stats: {name} is not available on CUDA yet; leave it None"):
-        dk.token_stats(torch.zeros(2, 5).cuda(), **{name: value})
+    expected = dk.linear_token_stats(hidden, weight, bias, temperature=temperature, seed=3)
+    got = gpu(dk.linear_token_stats, hidden, weight, bias, temperature=temperature, seed=3)
+    assert torch.equal(got.token, expected.token)
+    torch.testing.assert_close(got.prob, expected.prob, rtol=1e-4, atol=1e-5)
 
 
 RULES = [
@@ -124,12 +113,12 @@ RULES = [
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("candidates", [1, 32, 300, 1000])
+@pytest.mark.parametrize("candidates", [1, 32, 300, pytest.param(1000, marks=hardware)])
 @pytest.mark.parametrize("ids, reals", [(torch.int64, torch.float32), (torch.int32, torch.float64)])
-def test_commit_agrees_with_the_cpu(rule, candidates, ids, reals):
+def test_commit_agrees_with_the_cpu(gpu, rule, candidates, ids, reals):
     """Confidences in eighths: ties abound."""
     g = torch.Generator().manual_seed(candidates)
-    batch, length = 6, candidates + 7
+    batch, length = 3, candidates + 7
     canvas = torch.randint(0, 5, (batch, length), generator=g)
     canvas[torch.rand(batch, length, generator=g) < 0.7] = MASK
     positions = torch.stack([torch.randperm(length, generator=g)[:candidates] for _ in range(batch)]).int()
@@ -137,45 +126,42 @@ def test_commit_agrees_with_the_cpu(rule, candidates, ids, reals):
     token = torch.randint(0, 7, (batch, candidates), generator=g)
     eighths = torch.randint(0, 9, (5, batch, candidates), generator=g).to(reals) / 8
     eighths[4][eighths[4] == 1] = math.nan
-    counters = torch.randint(0, 3, (batch, length), generator=g, dtype=torch.int32)
-    arguments = [canvas.to(ids), positions, dk.TokenStats(token, *eighths), rule]
     row = torch.arange(batch, dtype=torch.int32)
-    options = {
-        "quota": row + 3 if rule.needs_quota else None,
-        "step": row * 2,
-        "sequence_ids": row + 9,
-        "seed": 4,
-    }
-
-    def run(device):
-        moved = [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
-        moved[0] = moved[0].clone()
-        moved[2] = dk.TokenStats(*(field.to(device) for field in moved[2]))
-        state = counters.clone().to(device) if rule.needs_state else None
-        progress = torch.zeros(batch, 2, dtype=torch.int32, device=device)
-        keyed = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-        accepted = dk.commit_(*moved, mask_id=MASK, progress=progress, state=state, **keyed)
-        return moved[0].cpu(), accepted.cpu(), progress.cpu(), counters if state is None else state.cpu()
-
-    for got, expected in zip(run("cuda"), run("cpu"), strict=True):
+    state = torch.randint(0, 3, (batch, length), generator=g, dtype=torch.int32)
+    canvas = canvas.to(ids)
+    results = []
+    for commit in (dk.commit_, functools.partial(gpu, dk.commit_)):
+        changed = {"canvas": canvas.clone(), "progress": torch.zeros(batch, 2, dtype=torch.int32)}
+        if rule.needs_state:
+            changed["state"] = state.clone()
+        accepted = commit(
+            positions=positions,
+            stats=dk.TokenStats(token, *eighths),
+            rule=rule,
+            mask_id=MASK,
+            quota=row + 3 if rule.needs_quota else None,
+            step=row * 2,
+            sequence_ids=row + 9,
+            seed=4,
+            **changed,
+        )
+        results.append([accepted, *changed.values()])
+    for got, expected in zip(*results, strict=True):
         assert torch.equal(got, expected)
 
 
-def test_bernoulli_draws_agree_with_the_cpu():
-    """Steps of a schedule, 4,000 draws each: the probabilities agree to the bit."""
-    steps, n = 1000, 4000
-    positions, stats = (
-        torch.arange(n, dtype=torch.int32)[None],
-        dk.TokenStats(torch.zeros(1, n, dtype=torch.int64), *torch.zeros(4, 1, n)),
-    )
-    for step in range(0, steps, 37):
-        rows = []
-        for device in ("cpu", "cuda"):
-            canvas = torch.full((1, n), MASK, device=device)
-            moved = dk.TokenStats(*(field.to(device) for field in stats))
-            dk.commit_(canvas, positions.to(device), moved, dk.Rule.bernoulli(steps), mask_id=MASK, step=step)
-            rows.append(canvas.cpu())
-        assert torch.equal(*rows)
+@pytest.mark.parametrize("n, every", [(300, 370), pytest.param(4000, 37, marks=hardware)])
+def test_bernoulli_draws_agree_with_the_cpu(gpu, n, every):
+    """Steps of a schedule: the probabilities agree to the bit."""
+    steps = 1000
+    positions = torch.arange(n, dtype=torch.int32)[None]
+    stats = dk.TokenStats(torch.zeros(1, n, dtype=torch.int64), *torch.zeros(4, 1, n))
+    for step in range(0, steps, every):
+        canvas, expected = torch.full((1, n), MASK), torch.full((1, n), MASK)
+        rule = dk.Rule.bernoulli(steps)
+        gpu(dk.commit_, canvas, positions, stats, rule, mask_id=MASK, step=step)
+        dk.commit_(expected, positions, stats, rule, mask_id=MASK, step=step)
+        assert torch.equal(canvas, expected)
 
 
 def step(canvas, logits, start, **options):
@@ -191,28 +177,38 @@ def step(canvas, logits, start, **options):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_unmask_agrees_with_the_cpu(temperature):
+@pytest.mark.parametrize("vocabulary", [999, pytest.param(50_257, marks=hardware)])
+def test_unmask_agrees_with_the_cpu(gpu, vocabulary, temperature):
     g = torch.Generator().manual_seed(6)
-    logits = random_logits(7, 4, 32, 50_257, dtype=torch.bfloat16)
+    logits = random_logits(7, 4, 32, vocabulary, dtype=torch.bfloat16)
     canvas = torch.randint(0, 5, (4, 100), generator=g)
     canvas[torch.rand(4, 100, generator=g) < 0.6] = MASK
     start = torch.tensor([0, 10, 68, 31], dtype=torch.int32)
-    on_gpu = canvas.cuda()
-    accepted = step(on_gpu, logits.cuda(), start.cuda(), temperature=temperature, seed=3)
-    assert torch.equal(accepted.cpu(), step(canvas, logits, start, temperature=temperature, seed=3))
-    assert torch.equal(on_gpu.cpu(), canvas)
+    expected = canvas.clone()
+    accepted = gpu(step, canvas, logits, start, temperature=temperature, seed=3)
+    assert torch.equal(accepted, step(expected, logits, start, temperature=temperature, seed=3))
+    assert torch.equal(canvas, expected)
 
 
-def test_positions_outside_the_canvas_are_absent():
-    canvas = torch.full((1, 4), MASK).cuda()
-    stats = dk.TokenStats(torch.zeros(1, 3, dtype=torch.int64).cuda(), *torch.ones(4, 1, 3).cuda())
-    positions = torch.tensor([[-5, 2, 10**6]], dtype=torch.int32).cuda()
-    accepted = dk.commit_(canvas, positions, stats, dk.Rule.quota(), mask_id=MASK, quota=3)
+def test_positions_outside_the_canvas_are_absent(gpu):
+    canvas = torch.full((1, 4), MASK)
+    stats = dk.TokenStats(torch.zeros(1, 3, dtype=torch.int64), *torch.ones(4, 1, 3))
+    positions = torch.tensor([[-5, 2, 10**6]], dtype=torch.int32)
+    accepted = gpu(dk.commit_, canvas, positions, stats, dk.Rule.quota(), mask_id=MASK, quota=3)
     assert accepted.tolist() == [[False, True, False]] and canvas.tolist() == [[MASK, MASK, 0, MASK]]
-    logits = torch.zeros(1, 3, 10).cuda()
+    logits = torch.zeros(1, 3, 10)
     for start in (-2, 3, 10**6):
-        step(canvas, logits, torch.tensor([start], dtype=torch.int32).cuda())
+        gpu(step, canvas, logits, torch.tensor([start], dtype=torch.int32))
     assert canvas.tolist() == [[0, MASK, 0, 0]]
+
+
+# ---- on a GPU only ------------------------------------------------------------------------------------
+def test_fifty_repeats_are_equal_in_bits():
+    logits = random_logits(5, 32, 126_464, dtype=torch.bfloat16).cuda()
+    first = dk.token_stats(logits, temperature=0.7)
+    for _ in range(50):
+        again = dk.token_stats(logits, temperature=0.7)
+        assert all(torch.equal(a, b) for a, b in zip(first[:5], again[:5], strict=True))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

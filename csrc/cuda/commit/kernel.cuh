@@ -62,10 +62,11 @@ __global__ void __launch_bounds__(kCommitThreads) commit_kernel(const __grid_con
     const Candidate<Real> mine{Real(0), key[c], position[c], false};
     int rank = 0;
     for (int other = 0; other < C; other++) {
+      if (position[other] < 0) continue;
       const Candidate<Real> theirs{Real(0), key[other], position[other], false};
       // Positions are distinct; should one be listed twice, the index keeps ranks distinct.
       const bool same = theirs.key == mine.key && theirs.position == mine.position;
-      rank += theirs.position >= 0 && (precedes(theirs, mine) || (same && other < c));
+      rank += precedes(theirs, mine) || (same && other < c);
     }
     order[rank] = c;
   }

@@ -3,20 +3,13 @@
 
 #include <cuda_runtime_api.h>
 
-#include <cstdint>
+#include <climits>
+#include <cmath>
 
+#include "cuda/logits.h"
 #include "cuda/token_stats/config.h"
 
 namespace dllm::cuda {
-
-enum class LogitType { float32, bfloat16, float16 };
-
-// Token ids travel as kernel arguments: no copy to the device, constant in a captured graph.
-constexpr int kMaxListedIds = 64;
-struct TokenIds {
-  int count;
-  int32_t ids[kMaxListedIds];  // ascending
-};
 
 // Rows that belong to a block of the canvas: row r is position block_start[r / block] + r % block of
 // canvas row r / block. Rows whose position holds no mask are skipped.
@@ -30,11 +23,16 @@ struct BlockRows {
   const int32_t* sequence_ids;  // [batch], null: the batch index
 };
 
+// What top-p and top-k leave of a row: x above `lowest`, and of those equal to it the ids up to `last_tie`.
+struct TokenCut {
+  float lowest = -HUGE_VALF;
+  int32_t last_tie = INT32_MAX;
+  int32_t fallback = -1;  // what is proposed where nothing that is left may be
+};
+
 struct TokenStatsParams {
-  // Row r starts at logits + (r / inner) · outer_stride + (r % inner) · inner_stride.
-  const void* logits;
-  LogitType type;
-  int64_t rows, inner, outer_stride, inner_stride;
+  LogitsView logits;
+  int64_t rows;
   int32_t vocabulary;
   bool float64;
   BlockRows block;
@@ -45,6 +43,10 @@ struct TokenStatsParams {
   float confidence_scale;    // 1 / confidence temperature
   TokenIds suppress, proposal_exclude, confidence_exclude;
   int32_t fallback;  // the lowest id that may be proposed
+
+  double top_p;    // 1: no such filter
+  int32_t top_k;   // INT32_MAX: no such filter
+  TokenCut* cuts;  // workspace [rows]; null: neither filter
 
   void* states;  // workspace of token_stats_workspace() bytes
   int64_t* token;

@@ -1,22 +1,46 @@
 #include <algorithm>
 
 #include "cuda/launch_kernel.h"
+#include "cuda/token_stats/cuts.cuh"
 #include "cuda/token_stats/kernel.cuh"
+#include "cuda/token_stats/plain_states.cuh"
 
 namespace dllm::cuda {
 namespace {
 
+dim3 grid_of_rows(int ctas, int64_t rows) {
+  constexpr int64_t kMaxGridY = 65535;
+  const int64_t rows_y = std::min(rows, kMaxGridY);
+  return dim3(ctas, rows_y, (rows + rows_y - 1) / rows_y);
+}
+
+template <class T, class Real>
+cudaError_t fill_states(const TokenStatsParams& p, cudaStream_t stream) {
+  const dim3 grid = grid_of_rows(stats_ranges(p.vocabulary), p.rows);
+  if constexpr (sizeof(Real) == 4) {  // float64 is for parity, not for speed
+    const bool plain = p.temperature == 0 && p.confidence_scale == 1 && p.proposal_exclude.count == 0 &&
+                       p.confidence_exclude.count == 0 && !p.cuts;
+    if (plain) return launch_kernel(plain_token_states_kernel<T>, grid, kStatsThreads, 0, stream, p);
+  }
+  return launch_kernel(token_states_kernel<T, Real>, grid, kStatsThreads, 0, stream, p);
+}
+
+// The filters look at what the confidence is made of, before anything is left out of it.
+template <class T, class Real>
+cudaError_t find_cuts(TokenStatsParams p, cudaStream_t stream) {
+  TokenStatsParams unfiltered = p;
+  unfiltered.temperature = 0;
+  unfiltered.confidence_exclude.count = 0;
+  unfiltered.cuts = nullptr;
+  const cudaError_t status = fill_states<T, Real>(unfiltered, stream);
+  if (status != cudaSuccess) return status;
+  return launch_kernel(token_cuts_kernel<T, Real>, grid_of_rows(1, p.rows), kCutThreads, 0, stream, p);
+}
+
 template <class T, class Real>
 cudaError_t launch(const TokenStatsParams& p, cudaStream_t stream) {
-  constexpr int64_t kMaxGridY = 65535;
-  const int64_t rows_y = std::min(p.rows, kMaxGridY);
-  const dim3 grid(stats_ranges(p.vocabulary), rows_y, (p.rows + rows_y - 1) / rows_y);
-  const bool plain = p.temperature == 0 && p.confidence_scale == 1 && p.proposal_exclude.count == 0 &&
-                     p.confidence_exclude.count == 0;
-  constexpr bool kHasPlain = sizeof(Real) == 4;  // float64 is for parity, not for speed
-  const auto states_kernel =
-      plain && kHasPlain ? token_states_kernel<T, Real, kHasPlain> : token_states_kernel<T, Real, false>;
-  const cudaError_t status = launch_kernel(states_kernel, grid, kStatsThreads, 0, stream, p);
+  cudaError_t status = p.cuts ? find_cuts<T, Real>(p, stream) : cudaSuccess;
+  if (status == cudaSuccess) status = fill_states<T, Real>(p, stream);
   if (status != cudaSuccess) return status;
   const int64_t ctas = (p.rows + kStatsWarps - 1) / kStatsWarps;
   return launch_kernel(token_results_kernel<T, Real>, ctas, kStatsThreads, 0, stream, p);
@@ -35,10 +59,11 @@ size_t token_stats_workspace(int64_t rows, int32_t vocabulary, bool float64) {
 
 cudaError_t token_stats(const TokenStatsParams& p, cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
-  switch (p.type) {
+  switch (p.logits.type) {
     case LogitType::float32: return launch<float>(p, stream);
     case LogitType::bfloat16: return launch<__nv_bfloat16>(p, stream);
     case LogitType::float16: return launch<__half>(p, stream);
+    case LogitType::float64: break;
   }
   return cudaErrorInvalidValue;
 }

@@ -1,5 +1,6 @@
 """Each operator in plain PyTorch: slow, short and obvious. The oracle that tests compare with."""
 
+from .advance import advance_
 from .attention import (
     block_attention,
     block_attention_backward,
@@ -15,6 +16,7 @@ from .loss import (
 )
 
 __all__ = [
+    "advance_",
     "block_attention",
     "block_attention_backward",
     "cached_block_attention",

@@ -1,0 +1,83 @@
+"""A step of sampling on a GPU, and whole runs, on a random model in the shape of LLaDA-8B."""
+
+import functools
+from collections import deque
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import dllm_kernels as dk
+from benchmarks import loops
+from dllm_kernels.sampling.canvases import completions
+from dllm_kernels.sampling.device_rounds import DeviceRounds
+from dllm_kernels.sampling.job import prepare
+
+BLOCK = 32
+LLADA_8B = dict(hidden=4096, intermediate=12_288, layers=32, heads=32, vocabulary=126_464)
+TINY = dict(hidden=32, intermediate=64, layers=2, heads=2, vocabulary=120)
+
+
+@functools.cache
+def random_model(device: str, smoke: bool) -> LlamaForCausalLM:
+    """Block-causal, bfloat16 (a smoke run: tiny, float32)."""
+    shape = TINY if smoke else LLADA_8B
+    config = LlamaConfig(
+        vocab_size=shape["vocabulary"],
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["intermediate"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["heads"],
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        mask_token_id=shape["vocabulary"] - 1,
+        diffusion={"attention": ["block_causal"], "block_size": BLOCK},
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    return loops.see_both_ways(model.to(torch.float32 if smoke else torch.bfloat16).eval())
+
+
+def random_prompt(model, length: int) -> list[int]:
+    return torch.randint(1, model.config.vocab_size - 1, (length,)).tolist()
+
+
+def parameter_bytes(model) -> int:
+    """Read in every step: all weights but the embedding."""
+    return sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+
+
+def test_step(compare, pick, smoke, device):
+    """One denoising step of one row with `length` tokens before its block: ours is one launch."""
+    model, length = random_model(device, smoke), pick(1184, 2 * BLOCK)
+    job = prepare(model, None, None, dict(max_new_tokens=BLOCK, steps_per_block=10**6))
+    prompt = random_prompt(model, length)
+    canvas = torch.tensor([prompt + [job.mask_id] * BLOCK], device=device)
+    rounds = DeviceRounds(job, completions([prompt], job))
+    with rounds.prepared() as step:
+        rounds.admit(deque([0]), 0)
+        for _ in range(BLOCK + 1):  # with so many steps, those after the first few commit nothing
+            step.launch()
+            rounds.canvas.copy_(canvas)
+        compare(
+            step.launch,
+            {"eager block, cache copied": loops.block_step(model, canvas, BLOCK, job.mask_id)},
+            bytes=parameter_bytes(model),
+        )
+
+
+@pytest.mark.parametrize("threshold", [0.9])
+def test_sampling(compare, pick, smoke, device, threshold):
+    """Whole runs of a random model: it is never sure, so every step commits one token in either loop."""
+    model, length, new_tokens = random_model(device, smoke), *pick((512, 128), (BLOCK, BLOCK))
+    prompt, mask_id = random_prompt(model, length), model.config.mask_token_id
+    compare(
+        lambda: dk.sample(model, [prompt], max_new_tokens=new_tokens, threshold=threshold).sequences,
+        {"plain loop": lambda: loops.plain_loop(model, prompt, new_tokens, BLOCK, mask_id)},
+        rounds=3,
+    )

@@ -1,0 +1,85 @@
+"""The sampling loops that people write around a transformers model, as baselines of the sampler.
+
+Greedy, one token per step. `plain_loop` is LLaDA's: a forward over the whole canvas for every step, every
+position through the vocabulary projection. `copying_loop` is that of block-causal samplers: keys and values
+of finished blocks are kept, but copied for every step, and every row of the block is projected.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+
+def see_both_ways(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its causal mask: torch's attention is then called without any."""
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    return model
+
+
+@torch.no_grad()
+def plain_loop(model, prompt: list[int], new_tokens: int, block_size: int, mask_id: int) -> Tensor:
+    """int64 [1, S + new_tokens]; `model` as of `see_both_ways`."""
+    canvas = torch.tensor([prompt + [mask_id] * new_tokens], device=model.device)
+    for start in range(len(prompt), canvas.shape[1], block_size):
+        block = slice(start, start + block_size)
+        while (canvas[:, block] == mask_id).any():
+            logits = model(input_ids=canvas, use_cache=False).logits
+            _commit_best(canvas, block, logits[:, block], mask_id)
+    return canvas
+
+
+@torch.no_grad()
+def copying_loop(model, prompt: list[int], new_tokens: int, block_size: int, mask_id: int) -> Tensor:
+    """The same for a block-causal model; the prompt fills whole blocks."""
+    canvas = torch.tensor([prompt + [mask_id] * new_tokens], device=model.device)
+    cache = DynamicCache(config=model.config)
+    for start in range(0, canvas.shape[1], block_size):
+        block = slice(start, start + block_size)
+        while (canvas[:, block] == mask_id).any():
+            logits = _block_forward(model, canvas[:, block], start, copy.deepcopy(cache))
+            _commit_best(canvas, block, logits, mask_id)
+        _block_forward(model, canvas[:, block], start, cache)
+    return canvas
+
+
+@torch.no_grad()
+def block_step(model, canvas: Tensor, block_size: int, mask_id: int) -> Callable[[], None]:
+    """One step of `copying_loop` at the last block of `canvas`, again and again."""
+    start = canvas.shape[1] - block_size
+    cache = DynamicCache(config=model.config)
+    _block_forward(model, canvas[:, :start], 0, cache)
+
+    @torch.no_grad()
+    def step() -> None:
+        block = canvas[:, start:].clone()
+        logits = _block_forward(model, block, start, copy.deepcopy(cache))
+        _commit_best(block, slice(0, block_size), logits, mask_id)
+
+    return step
+
+
+def _block_forward(model, ids: Tensor, start: int, cache: DynamicCache) -> Tensor:
+    """Logits of a block that sees itself and the cache, to which it adds its keys and values."""
+    end = start + ids.shape[1]
+    visible = torch.zeros(1, 1, ids.shape[1], end, device=ids.device, dtype=model.dtype)
+    position = torch.arange(start, end, device=ids.device)[None]
+    return model(
+        input_ids=ids, past_key_values=cache, attention_mask=visible, position_ids=position, use_cache=True
+    ).logits
+
+
+def _commit_best(canvas: Tensor, block: slice, logits: Tensor, mask_id: int) -> None:
+    """The token of highest probability takes its place among the block's masks."""
+    logits[..., mask_id] = -torch.inf
+    probability, token = F.softmax(logits, dim=-1).max(dim=-1)
+    confidence = torch.where(canvas[:, block] == mask_id, probability, -torch.inf)
+    best = confidence.argmax(dim=1)
+    canvas[:, block.start + best] = token.gather(1, best[:, None])

@@ -1,0 +1,124 @@
+"""dk.sample against the loops that it replaces, on the same model and prompt.
+
+pytest benchmarks -k sampling --peer llada=DIR --peer dllm=DIR    # and against real checkouts
+"""
+
+import functools
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import dllm_kernels as dk
+from benchmarks import loops, peers
+
+BLOCK, PROMPT, NEW_TOKENS = 32, 256, 128
+VOCABULARY, MASK_ID = 32_000, 31_999
+FEW_ROUNDS = 3  # a run of the plain loop takes half a minute
+
+
+@functools.cache
+def random_model(attention: str, smoke: bool) -> Qwen3ForCausalLM:
+    """Qwen3-shaped, 58M parameters, random; `attention` is what it counts as trained for."""
+    layers, hidden, vocabulary = (2, 32, 120) if smoke else (8, 512, VOCABULARY)
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64 or 1,
+        num_key_value_heads=hidden // 64 or 1,
+        head_dim=64,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        mask_token_id=vocabulary - 1,
+        diffusion={"attention": [attention], "block_size": BLOCK},
+    )
+    torch.manual_seed(0)
+    return loops.see_both_ways(Qwen3ForCausalLM(config).eval())
+
+
+def random_prompt(length: int, model) -> list[int]:
+    return torch.randint(1, model.config.vocab_size - 1, (length,)).tolist()
+
+
+def sequences(model, prompts, new_tokens, **options):
+    output = dk.sample(model, prompts, max_new_tokens=new_tokens, block_size=BLOCK, **options)
+    return output.sequences
+
+
+def peer_loops(request, kind: str, model, new_tokens: int) -> dict:
+    named = dict(value.split("=", 1) for value in request.config.getoption("--peer"))
+    mask_id = model.config.mask_token_id
+    return {
+        f"{name} ({kind})": functools.partial(run, model, new_tokens, BLOCK, mask_id)
+        for name, folder in named.items()
+        for run in peers.loops(name, folder, kind)
+    }
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_sampling_bidirectional(compare, pick, smoke, request, cache):
+    model = random_model("bidirectional", smoke)
+    length, new_tokens = pick((PROMPT, NEW_TOKENS), (16, 8))
+    mask_id = model.config.mask_token_id
+    compare(
+        lambda prompt: sequences(model, [prompt], new_tokens, cache=cache),
+        {"LLaDA's loop": lambda prompt: loops.plain_loop(model, prompt, new_tokens, BLOCK, mask_id)}
+        | peer_loops(request, "mdlm", model, new_tokens),
+        inputs=lambda: (random_prompt(length, model),),
+        tolerance={"atol": 0, "rtol": 0} if cache == "none" else None,
+        rounds=FEW_ROUNDS,
+    )
+
+
+def test_sampling_block_causal(compare, pick, smoke, request):
+    model = random_model("block_causal", smoke)
+    length, new_tokens = pick((PROMPT, NEW_TOKENS), (BLOCK, 2 * BLOCK))
+    mask_id = model.config.mask_token_id
+    compare(
+        lambda prompt: sequences(model, [prompt], new_tokens, cache="block"),
+        {"copying loop": lambda prompt: loops.copying_loop(model, prompt, new_tokens, BLOCK, mask_id)}
+        | peer_loops(request, "bd3lm", model, new_tokens),
+        inputs=lambda: (random_prompt(length, model),),
+        tolerance={"atol": 0, "rtol": 0},
+        rounds=FEW_ROUNDS,
+    )
+
+
+def test_sampling_batch(compare, pick, smoke):
+    """Eight unequal prompts together, and one by one."""
+    model = random_model("block_causal", smoke)
+    new_tokens = pick(64, 8)
+    lengths = pick([40, 77, 100, 128, 161, 190, 233, 256], [3, 9])
+
+    def one_by_one(*prompts):
+        for prompt in prompts:
+            sequences(model, [prompt], new_tokens)
+
+    compare(
+        lambda *prompts: sequences(model, list(prompts), new_tokens),
+        {"one by one": one_by_one},
+        inputs=lambda: tuple(random_prompt(length, model) for length in lengths),
+        rounds=FEW_ROUNDS,
+    )
+
+
+def test_sampling_tiny_python(compare, pick):
+    """The embedded model on code, parallel and from the cache, against one token per full forward."""
+    model, tokenizer = dk.load("tiny-python")
+    plain, _ = dk.load("tiny-python", attention="bidirectional")
+    loops.see_both_ways(plain)
+    length, new_tokens = pick((PROMPT, NEW_TOKENS), (32, 32))
+    source = "\n".join(["class Stack:", "    def __init__(self):", "        self.items = []", ""] * 40)
+    prompt = tokenizer(source)["input_ids"][:length]
+    mask_id = model.config.mask_token_id
+    compare(
+        lambda: (
+            dk.sample(model, [prompt], max_new_tokens=new_tokens, threshold=0.9, stop_on_eos=False).sequences
+        ),
+        {"plain loop": lambda: loops.plain_loop(plain, prompt, new_tokens, BLOCK, mask_id)},
+        rounds=FEW_ROUNDS,
+    )

@@ -1,0 +1,40 @@
+#include "cpu/advance.h"
+
+#include <algorithm>
+
+namespace dllm::cpu {
+namespace {
+
+template <class Id>
+void advance_rows(const AdvanceParams& p) {
+  const int64_t* stop_ids = p.stop_ids;
+  for (int64_t b = 0; b < p.batch; b++) {
+    const Id* canvas = static_cast<const Id*>(p.canvas) + b * p.canvas_stride;
+    const auto is_mask = [&](Id id) { return id == p.mask_id; };
+    const auto is_stop = [&](Id id) {
+      return std::find(stop_ids, stop_ids + p.stop_count, id) != stop_ids + p.stop_count;
+    };
+    const auto first = [&](int begin, int end, auto is) {
+      return begin < end ? static_cast<int>(std::find_if(canvas + begin, canvas + end, is) - canvas) : end;
+    };
+    const BlockRow last = block_row(p, b);
+    const int end = last.block_end(p.block_size);
+    const BlockScan scan{first(last.block_start, end, is_mask), first(last.completion(), end, is_stop),
+                         first(end, last.stop, is_mask)};
+    BlockRow row = advanced(last, scan, p.block_size);
+    if (row.block_step == 0 && !row.finished())
+      row.block_masks = static_cast<int>(
+          std::count_if(canvas + row.block_start, canvas + row.block_end(p.block_size), is_mask));
+    const BlockView view = block_view(row, p.block_size, p.queries);
+    store_row(p, b, row, view);
+    for (int i = 0; i < p.queries; i++) write_view(p, b, row, view, i);
+  }
+}
+
+}  // namespace
+
+void advance(const AdvanceParams& p) {
+  p.canvas_is_int64 ? advance_rows<int64_t>(p) : advance_rows<int32_t>(p);
+}
+
+}  // namespace dllm::cpu

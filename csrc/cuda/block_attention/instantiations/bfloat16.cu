@@ -1,5 +1,0 @@
-#include "cuda/block_attention/kernel.cuh"
-
-namespace dllm::cuda {
-template cudaError_t launch_for_type<__nv_bfloat16>(const BlockAttentionParams&, cudaStream_t);
-}

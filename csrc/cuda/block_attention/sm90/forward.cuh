@@ -1,0 +1,283 @@
+// block_attention forward for Hopper: persistent CTAs take 128 queries of one head past the keys they see,
+// 128 at a time. Of the first warpgroup one warp fetches queries and keys and one fetches values; the other
+// two own 64 queries each and take turns: one multiplies while the other does its softmax. The product of the
+// next scores is under way while weights and values are multiplied.
+#pragma once
+
+#include "cuda/attention/head_rows.cuh"
+#include "cuda/attention/softmax_rows.cuh"
+#include "cuda/attention/span_rows.cuh"
+#include "cuda/block_attention/sm90/key_tiles.cuh"
+#include "cuda/block_attention/sm90/launch.h"
+#include "cuda/block_attention/sm90/panel_rows.cuh"
+#include "cuda/block_attention/sm90/row_spans.cuh"
+#include "cuda/block_attention/sm90/store_rows.cuh"
+#include "cuda/block_attention/sm90/tile_ring.cuh"
+#include "cuda/launch_kernel.h"
+#include "cuda/sm90/ptx.cuh"
+
+namespace dllm::cuda::sm90 {
+
+template <class T, int kDim>
+struct Forward {
+  using Tiles = ForwardTiles<kDim>;
+  static constexpr int kKeys = Tiles::kKeys, kStages = Tiles::kStages;
+  using QueryRows = PanelRows<kDim, Tiles::kQueries>;
+  using KeyRows = PanelRows<kDim, kKeys>;
+
+  struct Shared {
+    BufferBarriers queries, keys[kStages], values[kStages];
+    TransactionBarrier values_landed;  // of a tile of which some rows have to be cleared
+    KeyTile tiles[kStages];            // what is in keys[stage]
+    SpanBounds bounds[2][kMaxSpanBounds];
+  };
+  static_assert(sizeof(Shared) <= kSmallStatics);
+
+  const ForwardParams& p;
+  Shared& shared;
+  QueryRows queries;
+  unsigned char* buffers;  // keys, then values
+
+  __device__ KeyRows keys(int stage) const { return {buffers + stage * KeyRows::kBytes}; }
+  __device__ KeyRows values(int stage) const { return keys(kStages + stage); }
+
+  // ---- what all roles walk through
+  struct Queries {
+    int batch, head, kv_head, first, live;
+  };
+  __device__ Queries queries_of(int index) const {
+    const WorkOrder::Item item = p.order.item(index);
+    const int first = item.tile * Tiles::kQueries;
+    return {item.batch, item.head, item.head / (p.attention.q_heads / p.attention.kv_heads), first,
+            min(p.attention.q_len - first, Tiles::kQueries)};
+  }
+  template <class Visit>
+  __device__ void for_queries(const Visit& visit) const {
+    for (int round = 0;; round++) {
+      const int index = WorkOrder::index(round, blockIdx.x, gridDim.x);
+      if (index >= p.order.items()) return;
+      visit(queries_of(index));
+    }
+  }
+  __device__ SequenceSpans spans_of(const Queries& q) const {
+    return SequenceSpans(p.attention.spans, q.batch, p.attention.kv_len);
+  }
+
+  // ---- the warp that fetches queries and keys
+  __device__ void load_queries_and_keys() const {
+    const bool leads = threadIdx.x % 32 == 0;
+    RingPosition<kStages> ring;
+    RingPosition<1> query_ring;
+    for_queries([&](const Queries& q) {
+      shared.queries.wait_empty(query_ring.parity);
+      if (leads) {
+        arrive_expecting(shared.queries.full, QueryRows::kBytes);
+        queries.load(p.q, shared.queries.full, q.batch, q.head, q.first);
+      }
+      query_ring.advance();
+      for_key_tiles<kKeys>(spans_of(q), q.first, q.live, shared.bounds[0], [&](const KeyTile& tile) {
+        BufferBarriers& buffer = shared.keys[ring.stage];
+        buffer.wait_empty(ring.parity);
+        if (leads) {
+          shared.tiles[ring.stage] = tile;
+          arrive_expecting(buffer.full, KeyRows::kBytes);
+          keys(ring.stage).load(p.k, buffer.full, q.batch, q.kv_head, tile.begin);
+        }
+        ring.advance();
+      });
+    });
+  }
+
+  // ---- the warp that fetches values. Those that none of the queries sees are cleared: their weights are 0,
+  // but 0 times infinity is not.
+  __device__ void load_values() const {
+    const bool leads = threadIdx.x % 32 == 0;
+    RingPosition<kStages> ring;
+    RingPosition<1> landed;
+    for_queries([&](const Queries& q) {
+      const SequenceSpans spans = spans_of(q);
+      for_key_tiles<kKeys>(spans, q.first, q.live, shared.bounds[1], [&](const KeyTile& tile) {
+        BufferBarriers& buffer = shared.values[ring.stage];
+        const bool clear = !tile.all_visible;
+        buffer.wait_empty(ring.parity);
+        if (leads) {
+          TransactionBarrier& barrier = clear ? shared.values_landed : buffer.full;
+          arrive_expecting(barrier, KeyRows::kBytes);
+          values(ring.stage).load(p.v, barrier, q.batch, q.kv_head, tile.begin);
+        }
+        if (clear) {
+          uint64_t seen[kKeys / 64];
+#pragma unroll
+          for (int word = 0; word < kKeys / 64; word++)
+            seen[word] = seen_keys(spans, q.first, q.live, tile.begin + 64 * word, tile.end);
+          wait(shared.values_landed, landed.parity);
+          landed.advance();
+          values(ring.stage).clear(seen);
+          fence_async_proxy();
+          __syncwarp();
+          if (leads) arrive(buffer.full);
+        }
+        ring.advance();
+      });
+    });
+  }
+
+  // ---- the warpgroups that multiply
+  // Turns: a warpgroup starts its products when the other has started its own.
+  __device__ static void await_turn(int group) { sync_threads(1 + group, 2 * kWarpgroup); }
+  __device__ static void pass_turn(int group) { arrive_threads(2 - group, 2 * kWarpgroup); }
+
+  __device__ void start_scores(float (&scores)[kKeys / 8][4], int group, int stage) const {
+#pragma unroll
+    for (int step = 0; step < kDim / kMatrixDepth; step++)
+      multiply<T, Major::k, Major::k>(scores, queries.k_major(64 * group, step), keys(stage).k_major(0, step),
+                                      step > 0);
+    commit_products();
+  }
+  __device__ void start_sums(float (&out)[kDim / 8][4], const uint32_t (&weights)[kKeys / 16][4],
+                             int stage) const {
+#pragma unroll
+    for (int step = 0; step < kKeys / kMatrixDepth; step++)
+      multiply<T, Major::mn>(out, weights[step], values(stage).mn_major(step), true);
+    commit_products();
+  }
+
+  __device__ void attend(int group) const {
+    const int pair = threadIdx.x % 4;
+    const int row = 64 * group + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;  // and row + 8
+    const float scale = p.attention.scale;
+    RingPosition<kStages> key_ring, value_ring;
+    RingPosition<1> query_ring;
+    if (group == 1) pass_turn(group);  // the first is the other's
+
+    for_queries([&](const Queries& q) {
+      const SequenceSpans spans = spans_of(q);
+      const RowSpans row_spans[2] = {RowSpans(spans, q.first + row, row < q.live),
+                                     RowSpans(spans, q.first + row + 8, row + 8 < q.live)};
+      SoftmaxRows<1> softmax(scale);
+      float out[1][kDim / 8][4] = {};
+      float scores[1][kKeys / 8][4], decay[1][2];
+      uint32_t weights[kKeys / 16][4];
+
+      const auto await_keys = [&] {
+        shared.keys[key_ring.stage].wait_full(key_ring.parity);
+        return shared.tiles[key_ring.stage];
+      };
+      const auto release_keys = [&](const KeyTile& tile) {
+        shared.keys[key_ring.stage].release();
+        key_ring.advance();
+        if (tile.last) shared.queries.release();
+      };
+      const auto release_values = [&] {
+        shared.values[value_ring.stage].release();
+        value_ring.advance();
+      };
+      const auto weigh = [&](const KeyTile& tile) {
+        if (scale < 0.0f) negate(scores);
+        if (!tile.all_visible)
+          keep_visible(scores[0],
+                       {row_spans[0].visible(spans, tile.begin, tile.end, pair),
+                        row_spans[1].visible(spans, tile.begin, tile.end, pair)},
+                       -INFINITY);
+        return softmax.update(scores, decay);
+      };
+
+      shared.queries.wait_full(query_ring.parity);
+      query_ring.advance();
+      KeyTile tile = await_keys();
+      await_turn(group);
+      begin_products(scores[0]);
+      start_scores(scores[0], group, key_ring.stage);
+      pass_turn(group);
+      wait_products<0>(scores[0]);
+      release_keys(tile);
+      weigh(tile);
+      pack_columns<T>(weights, scores[0]);
+
+      while (!tile.last) {
+        tile = await_keys();
+        await_turn(group);
+        begin_products(scores[0]);
+        start_scores(scores[0], group, key_ring.stage);
+        shared.values[value_ring.stage].wait_full(value_ring.parity);
+        begin_products(out[0], weights);
+        start_sums(out[0], weights, value_ring.stage);
+        pass_turn(group);
+        wait_products<1>(scores[0]);
+        release_keys(tile);
+        const bool moved = weigh(tile);
+        if (moved) {  // a wait in each branch: ptxas would move a common one to before the softmax
+          wait_products<0>(out[0]);
+          scale_rows(out, decay);
+        } else {
+          wait_products<0>(out[0]);
+        }
+        release_values();
+        pack_columns<T>(weights, scores[0]);
+      }
+      shared.values[value_ring.stage].wait_full(value_ring.parity);
+      begin_products(out[0], weights);
+      start_sums(out[0], weights, value_ring.stage);
+      wait_products<0>(out[0]);
+      release_values();
+
+      softmax.finish();
+      const auto to = rows_of<T>(p.attention.out, p.attention.out_layout, q.batch, q.head) +
+                      q.first * p.attention.out_layout.position_stride;
+      float* lse = p.attention.lse +
+                   (static_cast<int64_t>(q.batch) * p.attention.q_heads + q.head) * p.attention.q_len +
+                   q.first;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int i = row + 8 * half;
+        const SoftmaxState& state = softmax.state(0, half);
+        store_row(to + i * p.attention.out_layout.position_stride, out[0], half, state.inverse_sum(),
+                  i < q.live);
+        if (pair == 0 && i < q.live) lse[i] = state.log_sum_exp();
+      }
+    });
+    if (group == 0) await_turn(group);  // every turn that was passed is taken
+  }
+};
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(ForwardTiles<kDim>::kThreads, 1)
+    forward_kernel(const __grid_constant__ ForwardParams p) {
+  using Tiles = ForwardTiles<kDim>;
+  using Role = Forward<T, kDim>;
+
+  // ---- shared memory plan: queries, kStages of keys, kStages of values
+  unsigned char* panels = panel_shared();
+  __shared__ typename Role::Shared shared;
+  const Role role{p, shared, {panels}, panels + Role::QueryRows::kBytes};
+
+  if (threadIdx.x == 0) {
+    constexpr int kConsumerWarps = Tiles::kConsumers * kWarpgroup / 32;
+    shared.queries.init(kConsumerWarps);
+    for (int stage = 0; stage < Tiles::kStages; stage++) {
+      shared.keys[stage].init(kConsumerWarps);
+      shared.values[stage].init(kConsumerWarps);
+    }
+    init_barrier(shared.values_landed, 1);
+    publish_barriers();
+  }
+  __syncthreads();
+
+  // ---- roles
+  if (threadIdx.x < kWarpgroup) {
+    give_registers<Tiles::kProducerRegisters>();
+    if (threadIdx.x / 32 == 0) role.load_queries_and_keys();
+    if (threadIdx.x / 32 == 1) role.load_values();
+  } else {
+    take_registers<Tiles::kConsumerRegisters>();
+    role.attend(threadIdx.x / kWarpgroup - 1);
+  }
+}
+
+template <class T, int kDim>
+cudaError_t launch_forward_kernel(const ForwardParams& p, int ctas, cudaStream_t stream) {
+  using Tiles = ForwardTiles<kDim>;
+  return launch_ctas(forward_kernel<T, kDim>, ctas, Tiles::kThreads, Tiles::kSharedBytes, stream, p);
+}
+
+}  // namespace dllm::cuda::sm90

@@ -1,0 +1,12 @@
+#include "cuda/cached_attention/merge.cuh"
+#include "cuda/cached_attention/tiles.cuh"
+
+namespace dllm::cuda {
+template cudaError_t launch_cached_tiles<__half, 64, false>(const SplitParams&, cudaStream_t);
+template cudaError_t launch_cached_tiles<__half, 64, true>(const SplitParams&, cudaStream_t);
+template cudaError_t launch_cached_tiles<__half, 128, false>(const SplitParams&, cudaStream_t);
+template cudaError_t launch_cached_tiles<__half, 128, true>(const SplitParams&, cudaStream_t);
+template cudaError_t launch_cached_tiles<__half, 256, false>(const SplitParams&, cudaStream_t);
+template cudaError_t launch_cached_tiles<__half, 256, true>(const SplitParams&, cudaStream_t);
+template cudaError_t launch_merge<__half>(const SplitParams&, cudaStream_t);
+}  // namespace dllm::cuda

@@ -1,0 +1,51 @@
+#include "cuda/cached_attention/launch.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/attention/padded_dim.h"
+#include "cuda/cached_attention/config.h"
+
+namespace dllm::cuda {
+namespace {
+
+template <class T>
+cudaError_t launch_on_tensor_cores(const SplitParams& p, cudaStream_t stream) {
+  const int64_t rows = static_cast<int64_t>(p.attention.q_len) * (p.attention.q_heads / p.attention.kv_heads);
+  return with_padded_dim(p.attention.head_dim, [&](auto dim) {
+    return CachedTiles<dim, true>::fits(rows) ? launch_cached_tiles<T, dim, true>(p, stream)
+                                              : launch_cached_tiles<T, dim, false>(p, stream);
+  });
+}
+
+template <class T>
+cudaError_t launch_splits_and_merge(const SplitParams& p, cudaStream_t stream,
+                                    cudaError_t (*launch_splits)(const SplitParams&, cudaStream_t)) {
+  const cudaError_t status = launch_splits(p, stream);
+  return status != cudaSuccess || p.max_splits == 1 ? status : launch_merge<T>(p, stream);
+}
+
+}  // namespace
+
+void plan_splits(SplitParams& p) {
+  const CachedAttentionParams& a = p.attention;
+  const auto tiles = [](int64_t keys) { return static_cast<int>((keys + kCachedKeys - 1) / kCachedKeys); };
+  const int group = a.q_heads / a.kv_heads;
+  // A row with fewer live queries may be split more often.
+  const int fewest_rows = (a.q_lengths ? 1 : a.q_len) * group;
+  const int key_tiles = tiles(static_cast<int64_t>(a.table_length) * a.page_size) + tiles(a.q_len);
+  p.max_splits = split_count(key_tiles, a.kv_heads, fewest_rows);
+  p.partial_rows = partial_rows(p.max_splits, a.kv_heads, static_cast<int64_t>(a.q_len) * group);
+}
+
+cudaError_t launch_cached_attention(const SplitParams& p, cudaStream_t stream) {
+  switch (p.attention.dtype) {
+    case DType::bfloat16:
+      return launch_splits_and_merge<__nv_bfloat16>(p, stream, launch_on_tensor_cores<__nv_bfloat16>);
+    case DType::float16: return launch_splits_and_merge<__half>(p, stream, launch_on_tensor_cores<__half>);
+    case DType::float32: return launch_splits_and_merge<float>(p, stream, launch_cached_plain);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace dllm::cuda

@@ -1,0 +1,135 @@
+// The keys of one sequence as a list of tiles, and where its rows, keys and partial results lie.
+#pragma once
+
+#include "cuda/attention/head_rows.cuh"
+#include "cuda/attention/span_rows.cuh"
+#include "cuda/cached_attention/config.h"
+#include "cuda/cached_attention/launch.h"
+
+namespace dllm::cuda {
+
+// Key positions [begin, begin + kCachedKeys) of the cache or of the fresh keys.
+struct KeyTile {
+  int begin;
+  bool cached;
+
+  __device__ int end() const { return begin + kCachedKeys; }
+  __device__ KeyRange range() const { return {begin, end(), false}; }
+};
+
+struct SequenceKeys {
+  int live;  // queries, and fresh keys
+  int first_cached, cached_tiles, tiles, splits;
+
+  __device__ KeyTile tile(int t) const {
+    if (t < cached_tiles) return {first_cached + t * kCachedKeys, true};
+    return {(t - cached_tiles) * kCachedKeys, false};
+  }
+  // The first tile of a split.
+  __device__ int split_begin(int split) const {
+    return static_cast<int>(static_cast<int64_t>(tiles) * split / splits);
+  }
+};
+
+__device__ inline int cached_positions(const CachedAttentionParams& p) {
+  return p.pages > 0 ? p.table_length * p.page_size : 0;
+}
+
+// Called by all lanes of a warp; `bounds` are overwritten.
+__device__ inline SequenceKeys sequence_keys(const CachedAttentionParams& p, int64_t batch,
+                                             SpanBounds* bounds) {
+  SequenceKeys keys;
+  keys.live = p.q_lengths ? min(max(p.q_lengths[batch], 0), p.q_len) : p.q_len;
+  const SequenceSpans spans(p.cache_spans, batch, cached_positions(p));
+  tile_bounds(spans, 0, spans.row_stride ? keys.live : 1, bounds);  // shared ones are read beside the length
+  __syncwarp();
+  int begin = INT_MAX, end = 0;
+  for (int r = 0; r < spans.bounds_count(); r++) {
+    begin = min(begin, bounds[r].min_start);
+    end = max(end, bounds[r].max_end);
+  }
+  __syncwarp();
+  if (keys.live == 0) begin = end;
+  keys.first_cached = begin < end ? begin / kCachedKeys * kCachedKeys : 0;
+  keys.cached_tiles = begin < end ? (end - keys.first_cached + kCachedKeys - 1) / kCachedKeys : 0;
+  keys.tiles = keys.cached_tiles + (keys.live + kCachedKeys - 1) / kCachedKeys;
+  keys.splits = split_count(keys.tiles, p.kv_heads, keys.live * (p.q_heads / p.kv_heads));
+  return keys;
+}
+
+__device__ inline SequenceSpans spans_of(const CachedAttentionParams& p, int64_t batch, int live,
+                                         KeyTile tile) {
+  if (tile.cached) return {p.cache_spans, batch, cached_positions(p)};
+  return {p.fresh_spans, batch, live};
+}
+
+// Rows of one kv head are (query, head of the group) pairs, the heads of a query neighbours.
+struct GroupRows {
+  int group, kv_head;
+  int64_t batch;
+
+  __device__ GroupRows(const CachedAttentionParams& p, int64_t batch, int kv_head)
+      : group(p.q_heads / p.kv_heads), kv_head(kv_head), batch(batch) {}
+
+  __device__ int position(int row) const { return row / group; }
+  __device__ int head(int row) const { return kv_head * group + row % group; }
+  template <class T, class Data>
+  __device__ auto at(Data* data, const HeadsLayout& layout, int row) const {
+    return rows_of<T>(data, layout, batch, head(row)) + position(row) * layout.position_stride;
+  }
+  __device__ int64_t lse_index(const CachedAttentionParams& p, int row) const {
+    return (batch * p.q_heads + head(row)) * p.q_len + position(row);
+  }
+};
+
+// Of row 0 of a split; `rows` are the live ones.
+__device__ inline int64_t partial_index(const SplitParams& p, int64_t batch, int split, int kv_head,
+                                        int rows) {
+  return batch * p.partial_rows + (static_cast<int64_t>(split) * p.attention.kv_heads + kv_head) * rows;
+}
+
+// Finds, for each lane, the row of one position of a tile. Addresses are worked out anew for each tile:
+// registers are dearer.
+template <class T>
+class KeyRows {
+ public:
+  __device__ KeyRows(const CachedAttentionParams& p, int64_t batch, int kv_head)
+      : p_(p), batch_(static_cast<int>(batch)), kv_head_(kv_head) {}
+
+  // Reads the page of this lane's position; ahead of rows(), so that nothing waits for it.
+  __device__ void look_up(KeyTile tile) {
+    if (!tile.cached) return;
+    const int entry = min((tile.begin + lane()) / p_.page_size, p_.table_length - 1);
+    page_ = min(max(p_.page_table[static_cast<int64_t>(batch_) * p_.table_length + entry], 0), p_.pages - 1);
+  }
+  struct Rows {
+    const T *key, *value;
+  };
+  __device__ Rows rows(KeyTile tile) const {
+    const int position = tile.begin + lane();
+    if (!tile.cached) {
+      return {rows_of<T>(p_.k, p_.k_layout, batch_, kv_head_) + position * p_.k_layout.position_stride,
+              rows_of<T>(p_.v, p_.v_layout, batch_, kv_head_) + position * p_.v_layout.position_stride};
+    }
+    return {slot(p_.cache_k, p_.cache_k_layout, position), slot(p_.cache_v, p_.cache_v_layout, position)};
+  }
+
+ private:
+  __device__ static int lane() { return threadIdx.x % 32; }
+  __device__ const T* slot(const void* cache, const PagesLayout& layout, int position) const {
+    return static_cast<const T*>(cache) + page_ * layout.page_stride +
+           position % p_.page_size * layout.slot_stride + kv_head_ * layout.head_stride;
+  }
+
+  const CachedAttentionParams& p_;
+  int batch_, kv_head_, page_ = 0;
+};
+
+// A lane's pointer in the lanes that ask for lane `from`.
+template <class T>
+__device__ const T* shuffled(const T* pointer, int from) {
+  const auto bits = reinterpret_cast<unsigned long long>(pointer);
+  return reinterpret_cast<const T*>(__shfl_sync(~0u, bits, from));
+}
+
+}  // namespace dllm::cuda

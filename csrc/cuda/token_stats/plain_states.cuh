@@ -1,0 +1,100 @@
+// The states of rows at temperature 0 with nothing excluded and confidence temperature 1, where the score is
+// the confidence logit. A range of ids stays in registers: its maximum is known before the first exponential,
+// and only threads that hold it look for the token and the second highest.
+#pragma once
+
+#include "cuda/token_stats/row_state.cuh"
+
+namespace dllm::cuda {
+
+template <class T>
+__global__ void __launch_bounds__(kStatsThreads, sizeof(T) == 2 ? 3 : 2)
+    plain_token_states_kernel(const __grid_constant__ TokenStatsParams p) {
+  constexpr int kIds = 16 / sizeof(T), kLoads = kStatsRange / (kStatsThreads * kIds);
+  __shared__ float warp_highest[kStatsWarps];
+  __shared__ TokenState<float> warp_states[kStatsWarps];
+  const int64_t row = row_of_cta();
+  if (row >= p.rows || !row_identity(p, row).masked) return;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int32_t begin = blockIdx.x * kStatsRange;
+  const int32_t end = min(static_cast<int64_t>(p.vocabulary), static_cast<int64_t>(begin) + kStatsRange);
+  const T* logits = row_of<const T>(p.logits, row);
+  const bool aligned = reinterpret_cast<uintptr_t>(logits) % 16 == 0;
+  const auto first_id = [&](int load) {
+    return begin + (load * kStatsThreads + static_cast<int>(threadIdx.x)) * kIds;
+  };
+
+  uint4 raw[kLoads];
+#pragma unroll
+  for (int load = 0; load < kLoads; load++) raw[load] = load_ids(logits, first_id(load), end, aligned);
+  if (any_listed(p.suppress, begin, end)) {
+#pragma unroll
+    for (int load = 0; load < kLoads; load++) {
+      T value[kIds];
+      memcpy(value, &raw[load], sizeof value);
+      bar(p.suppress, first_id(load), value);
+      raw[load] = packed(value);
+    }
+  }
+
+  float own_max = -HUGE_VALF;  // NaN never wins
+#pragma unroll
+  for (int load = 0; load < kLoads; load++) {
+    float x[kIds];
+    unpack<T>(raw[load], x);
+#pragma unroll
+    for (int i = 0; i < kIds; i++) own_max = fmaxf(own_max, x[i]);
+  }
+  const float warp_highest_x = warp_max(own_max);
+  if (lane == 0) warp_highest[warp] = warp_highest_x;
+  __syncthreads();
+  const float highest = warp_max(warp_highest[lane % kStatsWarps]), max = fminf(highest, FLT_MAX);
+
+  TokenState<float> state;
+  if (highest > -HUGE_VALF) {
+    state.max = state.score = max;
+    state.second = own_max;
+#pragma unroll
+    for (int load = 0; load < kLoads; load++) {
+      float x[kIds];
+      unpack<T>(raw[load], x);
+#pragma unroll
+      for (int i = 0; i < kIds; i++) {
+        // The bounds make −inf and NaN vanish beside the maximum and +inf equal to it.
+        const float shifted = fminf(fmaxf(x[i] - max, -87.0f), 0.0f), e = exponential(shifted);
+        state.sum += e;
+        state.weighted += e * shifted;
+      }
+    }
+    if (own_max == highest) {
+      state.second = -HUGE_VALF;
+#pragma unroll
+      for (int load = 0; load < kLoads; load++) {
+        float x[kIds];
+        unpack<T>(raw[load], x);
+#pragma unroll
+        for (int i = 0; i < kIds; i++) {
+          const bool found = x[i] == highest && state.token < 0;
+          if (found) state.token = first_id(load) + i;
+          else state.second = fmaxf(state.second, x[i]);
+        }
+      }
+    }
+  }
+  const bool shared_maximum = __syncthreads_count(own_max == highest) > 1;
+
+  const auto token = __reduce_min_sync(kAllLanes, static_cast<unsigned>(state.token));
+  const float second = warp_max(state.second), sum = warp_sum(state.sum), weighted = warp_sum(state.weighted);
+  if (lane == 0)
+    warp_states[warp] = {state.score, static_cast<int32_t>(token), state.max, second, sum, weighted};
+  __syncthreads();
+  if (warp > 0) return;
+  const TokenState<float> other = lane < kStatsWarps ? warp_states[lane] : TokenState<float>();
+  state.token = static_cast<int32_t>(__reduce_min_sync(kAllLanes, static_cast<unsigned>(other.token)));
+  state.second = fminf(shared_maximum ? max : warp_max(other.second), FLT_MAX);
+  state.sum = warp_sum(other.sum);
+  state.weighted = warp_sum(other.weighted);
+  if (lane == 0) static_cast<TokenState<float>*>(p.states)[row * gridDim.x + blockIdx.x] = state;
+}
+
+}  // namespace dllm::cuda

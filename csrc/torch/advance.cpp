@@ -1,0 +1,48 @@
+// advance_: schema and CPU implementation, which checks what the tensors hold.
+#include "torch/advance_arguments.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/advance.h"
+
+namespace dllm {
+namespace {
+
+void check_inside(const char* op, const char* name, const int32_t* positions, const AdvanceParams& p) {
+  for (int32_t b = 0; b < p.batch; b++)
+    check(0 <= positions[b] && positions[b] <= p.canvas_length, op, ": ", name, "[", b,
+          "] must be from 0 to ", p.canvas_length, " (the length of canvas), got ", positions[b]);
+}
+
+void advance_cpu(Tensor canvas, Tensor given, Tensor stop, Tensor canvas_end, Tensor steps,
+                 Tensor block_start, Tensor cached, Tensor q_lengths, Tensor block_masks, Tensor step,
+                 Tensor block_step, Tensor quota, Tensor candidates, Tensor query_positions,
+                 Tensor write_positions, Tensor cache_spans, Tensor fresh_spans, int64_t mask_id,
+                 int64_t quota_total, std::vector<int64_t> stop_ids) {
+  const AdvanceTensors rows{
+      given, stop,       canvas_end, steps,      block_start,     cached,          q_lengths,   block_masks,
+      step,  block_step, quota,      candidates, query_positions, write_positions, cache_spans, fresh_spans};
+  const char* op = "advance_";
+  const AdvanceParams p = advance_params(op, canvas, rows, mask_id, quota_total, stop_ids);
+  check_inside(op, "given", p.given, p);
+  check_inside(op, "stop", p.stop, p);
+  check_inside(op, "canvas_end", p.canvas_end, p);
+  check_inside(op, "block_start", p.block_start, p);
+  check_inside(op, "cached", p.cached, p);
+  check_inside(op, "q_lengths", p.q_lengths, p);
+  cpu::advance(p);
+}
+
+}  // namespace
+}  // namespace dllm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dllm_kernels, m) {
+  m.def(
+      "advance_(Tensor canvas, Tensor given, Tensor stop, Tensor canvas_end, Tensor steps, "
+      "Tensor(a!) block_start, Tensor(b!) cached, Tensor(c!) q_lengths, Tensor(d!) block_masks, "
+      "Tensor(e!) step, Tensor(f!) block_step, Tensor(g!) quota, Tensor(h!) candidates, "
+      "Tensor(i!) query_positions, Tensor(j!) write_positions, Tensor(k!) cache_spans, "
+      "Tensor(l!) fresh_spans, int mask_id, int quota_total=0, int[] stop_ids=[]) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dllm_kernels, CPU, m) { m.impl("advance_", TORCH_BOX(&dllm::advance_cpu)); }

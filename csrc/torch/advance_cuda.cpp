@@ -1,0 +1,26 @@
+// advance_ on CUDA tensors: the launch on the current stream. What the tensors hold stays on the device; the
+// kernel cuts positions to the canvas.
+#include "cuda/advance/launch.h"
+#include "torch/advance_arguments.h"
+#include "torch/cuda_launch.h"
+
+namespace dllm {
+namespace {
+
+void advance_cuda(Tensor canvas, Tensor given, Tensor stop, Tensor canvas_end, Tensor steps,
+                  Tensor block_start, Tensor cached, Tensor q_lengths, Tensor block_masks, Tensor step,
+                  Tensor block_step, Tensor quota, Tensor candidates, Tensor query_positions,
+                  Tensor write_positions, Tensor cache_spans, Tensor fresh_spans, int64_t mask_id,
+                  int64_t quota_total, std::vector<int64_t> stop_ids) {
+  const AdvanceTensors rows{
+      given, stop,       canvas_end, steps,      block_start,     cached,          q_lengths,   block_masks,
+      step,  block_step, quota,      candidates, query_positions, write_positions, cache_spans, fresh_spans};
+  const OnDeviceOf device(canvas);
+  const AdvanceParams p = advance_params("advance_", canvas, rows, mask_id, quota_total, stop_ids);
+  check_launch("advance_", cuda::launch_advance(p, device.stream()));
+}
+
+}  // namespace
+}  // namespace dllm
+
+DLLM_CUDA_OPERATORS(m) { m.impl("advance_", TORCH_BOX(&dllm::advance_cuda)); }

@@ -1,0 +1,61 @@
+// cached_block_attention and kv_write_ on CUDA tensors: allocation and launches on the current stream. What
+// index tensors hold stays on the device; the kernels cut spans, lengths and pages to what there is.
+#include <tuple>
+
+#include "cuda/cached_attention/launch.h"
+#include "cuda/kv_write/launch.h"
+#include "torch/cache_arguments.h"
+#include "torch/cuda_launch.h"
+
+namespace dllm {
+namespace {
+
+// Other inputs are copied where they have to be; a cache cannot be.
+void check_aligned(const char* op, const char* name, const Tensor& cache) {
+  const auto bytes = static_cast<int64_t>(cache.element_size());
+  bool aligned = reinterpret_cast<uintptr_t>(cache.data_ptr()) % 16 == 0;
+  for (int64_t dim = 0; dim < 3; dim++)
+    aligned &= cache.size(dim) <= 1 || cache.stride(dim) * bytes % 16 == 0;
+  check(aligned, op, ": ", name, " must start every row of a head at a multiple of 16 bytes on CUDA");
+}
+
+std::tuple<Tensor, Tensor> cached_block_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                       const Tensor& cache_k, const Tensor& cache_v,
+                                                       const Tensor& page_table, const Tensor& cache_spans,
+                                                       const std::optional<Tensor>& fresh_spans,
+                                                       const std::optional<Tensor>& q_lengths, double scale) {
+  const char* op = "cached_block_attention";
+  check_cached_attention(op, q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths);
+  check_aligned(op, "cache_k", cache_k);
+  check_aligned(op, "cache_v", cache_v);
+  const OnDeviceOf device(q);
+  const CachedAttentionTensors tensors(op, with_aligned_rows(q), with_aligned_rows(k), with_aligned_rows(v),
+                                       cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths,
+                                       scale);
+  cuda::SplitParams p;
+  p.attention = tensors.params();
+  cuda::plan_splits(p);
+  const int64_t rows = q.size(0) * p.partial_rows;
+  Tensor sums = torch::stable::new_empty(q, {rows, q.size(3)}, ScalarType::Float);
+  Tensor states = torch::stable::new_empty(q, {rows, 2}, ScalarType::Float);
+  p.sums = sums.mutable_data_ptr<float>();
+  p.states = reinterpret_cast<float2*>(states.mutable_data_ptr<float>());
+  check_launch(op, cuda::launch_cached_attention(p, device.stream()));
+  return {tensors.attention.out, tensors.attention.lse};
+}
+
+void kv_write_cuda(Tensor cache_k, Tensor cache_v, const Tensor& k, const Tensor& v, const Tensor& page_table,
+                   const Tensor& positions) {
+  const char* op = "kv_write_";
+  const OnDeviceOf device(cache_k);
+  const KvWriteTensors tensors(op, cache_k, cache_v, k, v, page_table, positions);
+  check_launch(op, cuda::launch_kv_write(tensors.params(), device.stream()));
+}
+
+}  // namespace
+}  // namespace dllm
+
+DLLM_CUDA_OPERATORS(m) {
+  m.impl("cached_block_attention", TORCH_BOX(&dllm::cached_block_attention_cuda));
+  m.impl("kv_write_", TORCH_BOX(&dllm::kv_write_cuda));
+}

@@ -1,0 +1,73 @@
+// Diffusion losses on CUDA tensors: allocation and launches on the current stream. Targets stay on the
+// device; one outside the vocabulary, or among suppress_tokens, shows as a loss that is not finite.
+#include <tuple>
+
+#include "cuda/cross_entropy/launch.h"
+#include "torch/cuda_launch.h"
+#include "torch/logits_cuda.h"
+#include "torch/loss_arguments.h"
+
+namespace dllm {
+namespace {
+
+cuda::CrossEntropyParams params(const char* op, const CrossEntropyArguments& arguments) {
+  cuda::CrossEntropyParams p{};
+  p.logits = logits_view(arguments.rows);
+  p.rows = arguments.rows.rows;
+  p.vocabulary = arguments.rows.vocabulary;
+  p.suppress = listed_ids(op, "suppress_tokens", arguments.suppressed);
+  p.targets = static_cast<const int64_t*>(arguments.targets.data_ptr());
+  p.weights = arguments.weights.data_ptr();
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor> diffusion_cross_entropy(Tensor logits, Tensor targets, Tensor weights,
+                                                           std::vector<int64_t> suppress_tokens) {
+  constexpr const char* op = "diffusion_cross_entropy";
+  const OnDeviceOf device(logits);
+  const CrossEntropyArguments arguments(op, logits, targets, weights, suppress_tokens);
+  cuda::CrossEntropyParams p = params(op, arguments);
+  Tensor loss = arguments.scalar(), ce = arguments.per_row(), logsumexp = arguments.per_row();
+  p.loss = loss.data_ptr(), p.ce = ce.data_ptr(), p.logsumexp = logsumexp.data_ptr();
+  check_launch(op, cuda::cross_entropy(p, device.stream()));
+  return {loss, ce, logsumexp};
+}
+
+Tensor diffusion_cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor weights,
+                                        Tensor logsumexp, std::vector<int64_t> suppress_tokens) {
+  constexpr const char* op = "diffusion_cross_entropy_backward";
+  const OnDeviceOf device(logits);
+  const CrossEntropyArguments arguments(op, logits, targets, weights, suppress_tokens);
+  const Tensor lse = checked_logsumexp(op, arguments, logits, grad_loss, logsumexp);
+  const Tensor factor = torch::stable::to(grad_loss, arguments.real);
+  const auto sizes = logits.sizes();
+  Tensor grad = new_tensor(logits, {sizes.begin(), sizes.end()}, logits.scalar_type());
+  cuda::CrossEntropyParams p = params(op, arguments);
+  p.logsumexp = lse.data_ptr(), p.grad_loss = factor.data_ptr(), p.grad = grad.data_ptr();
+  check_launch(op, cuda::cross_entropy_backward(p, device.stream()));
+  return grad;
+}
+
+std::tuple<Tensor, Tensor> diffusion_cross_entropy_gradient_(Tensor logits, Tensor targets, Tensor weights,
+                                                             std::vector<int64_t> suppress_tokens) {
+  constexpr const char* op = "diffusion_cross_entropy_gradient_";
+  const OnDeviceOf device(logits);
+  // float16 has no room for gradients that loss scaling has not reached.
+  check_dtype(op, "logits", logits, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Double});
+  check_writable_logits(op, logits);
+  const CrossEntropyArguments arguments(op, logits, targets, weights, suppress_tokens);
+  cuda::CrossEntropyParams p = params(op, arguments);
+  Tensor loss = arguments.scalar(), ce = arguments.per_row();
+  p.loss = loss.data_ptr(), p.ce = ce.data_ptr();
+  check_launch(op, cuda::cross_entropy_in_place(p, device.stream()));
+  return {loss, ce};
+}
+
+}  // namespace
+}  // namespace dllm
+
+DLLM_CUDA_OPERATORS(m) {
+  m.impl("diffusion_cross_entropy", TORCH_BOX(&dllm::diffusion_cross_entropy));
+  m.impl("diffusion_cross_entropy_backward", TORCH_BOX(&dllm::diffusion_cross_entropy_backward));
+  m.impl("diffusion_cross_entropy_gradient_", TORCH_BOX(&dllm::diffusion_cross_entropy_gradient_));
+}

@@ -1,0 +1,154 @@
+"""Rows of block-causal decoding on the device: from step to step and block to block without the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .. import _library  # noqa: F401  (loads the operators)
+from .._arguments import check_tensors, integer, integers, kind
+from ._fake import register_fake
+
+_ops = torch.ops.dllm_kernels
+
+
+@dataclass(frozen=True, eq=False)
+class BlockRows:
+    """B rows of block-causal decoding and their next step, in int32 tensors that keep their place, so that a
+    CUDA graph can hold them.
+
+    C is the block size, Q >= C the tokens of a row in one forward. With 2 C a block's first step has room to
+    write the keys and values of the block before it too.
+
+    Asked of a row, [B]: given, stop: where its completion starts and stops; canvas_end: where its canvas
+    ends; steps: of each block, 0 for one token per step.
+
+    Where it is, [B]: block_start: of its active block, canvas_end when it is finished; cached: how many
+    positions, from 0 on, have keys and values in pages; q_lengths: its tokens in the next forward;
+    block_masks: masks its block had at the first step; step, block_step: steps of the row and of its block.
+
+    The next step, for `commit_`: quota [B], and candidates [B, C], the positions that may be unmasked, -1 for
+    none. For the forward: query_positions [B, Q]; the first q_lengths count. For `cached_block_attention`:
+    cache_spans [B, 1, 1, 2], fresh_spans [B, Q, 1, 2] and q_lengths. For `kv_write_`: write_positions [B, Q],
+    those of final tokens, else -1.
+    """
+
+    given: Tensor
+    stop: Tensor
+    canvas_end: Tensor
+    steps: Tensor
+    block_start: Tensor
+    cached: Tensor
+    q_lengths: Tensor
+    block_masks: Tensor
+    step: Tensor
+    block_step: Tensor
+    quota: Tensor
+    candidates: Tensor
+    query_positions: Tensor
+    write_positions: Tensor
+    cache_spans: Tensor
+    fresh_spans: Tensor
+
+    @classmethod
+    def empty(cls, batch: int, block_size: int, queries: int, device: torch.device | str) -> BlockRows:
+        """Rows that have nothing to do."""
+        batch, block_size = integer("batch", batch, 0), integer("block_size", block_size, 1)
+        queries = integer("queries", queries, block_size)
+        shapes = {
+            "candidates": (batch, block_size),
+            "query_positions": (batch, queries),
+            "write_positions": (batch, queries),
+            "cache_spans": (batch, 1, 1, 2),
+            "fresh_spans": (batch, queries, 1, 2),
+        }
+        filled = {name: -1 for name in ("candidates", "write_positions")}
+        return cls(
+            **{
+                field.name: torch.full(
+                    shapes.get(field.name, (batch,)),
+                    filled.get(field.name, 0),
+                    dtype=torch.int32,
+                    device=device,
+                )
+                for field in fields(cls)
+            }
+        )
+
+    def admit_(
+        self, row: int, *, given: int, stop: int, canvas_end: int, steps: int = 0, cached: int = 0
+    ) -> None:
+        """Hand `row` to a new sequence; `advance_` then finds its first block.
+
+        cached: leading positions, whole blocks, that are in pages already. Prompt tokens that are not are
+        computed and written by the steps themselves, Q at a time.
+        """
+        asked = dict(
+            given=integer("given", given, 0),
+            stop=integer("stop", stop, given),
+            canvas_end=integer("canvas_end", canvas_end, stop),
+            steps=integer("steps", steps, 0),
+            cached=integer("cached", cached, 0, canvas_end),
+        )
+        if cached % self.candidates.shape[1]:
+            raise ValueError(f"cached must be whole blocks of {self.candidates.shape[1]}, got {cached}")
+        for name, value in asked.items():
+            getattr(self, name)[row] = value
+        for name in ("block_start", "q_lengths", "block_masks", "step", "block_step"):
+            getattr(self, name)[row] = 0
+
+    @property
+    def finished(self) -> Tensor:
+        """bool [B], rows with nothing left to do."""
+        return self.block_start >= self.canvas_end
+
+
+def advance_(
+    canvas: Tensor,
+    rows: BlockRows,
+    *,
+    mask_id: int,
+    quota_total: int | None = None,
+    stop_ids: Sequence[int] = (),
+) -> None:
+    """Move every row to its next step, in place: after a forward over `rows` and its `commit_`, or before the
+    first one. Runs on the device of the tensors, without synchronisation.
+
+    canvas: int64 or int32 [B, T], read. A row stays in its block while a mask before `stop` is left there;
+    then it goes to the next block with one, or is finished. It is finished too when its block has one of
+    `stop_ids` in the completion with no mask before it (what comes after is for the caller to fill).
+
+    What the last forward wrote is cached now. The next one computes the positions from there to the end of
+    the active block: in a block's first step the finished block before it as well, which saves that a forward
+    of its own. Where that is more than Q, as after a long prompt, it computes only as many final blocks as
+    have room, and nothing is committed.
+
+    The quota is that of the `llada` schedule: `quota_total` (None: the masks of the block) over `steps`; a
+    step after the last takes all. Rules without a quota leave it aside.
+
+    One round, all of which a CUDA graph can hold; `forward` attends by the spans and writes final tokens::
+
+        hidden = forward(canvas.gather(1, rows.query_positions.long()), rows)  # [B, Q, hidden]
+        place = (rows.candidates - rows.cached[:, None]).clamp(0, Q - 1)
+        stats = linear_token_stats(hidden[arange(B)[:, None], place].flatten(0, 1), head, ...)
+        commit_(canvas, rows.candidates, stats, rule, mask_id=mask_id, quota=rows.quota, step=rows.step)
+        advance_(canvas, rows, mask_id=mask_id, stop_ids=stop_ids)
+    """
+    check_tensors(canvas=canvas)
+    if not isinstance(rows, BlockRows):
+        raise TypeError(f"rows must be a BlockRows, got {kind(rows)}")
+    _ops.advance_(
+        canvas,
+        *(getattr(rows, field.name) for field in fields(rows)),
+        integer("mask_id", mask_id, 0),
+        0 if quota_total is None else integer("quota_total", quota_total, 1),
+        integers("stop_ids", stop_ids),
+    )
+
+
+@register_fake("advance_")
+def _(*arguments, **options):
+    return None

@@ -1,0 +1,49 @@
+// Layouts and orders of the Hopper kernels for test_hopper_layouts.py, which calls them through ctypes.
+#include "cuda/block_attention/sm90/config.h"
+#include "cuda/block_attention/sm90/dispatch.h"
+#include "cuda/sm90/matrix_descriptor.h"
+
+using namespace dllm;
+using namespace dllm::cuda;
+
+extern "C" {
+
+int offset_in_panel(int row, int byte) { return swizzled_offset(row, byte); }
+
+// Addresses of one product's operand: elements [size][kMatrixDepth] of a matrix in panels of `rows` rows from
+// shared address `panels` on, `step` products along the sum.
+void operand_addresses(bool mn_major, int panels, int rows, int step, int size, int* addresses) {
+  const uint64_t descriptor =
+      mn_major ? mn_major_step(mn_major_descriptor(panels, panel_bytes(rows)), step)
+               : k_major_step(k_major_descriptor(panels), step, panel_bytes(rows));
+  for (int i = 0; i < size; i++)
+    for (int k = 0; k < kMatrixDepth; k++)
+      addresses[i * kMatrixDepth + k] =
+          static_cast<int>(element_address(descriptor, mn_major ? Major::mn : Major::k, i, k));
+}
+
+int work_items(int tiles, int q_heads, int pairs, int together) {
+  return sm90::WorkOrder{tiles, q_heads, pairs, together}.items();
+}
+void work_item(int tiles, int q_heads, int pairs, int together, int index, int* item) {
+  const auto found = sm90::WorkOrder{tiles, q_heads, pairs, together}.item(index);
+  item[0] = found.batch;
+  item[1] = found.head;
+  item[2] = found.tile;
+}
+int work_index(int round, int cta, int ctas) { return sm90::WorkOrder::index(round, cta, ctas); }
+
+bool hopper_serves(int capability, int dtype, int head_dim, int q_len, int kv_len, long address,
+                   long batch_stride) {
+  BlockAttentionParams p{};
+  p.dtype = static_cast<DType>(dtype);
+  p.batch = 2;
+  p.q_heads = p.kv_heads = 1;
+  p.q_len = q_len;
+  p.kv_len = kv_len;
+  p.head_dim = head_dim;
+  p.q = p.k = p.v = reinterpret_cast<const void*>(address);
+  p.q_layout = p.k_layout = p.v_layout = {batch_stride, 0, 128};
+  return sm90::serves(p, capability);
+}
+}

@@ -1,0 +1,135 @@
+"""Shared-memory layouts, work order and choice of the Hopper kernels, without a GPU."""
+
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPTH = 16
+COLUMNS = 64  # of a panel
+
+
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory) -> ctypes.CDLL:
+    library = tmp_path_factory.mktemp("core") / "hopper_layouts.so"
+    source = Path(__file__).with_name("hopper_layouts.cpp")
+    compiler = os.environ.get("CXX", "c++")
+    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", source, "-o", library]
+    subprocess.run(command, check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.hopper_serves.restype = ctypes.c_bool
+    loaded.hopper_serves.argtypes = [ctypes.c_int] * 5 + [ctypes.c_long] * 2
+    return loaded
+
+
+# ---- panels and descriptors --------------------------------------------------------------------------
+def test_pieces_of_a_panel_row_are_permuted_within_it(hopper):
+    """Piece c of row r, 16 bytes, lies where piece c xor (r mod 8) would."""
+    for row in range(24):
+        for byte in range(128):
+            piece = byte // 16 ^ row % 8
+            assert hopper.offset_in_panel(row, byte) == row * 128 + piece * 16 + byte % 16
+
+
+def operand(hopper, mn_major, panels, rows, step, size):
+    addresses = (ctypes.c_int * (size * DEPTH))()
+    hopper.operand_addresses(mn_major, panels, rows, step, size, addresses)
+    return addresses
+
+
+@pytest.mark.parametrize("first_row", [0, 64])
+@pytest.mark.parametrize("step", range(8))
+def test_descriptors_of_sums_along_rows_name_the_elements_that_the_copy_put_there(hopper, first_row, step):
+    rows, panels = 128, 2048
+    addresses = operand(hopper, False, panels + first_row * 128, rows, step, 64)
+    for i in range(64):
+        for k in range(DEPTH):
+            panel, column = divmod(step * DEPTH + k, COLUMNS)
+            expected = panels + panel * rows * 128 + hopper.offset_in_panel(first_row + i, column * 2)
+            assert addresses[i * DEPTH + k] == expected
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_descriptors_of_sums_across_rows_name_the_elements_that_the_copy_put_there(hopper, step):
+    rows, panels = 128, 3072
+    addresses = operand(hopper, True, panels, rows, step, 128)
+    for i in range(128):
+        for k in range(DEPTH):
+            panel, column = divmod(i, COLUMNS)
+            expected = panels + panel * rows * 128 + hopper.offset_in_panel(step * DEPTH + k, column * 2)
+            assert addresses[i * DEPTH + k] == expected
+
+
+# ---- work order --------------------------------------------------------------------------------------
+def items_in_order(hopper, tiles, q_heads, pairs, together):
+    item = (ctypes.c_int * 3)()
+    for index in range(hopper.work_items(tiles, q_heads, pairs, together)):
+        hopper.work_item(tiles, q_heads, pairs, together, index, item)
+        yield tuple(item)
+
+
+@given(st.integers(1, 7), st.integers(1, 4), st.integers(1, 3), st.integers(1, 12))
+def test_every_tile_of_every_head_is_taken_once(hopper, tiles, q_heads, batch, together):
+    pairs = q_heads * batch
+    items = list(items_in_order(hopper, tiles, q_heads, pairs, min(together, pairs)))
+    every = {(b, h, tile) for b in range(batch) for h in range(q_heads) for tile in range(tiles)}
+    assert len(items) == len(every) and set(items) == every
+
+
+def test_late_tiles_come_first_and_heads_that_share_the_cache_together(hopper):
+    items = list(items_in_order(hopper, tiles=2, q_heads=4, pairs=4, together=2))
+    expected = [(0, head, tile) for heads in ((0, 1), (2, 3)) for tile in (1, 0) for head in heads]
+    assert items == expected
+
+
+@given(st.integers(1, 9), st.integers(1, 40))
+def test_rounds_of_all_ctas_cover_every_index_once(hopper, ctas, items):
+    rounds = -(-items // ctas)
+    taken = [hopper.work_index(r, cta, ctas) for r in range(rounds) for cta in range(ctas)]
+    assert sorted(taken) == list(range(rounds * ctas))
+    for cta in range(ctas):  # a CTA may stop at the first index beyond the end
+        mine = [hopper.work_index(r, cta, ctas) for r in range(rounds)]
+        assert mine == sorted(mine)
+
+
+# ---- choice ------------------------------------------------------------------------------------------
+FITTING = {
+    "capability": 90,
+    "dtype": 1,
+    "head_dim": 128,
+    "q_len": 5,
+    "kv_len": 7,
+    "address": 1 << 20,
+    "batch_stride": 4096,
+}
+
+
+@pytest.mark.parametrize("change", [{}, {"dtype": 2}, {"head_dim": 64}, {"q_len": 1}])
+def test_hopper_kernels_serve_what_they_are_made_for(hopper, change):
+    assert hopper.hopper_serves(*(FITTING | change).values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"capability": 80},
+        {"capability": 100},
+        {"capability": 120},
+        {"dtype": 0},
+        {"head_dim": 96},
+        {"head_dim": 256},
+        {"q_len": 0},
+        {"kv_len": 0},
+        {"address": (1 << 20) + 8},
+        {"batch_stride": 0},
+        {"batch_stride": 4100},
+    ],
+    ids=lambda change: "-".join(f"{k}={v}" for k, v in change.items()),
+)
+def test_other_problems_are_left_to_the_kernels_for_every_gpu(hopper, change):
+    assert not hopper.hopper_serves(*(FITTING | change).values())

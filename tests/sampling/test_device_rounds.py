@@ -1,0 +1,115 @@
+"""Rounds that stay on the device give the tokens of the plain loop, and of rounds that the host steers."""
+
+import pytest
+import torch
+
+import dllm_kernels as dk
+from dllm_kernels.sampling import reference
+from dllm_kernels.sampling.canvases import completions, gaps
+from dllm_kernels.sampling.device_rounds import DeviceRounds, serves
+from dllm_kernels.sampling.job import prepare
+from dllm_kernels.sampling.output import completion_output
+from tests.sampling.test_oracle import assert_rows_equal
+from tests.sampling.tiny_models import EOS, MASK, prompts_of, tiny_model
+
+RULES = {
+    "one token a step": dict(),
+    "steps in all": dict(steps=17),
+    "more steps than masks": dict(steps_per_block=20),
+    "threshold": dict(threshold=0.3),
+    "factor": dict(factor=1.2),
+    "random": dict(steps_per_block=4, confidence="random", seed=3),
+    "noise": dict(threshold=0.3, temperature=0.8, seed=5),
+    "suppressed tokens": dict(threshold=0.3, suppress_tokens=tuple(range(0, 110, 2))),
+    "quota or threshold": dict(rule="quota_or_threshold", threshold=0.5, steps_per_block=3),
+    "entropy bound": dict(entropy_bound=1.0),
+}
+
+
+def on_device(model, prompts, **options) -> tuple[dk.SampleOutput, DeviceRounds]:
+    job = prepare(model, None, None, options)
+    assert serves(job)
+    canvases = completions(prompts, job)
+    rounds = DeviceRounds(job, canvases, stop_ids=job.eos_ids if job.config.stop_on_eos else ())
+    rounds.run()
+    output = completion_output(canvases, rounds.unmask_step, job.eos_ids, None, **rounds.measured())
+    return output, rounds
+
+
+@pytest.mark.parametrize("options", RULES.values(), ids=RULES)
+def test_every_rule(options, record_property):
+    model, prompts = tiny_model(), prompts_of(3, 9, 25)
+    config = dk.SampleConfig(max_new_tokens=21, block_size=8, **options)
+    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    output, _ = on_device(model, prompts, max_new_tokens=21, block_size=8, **options)
+    assert_rows_equal(output, rows, record_property)
+    steered = dk.sample(model, prompts, config=config)
+    assert torch.equal(output.row_forwards, steered.row_forwards)
+    assert torch.equal(output.unmask_step, steered.unmask_step)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_rows_wait_for_slots(slots, record_property):
+    """Unequal prompts, ends by an end token, admission into slots that others have left."""
+    model, prompts = tiny_model("llama", num_key_value_heads=1), prompts_of(1, 40, 33, 4, 17, 8, 16, seed=2)
+    options = dict(max_new_tokens=19, block_size=8, threshold=0.2, eos_ids=(EOS, 5, 17, 60))
+    config = dk.SampleConfig(**options)
+    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    output, rounds = on_device(model, prompts, max_batch=slots, **options)
+    assert_rows_equal(output, rows, record_property)
+    assert rounds.pages.cache.pages_used == 0
+
+
+def test_equal_prompts_share_pages(record_property):
+    model = tiny_model()
+    (prompt,) = prompts_of(29)
+    prompts = [prompt, prompt, prompt[:20]]
+    output, _ = on_device(model, prompts, max_new_tokens=9, block_size=8)
+    config = dk.SampleConfig(max_new_tokens=9, block_size=8)
+    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    assert_rows_equal(output, rows, record_property)
+
+
+def test_infilling(record_property):
+    """Leading blocks without masks are caught up with; blocks between gaps too."""
+    model, (canvas,) = tiny_model(), prompts_of(75, seed=4)
+    for start, end in ((37, 45), (46, 47), (70, 75)):
+        canvas[start:end] = [MASK] * (end - start)
+    job = prepare(model, None, None, dict(block_size=8))
+    rounds = DeviceRounds(job, gaps([canvas], job.fill))
+    rounds.run()
+    expected = dk.infill(model, [canvas], block_size=8)
+    assert torch.equal(rounds.canvases.ids, expected.sequences)
+    assert torch.equal(rounds.unmask_step, expected.unmask_step)
+
+
+def test_sliding_windows(record_property):
+    model = tiny_model(sliding_window=11, use_sliding_window=True, max_window_layers=1)
+    prompts = prompts_of(30, 7)
+    expected = dk.sample(model, prompts, max_new_tokens=20, block_size=8, cache="none")
+    output, _ = on_device(model, prompts, max_new_tokens=20, block_size=8)
+    assert torch.equal(output.sequences, expected.sequences)
+
+
+def test_a_failing_model_leaves_no_pages():
+    model = tiny_model()
+    job = prepare(model, None, None, dict(max_new_tokens=9, block_size=8))
+    rounds = DeviceRounds(job, completions(prompts_of(9), job))
+    rounds.step = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        rounds.run()
+    assert rounds.pages.cache.pages_used == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(cache="none"),
+        dict(history=True),
+        dict(top_k=3),
+        dict(cfg_scale=1.0),
+        dict(schedule="dream", steps=4),
+    ],
+)
+def test_what_the_host_must_see_is_left_to_it(options):
+    assert not serves(prepare(tiny_model(), None, None, options))
