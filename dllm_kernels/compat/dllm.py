@@ -7,6 +7,7 @@ A sampler is made of a model and a tokenizer (anything with mask_token_id, eos_t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -106,6 +107,9 @@ class _Sampler:
     def sample(self, inputs: list[Tensor | list[int]], config=None, **kwargs) -> BaseSamplerOutput | Tensor:
         """Prompts and their completions, int64 [B, T], filled up with the end token."""
         option, prompts = self._settled(config, kwargs), _lists(inputs)
+        if option.right_shift_logits:
+            first = getattr(self.tokenizer, "bos_token_id", None)
+            prompts = [prompt or ([] if first is None else [first]) for prompt in prompts]
         longest = max(map(len, prompts))
         new_tokens = option.max_new_tokens or option.max_length - longest
         settings = self._settings(option, new_tokens)
@@ -141,10 +145,11 @@ class _Sampler:
 
     def _settings(self, option: SimpleNamespace, length: int) -> dict:
         """Options of `dk.sample` for completions, or canvases, of `length`."""
-        exact = option.temperature == 0
+        exact, size = option.temperature == 0, getattr(option, "block_size", None) or length
         return dict(
             temperature=option.temperature, stochastic=option.stochastic_transfer,
-            shift=option.right_shift_logits, steps=option.steps,
+            shift=option.right_shift_logits, block_size=size,
+            steps_per_block=math.ceil(option.steps / math.ceil(length / size)),
             schedule="dllm_cosine" if _is_cosine(self.scheduler) else "dllm",
             seed=0 if exact and not option.stochastic_transfer else int(torch.randint(2**62, ())),
             mask_id=getattr(self.tokenizer, "mask_token_id", None),
@@ -181,7 +186,6 @@ class MDLMSampler(_Sampler):
 
     def _settings(self, option: SimpleNamespace, length: int) -> dict:
         return super()._settings(option, length) | dict(
-            block_size=option.block_size or length,
             confidence=confidence_of("remasking", option.remasking, "low_confidence", "random"),
             suppress_tokens=option.suppress_tokens or (),
             begin_suppress_tokens=option.begin_suppress_tokens or (),
@@ -204,18 +208,14 @@ class BD3LMSampler(_Sampler):
         raise NotImplementedError("BD3LMSampler has no infill; MDLMSampler has")
 
     def _settings(self, option: SimpleNamespace, length: int) -> dict:
-        steps = dict(steps=option.steps)
+        steps = {}
         if option.steps_per_block is not None:
-            steps = dict(steps=None, steps_per_block=option.steps_per_block)
-        return (
-            super()._settings(option, length)
-            | steps
-            | dict(
-                block_size=option.block_size,
-                confidence=confidence_of("remasking", option.remasking, "low_confidence", "random"),
-                cfg_scale=option.cfg_scale,
-                cfg_keep_tokens=(option.cfg_keep_tokens or ()) if option.cfg_scale else (),
-            )
+            steps = dict(steps_per_block=option.steps_per_block)
+        return super()._settings(option, length) | dict(
+            confidence=confidence_of("remasking", option.remasking, "low_confidence", "random"),
+            cfg_scale=option.cfg_scale,
+            cfg_keep_tokens=(option.cfg_keep_tokens or ()) if option.cfg_scale else (),
+            **steps,
         )
 
     def _cut(self, result, start: int, block_size: int):
@@ -243,7 +243,7 @@ class DreamSampler(_Sampler):
 
     def _settings(self, option: SimpleNamespace, length: int) -> dict:
         return super()._settings(option, length) | dict(
-            block_size=length, top_p=option.top_p, top_k=option.top_k, alg_temp=option.alg_temp,
+            top_p=option.top_p, top_k=option.top_k, alg_temp=option.alg_temp,
             confidence=confidence_of("alg", option.alg, "maskgit_plus", "topk_margin", "entropy"),
             cfg_scale=option.cfg_scale,
         )  # fmt: skip

@@ -1,5 +1,7 @@
 """The originals' signatures and return types, hooks and refusals; tokens are in test_golden.py."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -120,6 +122,14 @@ def test_dllm_samplers_return_tensors_or_objects(model):
         sampler.sample(prompts, threshold=0.5)
     with pytest.raises(NotImplementedError, match="scheduler is square"):
         dllm.MDLMSampler(model, scheduler="square").sample(prompts)
+
+
+def test_dllm_samplers_take_fewer_steps_than_blocks_and_begin_empty_prompts(model):
+    special = SimpleNamespace(mask_token_id=MASK, eos_token_id=EOS, bos_token_id=7)
+    sampler = dllm.MDLMSampler(model, special)
+    options = dict(max_new_tokens=8, block_size=4, steps=1, right_shift_logits=True)
+    found = sampler.sample([[], [1, 2]], **options)
+    assert found.shape == (2, 10) and found[0, 0] == 7 and not (found == MASK).any()
 
 
 def test_dllm_samplers_leave_the_model_as_it_was():
