@@ -145,6 +145,28 @@ def test_shift_with_every_cache(attention, cache, guided, record_property):
     assert_rows_equal(dk.sample(model, prompts, config=config), rows, record_property)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(threshold=0.2, kl_threshold=0.5),
+        dict(rule="bernoulli", steps_per_block=6),
+        dict(threshold=0.3, edit_threshold=0.3, max_post_steps=3),
+        dict(cfg_scale=0.5, threshold=0.4, shift=True),
+        dict(cache="dual", threshold=0.4),
+    ],
+    ids=str,
+)
+def test_rows_that_take_turns(options, record_property):
+    """Rows come and go in two slots, and each is as alone."""
+    model = tiny_model(attention="bidirectional" if "cache" in options else "block_causal")
+    prompts = prompts_of(3, 17, 8, 1, 30, seed=11)
+    config = dk.SampleConfig(
+        max_new_tokens=20, block_size=8, max_batch=2, eos_ids=(EOS, 20, 21, 22), **options
+    )
+    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    assert_rows_equal(dk.sample(model, prompts, config=config), rows, record_property)
+
+
 def test_a_cache_renewed_every_step_is_exact():
     model, prompts = tiny_model(attention="bidirectional"), prompts_of(7, 30, seed=8)
     options = dict(max_new_tokens=20, block_size=8, threshold=0.4)
