@@ -89,26 +89,28 @@ def diffusion_generate(
     return_dict_in_generate: bool = False,
     output_history: bool = False,
 ):
-    """Dream with a cache: every alg but "confidence_threshold" ranks by entropy, as there.
+    """Dream. With a cache every alg but "confidence_threshold" ranks by entropy, as there; without one the
+    completion is one block, and a threshold accepts at most what an even schedule has due by then.
 
     inputs: int64 [B, S]; returns as `dllm_kernels.compat.dream.diffusion_generate`.
     """
-    if not use_cache:
+    by_threshold = alg == "confidence_threshold"
+    if not (use_cache or by_threshold):
         return dream.diffusion_generate(
             model, inputs, attention_mask=attention_mask, max_new_tokens=max_new_tokens,
             max_length=max_length, steps=steps, eps=eps, alg=alg, alg_temp=alg_temp, temperature=temperature,
-            top_p=top_p, top_k=top_k, threshold=threshold, mask_token_id=mask_token_id,
+            top_p=top_p, top_k=top_k, mask_token_id=mask_token_id,
             return_dict_in_generate=return_dict_in_generate, output_history=output_history,
         )  # fmt: skip
     new_tokens = max_new_tokens or max_length - inputs.shape[1]
-    block_length = block_length or new_tokens
+    block_length = block_length if use_cache and block_length else new_tokens
     check_steps(steps, new_tokens, block_length)
-    by_threshold = alg == "confidence_threshold"
     rule = dict(threshold=threshold) if by_threshold else dict(confidence="entropy", alg_temp=alg_temp or 0.0)
     output = dk.sample(
         model, inputs, attention_mask=attention_mask, max_new_tokens=new_tokens, block_size=block_length,
         steps=steps, schedule="dream", eps=eps, temperature=temperature, top_p=top_p, top_k=top_k,
-        cache="dual" if dual_cache else "prefix", mask_id=mask_token_id, history=output_history, **rule,
+        cache="none" if not use_cache else "dual" if dual_cache else "prefix", mask_id=mask_token_id,
+        history=output_history, **rule,
         **parity_at_zero(temperature, "fast_dllm_dream", dict(stop_on_eos=False)),
     )  # fmt: skip
     return dream.returned(inputs, attention_mask, output, new_tokens, return_dict_in_generate)

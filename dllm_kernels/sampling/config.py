@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 from dllm_kernels.sampling.option_checks import CHECKS
-from dllm_kernels.sampling.parity import PARITY, Parity
+from dllm_kernels.sampling.parity import NONE, PARITY, Parity
 from dllm_kernels.sampling.presets import PRESETS
 from dllm_kernels.sampling.rule_options import RULES, refuse_contradictions, rule_name
 from dllm_kernels.sampling.rules import Rule
@@ -119,10 +119,11 @@ class SampleConfig:
             masks = self.block_size
         steps = self.steps_of_block(blocks) or masks
         alpha = "cosine" if self.schedule == "dllm_cosine" else "linear"
-        if self.schedule == "llada":
+        parity = PARITY.get(self.parity, NONE)
+        if self.schedule == "llada" or (parity.threshold_within_quota and not self.approximate):
             quotas = llada_schedule(masks, steps)
         elif self.schedule == "dream":
-            alone = int(self.parity is not None and PARITY[self.parity].refresh_commits_start)
+            alone = int(self.approximate and parity.refresh_commits_start)
             quotas = [alone, *dream_schedule(masks - alone, steps, self.eps, alone)]
         elif self.stochastic:
             quotas = binomial_schedule(masks, steps, alpha, self.seed, draw)

@@ -21,6 +21,7 @@ class Parity:
     is then short, as left padding to whole blocks has it; the last block ends with the canvas.
     shift_in_window: with a cache, the first position that a step computes is predicted by its own output.
     factor_takes_all: if only the last rank fails the factor rule, it is accepted too.
+    threshold_within_quota: without a cache a threshold accepts at most what an even schedule has due by then.
     refresh_commits_start: a refresh commits exactly the block's first position. every_block_counts: `steps`
     are spread over all blocks of the longest canvas, those without masks too.
     """
@@ -32,6 +33,7 @@ class Parity:
     blocks_from_prompt: bool = False
     shift_in_window: bool = False
     factor_takes_all: bool = False
+    threshold_within_quota: bool = False
     refresh_commits_start: bool = False
     every_block_counts: bool = False
 
@@ -44,7 +46,11 @@ PARITY = {
     "llada_fp64": Parity(dict(schedule="llada", cache="none", **_NO_STOP), precision="float64"),
     "fast_dllm": Parity(dict(schedule="llada", **_NO_STOP), precision="float64", factor_takes_all=True),
     "fast_dllm_dream": Parity(
-        dict(schedule="dream", **_NO_STOP), shift_in_window=True, refresh_commits_start=True
+        _NO_STOP,
+        dict(schedule="dream"),
+        shift_in_window=True,
+        threshold_within_quota=True,
+        refresh_commits_start=True,
     ),
     "dllm_mdlm": Parity(_NO_STOP, dict(schedule="dllm"), shift_in_window=True, every_block_counts=True),
     "dllm_bd3lm": Parity(_NO_STOP, dict(schedule="dllm"), blocks_from_prompt=True),

@@ -71,6 +71,28 @@ def test_factor_takes_the_last_rank_too():
     assert nfe == 1 and x.tolist() == [[1, 0, 0]]
 
 
+def test_a_threshold_within_an_even_schedule(model, prompt):
+    """[Fast-dLLM's Dream without cache] Of the masks not due later, those above the threshold, or one."""
+    canvas, due = torch.cat([prompt[:1], torch.full((1, 12), MASK)], dim=1), [4, 4, 4]
+    forwards = 0
+    while (masks := (canvas[0] == MASK).nonzero()[:, 0]).numel():
+        with torch.no_grad():
+            logits = model(canvas, attention_mask=torch.ones(1, 1, 18, 18, dtype=torch.bool)).logits[0, masks]
+        confidence = logits.softmax(-1)
+        confidence[:, MASK] = -1
+        confidence, tokens = confidence.max(-1)
+        later = sum(due[forwards + 1 :])
+        chosen = confidence.topk(len(masks) - later).indices
+        kept = [int(i) for rank, i in enumerate(chosen) if rank == 0 or confidence[i] >= 0.5]
+        canvas[0, masks[kept]] = tokens[kept]
+        forwards += 1
+    found = fast_dllm.diffusion_generate(
+        model, prompt[:1], max_new_tokens=12, steps=3, alg="confidence_threshold", threshold=0.5,
+        use_cache=False, return_dict_in_generate=True, output_history=True,
+    )  # fmt: skip
+    assert found.sequences.tolist() == canvas.tolist() and len(found.history) == forwards > 3
+
+
 def test_dream_returns_an_object_with_history(model, prompt):
     output = dream.diffusion_generate(
         model, prompt, max_new_tokens=8, steps=4, alg="maskgit_plus", output_history=True,
