@@ -23,7 +23,7 @@ from dllm_kernels.ops.advance import BlockRows, advance_
 from dllm_kernels.ops.attention import cached_block_attention
 from dllm_kernels.ops.kv_cache import kv_write_
 from dllm_kernels.ops.unmask import commit_
-from dllm_kernels.sampling.block_steps import rule_of
+from dllm_kernels.sampling.acceptance import rule_of
 from dllm_kernels.sampling.canvases import Canvases
 from dllm_kernels.sampling.cuda_graph import Step
 from dllm_kernels.sampling.denoiser import ModelDenoiser
