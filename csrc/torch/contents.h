@@ -1,5 +1,5 @@
-// What index tensors hold, read on the host. CPU operators always check it; CUDA kernels cut to range instead, and
-// their bindings check copies with DLLM_DEBUG=1.
+// What index tensors hold, read on the host. CPU operators always check it; CUDA kernels cut to range
+// instead, and their bindings check copies with DLLM_DEBUG=1.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// With DLLM_DEBUG=1 the CUDA bindings check what index tensors hold, as the CPU operators do. That waits for the
-// device before every launch, and cannot be captured in a graph.
+// With DLLM_DEBUG=1 the CUDA bindings check what index tensors hold, as the CPU operators do. That waits for
+// the device before every launch, and cannot be captured in a graph.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -19,9 +19,7 @@ def spans_beyond_the_keys():
 
 def cached(page_table, cache_spans, q_lengths):
     def call(q, cache, page_table, cache_spans, q_lengths):
-        return dk.cached_block_attention(
-            q, q, q, cache, cache, page_table, cache_spans, q_lengths=q_lengths
-        )
+        return dk.cached_block_attention(q, q, q, cache, cache, page_table, cache_spans, q_lengths=q_lengths)
 
     return call, torch.zeros(1, 1, 2, 8), torch.zeros(3, 4, 1, 8), page_table, cache_spans, q_lengths
 
@@ -56,9 +54,7 @@ def commit(positions, quota):
     canvas = torch.full((1, 4), 5)
 
     def call(canvas, positions, quota, *fields):
-        return dk.commit_(
-            canvas, positions, dk.TokenStats(*fields), dk.Rule.quota(), mask_id=5, quota=quota
-        )
+        return dk.commit_(canvas, positions, dk.TokenStats(*fields), dk.Rule.quota(), mask_id=5, quota=quota)
 
     return call, canvas, positions, quota, *stats[:5]
 
