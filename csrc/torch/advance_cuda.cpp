@@ -18,7 +18,7 @@ void advance_cuda(Tensor canvas, Tensor given, Tensor stop, Tensor canvas_end, T
       step,  block_step, quota,      candidates, query_positions, write_positions, cache_spans, fresh_spans};
   const OnDeviceOf device(canvas);
   const AdvanceParams p = advance_params("advance_", canvas, rows, mask_id, quota_total, stop_ids);
-  if (checks_contents()) {
+  if (debugging()) {
     HostCopies host;
     AdvanceParams copy = p;
     copy.given = host.of(given), copy.stop = host.of(stop), copy.canvas_end = host.of(canvas_end);

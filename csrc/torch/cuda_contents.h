@@ -4,18 +4,12 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <cstdlib>
-#include <string_view>
 #include <vector>
 
 #include "torch/contents.h"
+#include "torch/debugging.h"
 
 namespace dllm {
-
-inline bool checks_contents() {
-  const char* value = std::getenv("DLLM_DEBUG");
-  return value && std::string_view(value) == "1";
-}
 
 // Copies on the host of contiguous tensors, to read in their place; they live as long as this.
 class HostCopies {

@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> cached_block_attention_cuda(const Tensor& q, const Te
                                        scale);
   cuda::SplitParams p;
   p.attention = tensors.params();
-  if (checks_contents()) {
+  if (debugging()) {
     HostCopies host;
     CachedAttentionParams copy = p.attention;
     copy.page_table = host.of(tensors.page_table);
@@ -60,7 +60,7 @@ void kv_write_cuda(Tensor cache_k, Tensor cache_v, const Tensor& k, const Tensor
   const OnDeviceOf device(cache_k);
   const KvWriteTensors tensors(op, cache_k, cache_v, k, v, page_table, positions);
   const KvWriteParams p = tensors.params();
-  if (checks_contents()) {
+  if (debugging()) {
     HostCopies host;
     KvWriteParams copy = p;
     copy.page_table = host.of(tensors.page_table);

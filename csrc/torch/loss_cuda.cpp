@@ -12,7 +12,7 @@ namespace dllm {
 namespace {
 
 cuda::CrossEntropyParams params(const char* op, const CrossEntropyArguments& arguments) {
-  if (checks_contents()) {
+  if (debugging()) {
     HostCopies host;
     check_targets(op, arguments, host.of<int64_t>(arguments.targets), host.of<char>(arguments.weights));
   }

@@ -105,7 +105,7 @@ Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tenso
   const CommitStats stats =
       checked_stats(op, arguments.rule, canvas, positions, token, prob, margin, entropy, divergence);
   const Tensor listed = torch::stable::contiguous(positions);
-  if (checks_contents()) {
+  if (debugging()) {
     HostCopies host;
     check_candidates(op, host.of(listed), canvas.size(0), positions.size(1), canvas.size(1));
     check_quotas(op, host.of(arguments.quota), canvas.size(0));
@@ -135,7 +135,7 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
                                   confidence_exclude, confidence_temperature, float64);
   const int64_t batch = canvas.size(0), block = logits.size(1);
   const auto* start = static_cast<const int32_t*>(starts.data_ptr());
-  if (checks_contents()) {
+  if (debugging()) {
     HostCopies host;
     check_block_starts(op, host.of(starts), batch, block, canvas.size(1));
     check_quotas(op, host.of(arguments.quota), batch);
