@@ -11,7 +11,8 @@ def test_two_hundred_prompts_through_eight_rows(record_property):
     model = tiny_model()
     lengths = torch.randint(1, 41, (200,), generator=torch.Generator().manual_seed(1)).tolist()
     prompts = prompts_of(*lengths)
-    config = dk.SampleConfig(max_new_tokens=13, block_size=8, threshold=0.25, eos_ids=(EOS, 5, 17), max_batch=8)
+    options = dict(max_new_tokens=13, block_size=8, threshold=0.25, max_batch=8)
+    config = dk.SampleConfig(eos_ids=(EOS, 5, 17), **options)
     together = dk.sample(model, prompts, config=config)
     differing = []
     for row, prompt in enumerate(prompts):
