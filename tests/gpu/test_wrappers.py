@@ -221,7 +221,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_the_emulator_gives_what_the_hardware_gives(name):
-    """Random bits, but finite halves, and floats that are no NaN, whose bits mean nothing; products and powers
+    """Random bits, but finite halves, and floats that are no NaN: its bits mean nothing. Products and powers
     may differ by roundings."""
     x = random(1024, seed=2) & (0x3FFF3FFF if name.startswith("matrix_product") else ~0x00800000)
     if name == "powers_of_two":
