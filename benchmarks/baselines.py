@@ -67,6 +67,7 @@ def _flashinfer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def best_flex(mask, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable:
     """Compiled flex_attention under `mask` (a SpanMask), with the block size that is fastest on `inputs`."""
+    torch.compiler.reset()  # past a few variants of one function torch gives up on compiling it
     compiled = torch.compile(flex_attention, dynamic=False)
     candidates = [functools.partial(_flex, compiled, mask.to_block_mask(size)) for size in FLEX_BLOCK_SIZES]
     return min(candidates, key=lambda flex: _seconds(flex, inputs))

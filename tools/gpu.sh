@@ -3,6 +3,7 @@
 #   tools/gpu.sh check      builds what is missing, runs tests/gpu, then the GPU benchmarks. Results go to $OUT
 #                           when set, else to benchmarks/results. Where the sources are no git checkout,
 #                           DLLM_COMMIT says which commit they are.
+#   tools/gpu.sh test       the tests alone, bench: the benchmarks alone; what follows goes to pytest: -k attention
 #   tools/gpu.sh sanitize   tests/gpu under compute-sanitizer: memcheck, racecheck, initcheck and synccheck
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -41,12 +42,21 @@ set_up() {
   export DLLM_REQUIRE_GPU=1
 }
 
+results=${OUT:-benchmarks/results}
+run_tests() { "$python" -m pytest -q tests/gpu "$@"; }
+run_benchmarks() { "$python" -m pytest -q benchmarks/gpu --results "$results" "$@"; }
+
 check() {
-  local results=${OUT:-benchmarks/results} status=0
-  mkdir -p "$results"
-  "$python" -m pytest -q tests/gpu || status=$?
-  "$python" -m pytest -q benchmarks/gpu --results "$results" || status=$?
+  local status=0
+  run_tests || status=$?
+  run_benchmarks || status=$?
   return $status
+}
+
+# `recorded NAME COMMAND` also keeps what the command prints.
+recorded() {
+  mkdir -p "$results"
+  "${@:2}" 2>&1 | tee "$results/gpu_$1.txt"
 }
 
 # Only our kernels are looked at; memory comes straight from the driver, so that every tensor has borders.
@@ -65,7 +75,9 @@ sanitize() {
 }
 
 case "${1:-}" in
-  check) set_up; check 2>&1 | tee "${OUT:-benchmarks/results}/gpu_check.txt" ;;
+  check) set_up; recorded check check ;;
+  test) set_up; recorded test run_tests "${@:2}" ;;
+  bench) set_up; recorded bench run_benchmarks "${@:2}" ;;
   sanitize) set_up; sanitize ;;
-  *) fail "what to do: check or sanitize" ;;
+  *) fail "what to do: check, test, bench or sanitize" ;;
 esac

@@ -28,7 +28,8 @@ class Step:
         self.unread: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         if flags.is_cuda:
             self.pinned = [torch.empty_like(flags, device="cpu", pin_memory=True) for _ in range(IN_FLIGHT)]
-            self.graph = _recorded(run)
+            with torch.cuda.device(flags.device):  # streams and events are those of the current device
+                self.graph = _recorded(run)
 
     def launch(self) -> None:
         """Start one step."""
@@ -36,11 +37,12 @@ class Step:
             self.run()
             self.unread.append((self.launched, self.flags.clone(), None))
         else:
-            self.graph.replay()
             target = self.pinned[self.launched % IN_FLIGHT]
-            target.copy_(self.flags, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            with torch.cuda.device(self.flags.device):
+                self.graph.replay()
+                target.copy_(self.flags, non_blocking=True)
+                event.record()
             self.unread.append((self.launched, target, event))
         self.launched += 1
 

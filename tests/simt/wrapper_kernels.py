@@ -23,8 +23,9 @@ def _compiled_for_the_gpu(family: str) -> ctypes.CDLL:
     if not Path(nvcc).exists():
         pytest.skip("nvcc, which compiles the kernels of tests/simt for the GPU, was not found")
     library = Path(tempfile.mkdtemp()) / "wrappers.so"
-    architecture = "sm_90a" if family else "sm_" + "".join(map(str, torch.cuda.get_device_capability()))
-    command = f"{nvcc} -std=c++20 --expt-relaxed-constexpr -arch={architecture} -shared -Xcompiler=-fPIC"
+    architecture = "90a" if family else "".join(map(str, torch.cuda.get_device_capability()))
+    only = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"  # -arch=sm_90a adds a plain 90
+    command = f"{nvcc} -std=c++20 --expt-relaxed-constexpr {only} -shared -Xcompiler=-fPIC"
     files = ["-I", ROOT / "csrc", "-o", library, *(ROOT / "tests/simt" / name for name in SOURCES[family])]
     subprocess.run([*command.split(), *map(str, files)], check=True)
     return ctypes.CDLL(str(library))

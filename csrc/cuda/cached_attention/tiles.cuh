@@ -67,7 +67,10 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
   });
   __syncthreads();
   const int live = max(min(keys.live * group - first, kRows), 0);
-  if (split >= keys.splits || (live == 0 && split > 0)) return;
+  if (split >= keys.splits || (live == 0 && split > 0)) {
+    wait_copies<0>();  // none lands in the shared memory of a CTA that comes after
+    return;
+  }
   const auto spans = [&](KeyTile tile) { return spans_of(p, batch, keys.live, tile); };
   const int first_query = rows.position(first);
   const int live_queries = live > 0 ? rows.position(first + live - 1) - first_query + 1 : 0;

@@ -17,11 +17,20 @@ Encode encode_function() {
   return encode;
 }
 
+// The driver encodes for the context of the calling thread: one that has launched nothing has none yet.
+cudaError_t bind_context() {
+  int device = 0;
+  const cudaError_t status = cudaGetDevice(&device);
+  return status == cudaSuccess ? cudaSetDevice(device) : status;
+}
+
 template <int kRank>
 cudaError_t encode_shape(TensorMap& map, DType dtype, const void* data, const TensorShape<kRank>& shape) {
   const Encode encode = encode_function();
   if (!encode) return cudaErrorNotSupported;
   if (dtype == DType::float32) return cudaErrorInvalidValue;
+  const cudaError_t status = bind_context();
+  if (status != cudaSuccess) return status;
   uint32_t element_strides[kRank];
   for (uint32_t& stride : element_strides) stride = 1;
   const CUresult result = encode(

@@ -206,12 +206,11 @@ struct Forward {
         wait_products<1>(scores[0]);
         release_keys(tile);
         const bool moved = weigh(tile);
-        if (moved) {  // a wait in each branch: ptxas would move a common one to before the softmax
-          wait_products<0>(out[0]);
-          scale_rows(out, decay);
-        } else {
-          wait_products<0>(out[0]);
-        }
+        // Twice the same: ptxas would move a wait that all paths share to before the softmax. The condition is
+        // one for the whole warpgroup, which a wait demands; `moved` is a warp's.
+        if (tile.all_visible) wait_products<0>(out[0]);
+        else wait_products<0>(out[0]);
+        if (moved) scale_rows(out, decay);
         release_values();
         pack_columns<T>(weights, scores[0]);
       }
