@@ -11,6 +11,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import dllm_kernels as dk
 from benchmarks import loops, peers
+from dllm_train import arithmetic, data
+from dllm_train.recipes.tiny_python_evaluate import code_prompts, spread
 
 BLOCK, PROMPT, NEW_TOKENS = 32, 256, 128
 VOCABULARY, MASK_ID = 32_000, 31_999
@@ -121,4 +123,29 @@ def test_sampling_tiny_python(compare, pick):
         ),
         {"plain loop": lambda: loops.plain_loop(plain, prompt, new_tokens, BLOCK, mask_id)},
         rounds=FEW_ROUNDS,
+    )
+
+
+@functools.cache
+def held_out_prompts(task, count) -> list[list[int]]:
+    """Of the embedded model's held-out data: sums of two numbers, or 128 tokens of Python files."""
+    _, tokenizer = dk.load("tiny-python")
+    if task == "additions":
+        texts = [arithmetic.prompt(*pair) for pair in arithmetic.held_out_pairs()[:count]]
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    _, documents = data.split(data.collect_sources())
+    return spread(code_prompts(data.encode_documents(documents, tokenizer), tokenizer), count)
+
+
+@pytest.mark.parametrize("task, new_tokens", [("additions", 16), ("code", 128)])
+@pytest.mark.parametrize("threshold", [0.5, 0.7, 0.9])
+def test_sampling_threshold(compare, pick, task, new_tokens, threshold):
+    """Many tokens a step, by the embedded model's confidence, and one."""
+    model, _ = dk.load("tiny-python")
+    prompts = held_out_prompts(task, pick(16, 2))
+    options = dict(max_new_tokens=pick(new_tokens, 16), stop_on_eos=False)
+    compare(
+        lambda: dk.sample(model, prompts, threshold=threshold, **options),
+        {"one token per step": lambda: dk.sample(model, prompts, **options)},
+        rounds=5,
     )

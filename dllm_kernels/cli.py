@@ -56,7 +56,7 @@ Threshold = Annotated[float | None, typer.Option(help="Commit every token at lea
 Steps = Annotated[int | None, typer.Option(help="Denoising steps in all, in place of a threshold.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
 Seed = Annotated[int, typer.Option(help="Of the noise, at a temperature above 0.")]
-Cache = Annotated[str, typer.Option(help="auto, none or block.")]
+Cache = Annotated[str, typer.Option(help="auto, none, block, prefix or dual.")]
 View = Annotated[bool, typer.Option(help="Show the canvas while it fills, on a terminal.")]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from dllm_train.recipes.tiny_python_export import ATTENTION, percent, threshold_table  # noqa: E402
+from dllm_train.recipes.tiny_python_export import ATTENTION, percent, table, threshold_table  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -128,6 +128,32 @@ Measured on {where["machine"]}, {where["cores"]} cores, torch {where["versions"]
 """
 
 
+def threshold_figures() -> str:
+    """Speed and accuracy of the embedded model by the threshold of its rule."""
+    evaluation = json.loads((ROOT / "dllm_kernels/assets/tiny-python/evaluation.json").read_text())
+    measured = json.loads((RESULTS / "cpu.json").read_text())["sampling"]
+    tokens = "tokens per forward"
+    columns = ("threshold", "additions: exact", tokens, "speed", f"code: {tokens}", "speed")
+    rows = [
+        [
+            "one token per step",
+            percent(evaluation["additions"]["one_per_step"]["exact"]),
+            f"{evaluation['additions']['one_per_step']['tokens_per_forward']:.2f}",
+            "1",
+            f"{evaluation['completion']['one_per_step']['tokens_per_forward']:.2f}",
+            "1",
+        ]
+    ]
+    for threshold in ("0.9", "0.7", "0.5"):
+        cells = [threshold, percent(evaluation["additions"][threshold]["exact"])]
+        for task, figures in (("additions-16", "additions"), ("code-128", "completion")):
+            case = measured["cases"][f"sampling_threshold[{threshold}-{task}]"]["baselines"]
+            cells.append(f"{evaluation[figures][threshold]['tokens_per_forward']:.2f}")
+            cells.append(f"{case['one token per step']['speedup']['median']:.2f}×")
+        rows.append(cells)
+    return f"{table(columns, rows)}\n\nSpeed measured on {_machine(measured['machine'])}.\n"
+
+
 def _machine(machine: dict) -> str:
     return (
         f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, "
@@ -139,6 +165,7 @@ SECTIONS = {
     "cpu": cpu_table,
     "cpu-headlines": cpu_headlines,
     "gpu": gpu_tables,
+    "thresholds": threshold_figures,
     "tiny-python": tiny_python,
 }
 

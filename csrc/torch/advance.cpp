@@ -4,15 +4,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/advance.h"
+#include "torch/contents.h"
 
 namespace dllm {
 namespace {
-
-void check_inside(const char* op, const char* name, const int32_t* positions, const AdvanceParams& p) {
-  for (int32_t b = 0; b < p.batch; b++)
-    check(0 <= positions[b] && positions[b] <= p.canvas_length, op, ": ", name, "[", b,
-          "] must be from 0 to ", p.canvas_length, " (the length of canvas), got ", positions[b]);
-}
 
 void advance_cpu(Tensor canvas, Tensor given, Tensor stop, Tensor canvas_end, Tensor steps,
                  Tensor block_start, Tensor cached, Tensor q_lengths, Tensor block_masks, Tensor step,
@@ -24,12 +19,7 @@ void advance_cpu(Tensor canvas, Tensor given, Tensor stop, Tensor canvas_end, Te
       step,  block_step, quota,      candidates, query_positions, write_positions, cache_spans, fresh_spans};
   const char* op = "advance_";
   const AdvanceParams p = advance_params(op, canvas, rows, mask_id, quota_total, stop_ids);
-  check_inside(op, "given", p.given, p);
-  check_inside(op, "stop", p.stop, p);
-  check_inside(op, "canvas_end", p.canvas_end, p);
-  check_inside(op, "block_start", p.block_start, p);
-  check_inside(op, "cached", p.cached, p);
-  check_inside(op, "q_lengths", p.q_lengths, p);
+  check_contents(op, p);
   cpu::advance(p);
 }
 

@@ -2,6 +2,7 @@
 // kernel cuts positions to the canvas.
 #include "cuda/advance/launch.h"
 #include "torch/advance_arguments.h"
+#include "torch/cuda_contents.h"
 #include "torch/cuda_launch.h"
 
 namespace dllm {
@@ -17,6 +18,16 @@ void advance_cuda(Tensor canvas, Tensor given, Tensor stop, Tensor canvas_end, T
       step,  block_step, quota,      candidates, query_positions, write_positions, cache_spans, fresh_spans};
   const OnDeviceOf device(canvas);
   const AdvanceParams p = advance_params("advance_", canvas, rows, mask_id, quota_total, stop_ids);
+  if (debugging()) {
+    HostCopies host;
+    AdvanceParams copy = p;
+    copy.given = host.of(given), copy.stop = host.of(stop), copy.canvas_end = host.of(canvas_end);
+    // Copies, which nothing is written to.
+    copy.block_start = const_cast<int32_t*>(host.of(block_start));
+    copy.cached = const_cast<int32_t*>(host.of(cached));
+    copy.q_lengths = const_cast<int32_t*>(host.of(q_lengths));
+    check_contents("advance_", copy);
+  }
   check_launch("advance_", cuda::launch_advance(p, device.stream()));
 }
 

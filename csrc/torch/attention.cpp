@@ -8,6 +8,7 @@
 #include "cpu/attention_backward.h"
 #include "cpu/attention_forward.h"
 #include "torch/attention_arguments.h"
+#include "torch/contents.h"
 #include "torch/parallel.h"
 
 namespace dllm {
@@ -25,7 +26,7 @@ std::tuple<Tensor, Tensor> block_attention_cpu(const Tensor& q, const Tensor& k,
   tensors.fill(p);
   p.kv_len = static_cast<int32_t>(k.size(2));
   p.spans = table ? span_table(*table) : kSeesAll;
-  if (table) check_spans(op, "spans", p.spans, p.batch, p.q_len, p.kv_len);
+  check_spans(op, "spans", p.spans, p.batch, p.q_len, p.kv_len);
 
   run_items(cpu::attention_items(p), 2.0 * q.numel() * p.kv_len,
             [&](int64_t begin, int64_t end) { cpu::block_attention_forward(p, begin, end); });

@@ -59,28 +59,6 @@ inline void check_lengths(const char* op, const char* name, const Tensor& length
   check_size(op, name, lengths, 0, q.size(0), "the batch size of q");
 }
 
-// Contents, on the CPU only: spans lie in [0, kv_len], sorted and disjoint. Rows of sequence b from
-// lengths[b] on are not looked at.
-inline void check_spans(const char* op, const char* name, const SpanTable& spans, int64_t batch, int64_t rows,
-                        int64_t kv_len, const int32_t* lengths = nullptr) {
-  for (int64_t b = 0; b < (spans.batch_stride ? batch : std::min<int64_t>(batch, 1)); b++) {
-    const int64_t live = lengths ? lengths[b] : rows;
-    for (int64_t row = 0; row < (spans.row_stride ? live : std::min<int64_t>(live, 1)); row++) {
-      const int32_t* span = spans.data + b * spans.batch_stride + row * spans.row_stride;
-      int32_t seen = 0;
-      for (int32_t r = 0; r < spans.count; r++, span += 2) {
-        const bool empty = span[0] == span[1];
-        check(0 <= span[0] && span[0] <= span[1] && span[1] <= kv_len, op, ": ", name, "[", b, ", ", row,
-              ", ", r, "] must have 0 <= start <= end <= ", kv_len, ", got [", span[0], ", ", span[1], "]");
-        check(empty || span[0] >= seen, op, ": ", name, "[", b, ", ", row, ", ", r,
-              "] must start at or after the end of the span before it (", seen, "), got [", span[0], ", ",
-              span[1], "]");
-        if (!empty) seen = span[1];
-      }
-    }
-  }
-}
-
 // q [B, Hq, Sq, D] against k and v [B, Hkv, Sk, D].
 inline void check_heads(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
   check_dims(op, "q", q, 4, "[batch, heads, queries, head_dim]");

@@ -4,10 +4,20 @@
 
 #include "cuda/block_attention/launch.h"
 #include "torch/attention_arguments.h"
+#include "torch/cuda_contents.h"
 #include "torch/cuda_launch.h"
 
 namespace dllm {
 namespace {
+
+// With DLLM_DEBUG=1.
+void check_span_copies(const char* op, const std::optional<Tensor>& table, const BlockAttentionParams& p) {
+  if (!table || !debugging()) return;
+  HostCopies host;
+  SpanTable spans = p.spans;
+  spans.data = host.of(*table);
+  check_spans(op, "spans", spans, p.batch, p.q_len, p.kv_len);
+}
 
 std::tuple<Tensor, Tensor> block_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                                                 const std::optional<Tensor>& spans, double scale) {
@@ -22,6 +32,7 @@ std::tuple<Tensor, Tensor> block_attention_cuda(const Tensor& q, const Tensor& k
   tensors.fill(p);
   p.kv_len = static_cast<int32_t>(k.size(2));
   p.spans = table ? span_table(*table) : kSeesAll;
+  check_span_copies(op, table, p);
 
   check_launch(op, cuda::launch_block_attention(p, device.stream()));
   return {tensors.out, tensors.lse};

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "torch/checks.h"
+#include "torch/debugging.h"
 
 #define DLLM_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(dllm_kernels, CUDA, m)
 
@@ -30,12 +31,16 @@ class OnDeviceOf {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
+// With DLLM_DEBUG=1 a launch is waited for: what went wrong in the kernel shows here and not at a later call.
 inline void check_launch(const char* op, cudaError_t status) {
+  if (status == cudaSuccess && debugging()) status = cudaDeviceSynchronize();
   if (status == cudaSuccess) return;
   if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction)
-    throw std::runtime_error(std::string(op) +
-                             ": the CUDA library holds no kernels for this GPU; build it again on this "
-                             "machine, or with its architecture in DLLM_CUDA_ARCHS");
+    throw std::runtime_error(
+        std::string(op) +
+        ": the CUDA library holds no kernels for this GPU; it must have compute capability "
+        "8.0 or newer, and the library must be built for it: on this machine, or with its "
+        "architecture in DLLM_CUDA_ARCHS");
   throw std::runtime_error(std::string(op) + ": the launch failed: " + cudaGetErrorString(status));
 }
 

@@ -5,6 +5,7 @@
 #include "cuda/cached_attention/launch.h"
 #include "cuda/kv_write/launch.h"
 #include "torch/cache_arguments.h"
+#include "torch/cuda_contents.h"
 #include "torch/cuda_launch.h"
 
 namespace dllm {
@@ -34,6 +35,15 @@ std::tuple<Tensor, Tensor> cached_block_attention_cuda(const Tensor& q, const Te
                                        scale);
   cuda::SplitParams p;
   p.attention = tensors.params();
+  if (debugging()) {
+    HostCopies host;
+    CachedAttentionParams copy = p.attention;
+    copy.page_table = host.of(tensors.page_table);
+    copy.cache_spans.data = host.of(tensors.cache_spans);
+    copy.fresh_spans.data = host.of(tensors.fresh_spans);
+    copy.q_lengths = host.of(tensors.q_lengths);
+    check_contents(op, copy);
+  }
   cuda::plan_splits(p);
   const int64_t rows = q.size(0) * p.partial_rows;
   Tensor sums = torch::stable::new_empty(q, {rows, q.size(3)}, ScalarType::Float);
@@ -49,7 +59,15 @@ void kv_write_cuda(Tensor cache_k, Tensor cache_v, const Tensor& k, const Tensor
   const char* op = "kv_write_";
   const OnDeviceOf device(cache_k);
   const KvWriteTensors tensors(op, cache_k, cache_v, k, v, page_table, positions);
-  check_launch(op, cuda::launch_kv_write(tensors.params(), device.stream()));
+  const KvWriteParams p = tensors.params();
+  if (debugging()) {
+    HostCopies host;
+    KvWriteParams copy = p;
+    copy.page_table = host.of(tensors.page_table);
+    copy.positions = host.of(tensors.positions);
+    check_contents(op, copy);
+  }
+  check_launch(op, cuda::launch_kv_write(p, device.stream()));
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ struct CrossEntropyTensors : CrossEntropyArguments {
   CrossEntropyTensors(const char* op, const Tensor& logits, const Tensor& targets, const Tensor& weights,
                       const std::vector<int64_t>& suppress_tokens)
       : CrossEntropyArguments(op, logits, targets, weights, suppress_tokens) {
-    real == ScalarType::Double ? check_targets<double>(op) : check_targets<float>(op);
+    check_targets(op, *this, static_cast<const int64_t*>(this->targets.data_ptr()), this->weights.data_ptr());
   }
 
   cpu::CrossEntropyParams params() const {
@@ -59,20 +59,6 @@ struct CrossEntropyTensors : CrossEntropyArguments {
   }
 
  private:
-  template <class Real>
-  void check_targets(const char* op) const {
-    const auto* weight = static_cast<const Real*>(weights.data_ptr());
-    const auto* target = static_cast<const int64_t*>(targets.data_ptr());
-    for (int64_t row = 0; row < rows.rows; row++) {
-      if (weight[row] == 0) continue;
-      check(target[row] >= 0 && target[row] < rows.vocabulary, op, ": targets must lie between 0 and ",
-            rows.vocabulary - 1, " where weights is not 0, got ", target[row], " in row ", row);
-      check(!std::binary_search(suppressed.begin(), suppressed.end(), target[row]), op,
-            ": targets must not be one of suppress_tokens where weights is not 0, got ", target[row],
-            " in row ", row);
-    }
-  }
-
   template <class Real>
   void add_up(const Tensor& ce, Tensor& loss) const {
     const auto* weight = static_cast<const Real*>(weights.data_ptr());

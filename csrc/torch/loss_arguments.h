@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "torch/checks.h"
+#include "torch/contents.h"
 #include "torch/logits_arguments.h"
 
 namespace dllm {
@@ -49,6 +50,17 @@ struct CrossEntropyArguments {
           shape_text(tensor));
   }
 };
+
+// targets, weights: those of the arguments, where the host can read them.
+inline void check_targets(const char* op, const CrossEntropyArguments& arguments, const int64_t* targets,
+                          const void* weights) {
+  const LogitsRows& rows = arguments.rows;
+  const auto check_all = [&](const auto* weight) {
+    check_targets(op, targets, weight, rows.rows, rows.vocabulary, arguments.suppressed);
+  };
+  if (arguments.real == ScalarType::Double) check_all(static_cast<const double*>(weights));
+  else check_all(static_cast<const float*>(weights));
+}
 
 // Of diffusion_cross_entropy_backward: returns logsumexp, contiguous.
 inline Tensor checked_logsumexp(const char* op, const CrossEntropyArguments& arguments, const Tensor& logits,

@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "cuda/cross_entropy/launch.h"
+#include "torch/cuda_contents.h"
 #include "torch/cuda_launch.h"
 #include "torch/logits_cuda.h"
 #include "torch/loss_arguments.h"
@@ -11,6 +12,10 @@ namespace dllm {
 namespace {
 
 cuda::CrossEntropyParams params(const char* op, const CrossEntropyArguments& arguments) {
+  if (debugging()) {
+    HostCopies host;
+    check_targets(op, arguments, host.of<int64_t>(arguments.targets), host.of<char>(arguments.weights));
+  }
   cuda::CrossEntropyParams p{};
   p.logits = logits_view(arguments.rows);
   p.rows = arguments.rows.rows;

@@ -114,24 +114,6 @@ Tensor token_divergence(Tensor logits, Tensor previous, std::vector<int64_t> sup
   return divergence;
 }
 
-void check_product(const char* op, const Tensor& hidden, const Tensor& weight,
-                   const std::optional<Tensor>& bias) {
-  check(hidden.dim() >= 1, op, ": hidden must be [..., hidden_size], got shape ", shape_text(hidden));
-  check_float(op, "hidden", hidden);
-  check_dims(op, "weight", weight, 2, "[vocabulary, hidden_size]");
-  check_float(op, "weight", weight);
-  check_same_device(op, "weight", weight, "hidden", hidden);
-  check_size(op, "weight", weight, 1, hidden.size(-1), "the hidden size of hidden");
-  check_int(op, "the hidden size", hidden.size(-1));
-  check_vocabulary(op, "weight", weight.size(0));
-  check(hidden.size(-1) > 0, op, ": the hidden size must be positive, got shape ", shape_text(hidden));
-  if (!bias) return;
-  check_dims(op, "bias", *bias, 1, "[vocabulary]");
-  check_float(op, "bias", *bias);
-  check_same_device(op, "bias", *bias, "hidden", hidden);
-  check_size(op, "bias", *bias, 0, weight.size(0), "the vocabulary of weight");
-}
-
 TokenStatsTensors linear_token_stats(Tensor hidden, Tensor weight, std::optional<Tensor> bias,
                                      double temperature, int64_t seed, std::optional<Tensor> noise_ids,
                                      std::vector<int64_t> suppress_tokens,
@@ -194,6 +176,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dllm_kernels, m) {
       "seed=0, "
       "Tensor? noise_ids=None, int[] suppress_tokens=[], int[] proposal_exclude=[], "
       "int[] confidence_exclude=[], float confidence_temperature=1.0, bool float64=False) -> "
+      "(Tensor token, Tensor prob, Tensor margin, Tensor entropy, Tensor logsumexp)");
+  // The same through a library's product, for what no kernel of ours takes; implemented in Python.
+  m.def(
+      "chunked_linear_token_stats(Tensor hidden, Tensor weight, Tensor? bias, float temperature, int seed, "
+      "Tensor? noise_ids, int[] suppress_tokens, int[] proposal_exclude, int[] confidence_exclude, "
+      "float confidence_temperature, bool float64) -> "
       "(Tensor token, Tensor prob, Tensor margin, Tensor entropy, Tensor logsumexp)");
 }
 

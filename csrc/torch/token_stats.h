@@ -99,6 +99,25 @@ inline std::optional<Tensor> checked_noise_ids(const char* op, const std::option
   return torch::stable::contiguous(*noise_ids);
 }
 
+// Of linear_token_stats: hidden · weightᵀ + bias.
+inline void check_product(const char* op, const Tensor& hidden, const Tensor& weight,
+                          const std::optional<Tensor>& bias) {
+  check(hidden.dim() >= 1, op, ": hidden must be [..., hidden_size], got shape ", shape_text(hidden));
+  check_float(op, "hidden", hidden);
+  check_dims(op, "weight", weight, 2, "[vocabulary, hidden_size]");
+  check_float(op, "weight", weight);
+  check_same_device(op, "weight", weight, "hidden", hidden);
+  check_size(op, "weight", weight, 1, hidden.size(-1), "the hidden size of hidden");
+  check_int(op, "the hidden size", hidden.size(-1));
+  check_vocabulary(op, "weight", weight.size(0));
+  check(hidden.size(-1) > 0, op, ": the hidden size must be positive, got shape ", shape_text(hidden));
+  if (!bias) return;
+  check_dims(op, "bias", *bias, 1, "[vocabulary]");
+  check_float(op, "bias", *bias);
+  check_same_device(op, "bias", *bias, "hidden", hidden);
+  check_size(op, "bias", *bias, 0, weight.size(0), "the vocabulary of weight");
+}
+
 // The filters top_p and top_k; absent: nothing is filtered.
 struct TokenFilterOptions {
   std::optional<double> top_p;

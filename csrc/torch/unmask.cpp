@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/commit.h"
+#include "torch/contents.h"
 
 namespace dllm {
 namespace {
@@ -19,29 +20,6 @@ Tensor commit_rows(const CommitArguments& arguments, const Tensor& canvas, const
   return accepted;
 }
 
-void check_position_contents(const char* op, const int32_t* positions, int64_t batch, int64_t candidates,
-                             int64_t length) {
-  std::vector<bool> seen(length);
-  for (int64_t b = 0; b < batch; b++) {
-    seen.assign(length, false);
-    for (int64_t c = 0; c < candidates; c++) {
-      const int32_t position = positions[b * candidates + c];
-      check(position >= -1 && position < length, op, ": positions[", b, ", ", c, "] must lie between -1 and ",
-            length - 1, ", got ", position);
-      if (position < 0) continue;
-      check(!seen[position], op, ": positions[", b, "] lists ", position, " twice");
-      seen[position] = true;
-    }
-  }
-}
-
-void check_quota_contents(const char* op, const CommitArguments& arguments) {
-  if (!arguments.quota) return;
-  for (int64_t b = 0; b < arguments.quota->size(0); b++)
-    check(int32_data(arguments.quota)[b] >= 0, op, ": quota[", b, "] must be >= 0, got ",
-          int32_data(arguments.quota)[b]);
-}
-
 Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tensor margin, Tensor entropy,
                std::string rule, std::vector<double> parameters, bool strict, std::string confidence,
                double alg_temp, int64_t mask_id, std::optional<Tensor> quota, std::optional<Tensor> step,
@@ -54,8 +32,8 @@ Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tenso
       checked_stats(op, arguments.rule, canvas, positions, token, prob, margin, entropy, divergence);
   const Tensor listed = torch::stable::contiguous(positions);
   const auto* data = static_cast<const int32_t*>(listed.data_ptr());
-  check_position_contents(op, data, canvas.size(0), positions.size(1), canvas.size(1));
-  check_quota_contents(op, arguments);
+  check_candidates(op, data, canvas.size(0), positions.size(1), canvas.size(1));
+  check_quotas(op, int32_data(arguments.quota), canvas.size(0));
   const auto* tokens = static_cast<const int64_t*>(stats.token.data_ptr());
   const int64_t largest = canvas.scalar_type() == ScalarType::Long ? INT64_MAX : INT32_MAX;
   for (int64_t i = 0; i < positions.numel(); i++)
@@ -78,7 +56,7 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
   const CommitArguments arguments(op, canvas, acceptance, mask_id, quota, step, sequence_ids, seed, progress,
                                   std::nullopt);
   const auto starts = checked_starts(op, canvas, logits, block_start);
-  check_quota_contents(op, arguments);
+  check_quotas(op, int32_data(arguments.quota), canvas.size(0));
   const LogitsRows rows(op, logits);
   bar_mask(op, mask_id, rows.vocabulary, suppress_tokens, proposal_exclude);
   const TokenStatsOptions options(op, rows.vocabulary, temperature, seed, suppress_tokens, proposal_exclude,
@@ -86,11 +64,10 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
   const int64_t batch = canvas.size(0), block = logits.size(1), length = canvas.size(1);
   const bool wide = canvas.scalar_type() == ScalarType::Long;
   const auto* start = static_cast<const int32_t*>(starts.data_ptr());
+  check_block_starts(op, start, batch, block, length);
   std::vector<int32_t> positions(batch * block), noise_ids(3 * batch * block);
   std::vector<int64_t> masked;  // only these rows of logits are read
   for (int64_t b = 0; b < batch; b++) {
-    check(start[b] >= 0 && start[b] + block <= length, op, ": block_start[", b, "] must lie between 0 and ",
-          length - block, ", got ", start[b]);
     for (int64_t i = 0; i < block; i++) {
       const int64_t row = b * block + i, position = start[b] + i, at = b * canvas.stride(0) + position;
       const int64_t id = wide ? static_cast<const int64_t*>(canvas.data_ptr())[at]

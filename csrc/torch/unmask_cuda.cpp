@@ -3,6 +3,7 @@
 #include "cuda/commit/launch.h"
 #include "cuda/token_divergence/launch.h"
 #include "cuda/token_stats/launch.h"
+#include "torch/cuda_contents.h"
 #include "torch/cuda_launch.h"
 #include "torch/logits_cuda.h"
 #include "torch/unmask.h"
@@ -104,6 +105,11 @@ Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tenso
   const CommitStats stats =
       checked_stats(op, arguments.rule, canvas, positions, token, prob, margin, entropy, divergence);
   const Tensor listed = torch::stable::contiguous(positions);
+  if (debugging()) {
+    HostCopies host;
+    check_candidates(op, host.of(listed), canvas.size(0), positions.size(1), canvas.size(1));
+    check_quotas(op, host.of(arguments.quota), canvas.size(0));
+  }
   return commit_rows(op, device, arguments, canvas, static_cast<const int32_t*>(listed.data_ptr()), nullptr,
                      positions.size(1), stats);
 }
@@ -129,6 +135,11 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
                                   confidence_exclude, confidence_temperature, float64);
   const int64_t batch = canvas.size(0), block = logits.size(1);
   const auto* start = static_cast<const int32_t*>(starts.data_ptr());
+  if (debugging()) {
+    HostCopies host;
+    check_block_starts(op, host.of(starts), batch, block, canvas.size(1));
+    check_quotas(op, host.of(arguments.quota), batch);
+  }
   const cuda::BlockRows block_rows{canvas.data_ptr(),
                                    canvas.scalar_type() == ScalarType::Long,
                                    canvas.stride(0),

@@ -131,8 +131,10 @@ def linear_token_stats(
 
     hidden: [..., H]; weight: [V, H]; bias: [V]; each float32, bfloat16 or float16. On the CPU products
     and sums are float32 whatever the storage, and a row's result does not depend on the rows beside it.
-    On CUDA the projection is the library's, in the dtype of weight and in chunks of rows. The other
-    arguments are those of `token_stats`; top_p, top_k and previous need stored logits and are refused.
+    The same holds on Hopper GPUs where hidden and weight are both bfloat16 or both float16, H is a
+    multiple of 8, rows are contiguous and begin at multiples of 16 bytes, and precision is "float32".
+    Otherwise the projection on CUDA is the library's, in the dtype of weight and in chunks of rows. The
+    other arguments are those of `token_stats`; top_p, top_k and previous need stored logits and are refused.
     """
     for name, value in (("top_p", top_p), ("top_k", top_k), ("previous", previous)):
         if value is not None:
@@ -181,7 +183,9 @@ def chunked_linear_token_stats(
     return tuple(torch.cat(field).reshape(shape) for field in zip(*chunks, strict=True))
 
 
-torch.library.register_kernel("dllm_kernels::linear_token_stats", "cuda")(chunked_linear_token_stats)
+torch.library.register_kernel("dllm_kernels::chunked_linear_token_stats", ("cpu", "cuda"))(
+    chunked_linear_token_stats
+)
 
 
 def _new_stats(rows: Tensor, float64: bool) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 from dllm_kernels.sampling.option_checks import CHECKS
-from dllm_kernels.sampling.parity import PARITY
+from dllm_kernels.sampling.parity import NONE, PARITY, Parity
 from dllm_kernels.sampling.presets import PRESETS
 from dllm_kernels.sampling.rule_options import RULES, refuse_contradictions, rule_name
 from dllm_kernels.sampling.rules import Rule
@@ -26,8 +26,8 @@ class SampleConfig:
     confidence: "prob" | "margin" | "entropy" | "random". strict: > in place of ≥. alg_temp: draw the
     positions of a quota. stable_steps: of confident_stable, by default 2. max_post_steps: most steps that
     only edit.
-    schedule: how a quota is spread over the steps, "llada" | "dllm" | "dream"; stochastic: "dllm" draws each
-    step's number; eps: the last noise level of "dream" and of bernoulli.
+    schedule: how a quota is spread over the steps, "llada" | "dllm" | "dllm_cosine" | "dream"; stochastic:
+    those of dllm draw each step's number; eps: the last noise level of "dream" and of bernoulli.
     temperature, seed: Gumbel noise on the logits, a function of seed, row, position and step alone.
     top_p, top_k: filters on softmax(logits / temperature), whose renormalised probabilities are then the
     confidences [Dream].
@@ -86,7 +86,7 @@ class SampleConfig:
         for name, check in CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
         if self.parity is not None:
-            self._settle(PARITY[self.parity].fixed)
+            self._settle(PARITY[self.parity])
         refuse_contradictions(self)
         _refuse_contradictions(self)
 
@@ -118,25 +118,28 @@ class SampleConfig:
         if rule_name(self) == "quota_or_threshold":
             masks = self.block_size
         steps = self.steps_of_block(blocks) or masks
-        if self.stochastic:
-            quotas = binomial_schedule(masks, steps, self.seed, draw)
+        alpha = "cosine" if self.schedule == "dllm_cosine" else "linear"
+        parity = PARITY.get(self.parity, NONE)
+        if self.schedule == "llada" or (parity.threshold_within_quota and not self.approximate):
+            quotas = llada_schedule(masks, steps)
         elif self.schedule == "dream":
-            quotas = dream_schedule(masks, steps, self.eps)
+            alone = int(self.approximate and parity.refresh_commits_start)
+            quotas = [alone, *dream_schedule(masks - alone, steps, self.eps, alone)]
+        elif self.stochastic:
+            quotas = binomial_schedule(masks, steps, alpha, self.seed, draw)
         else:
-            quotas = {"llada": llada_schedule, "dllm": dllm_schedule}[self.schedule](masks, steps)
+            quotas = dllm_schedule(masks, steps, alpha)
         return [quota for quota in quotas if quota]
 
-    def _settle(self, fixed) -> None:
-        """Take the options that a parity mode fixes."""
-        for field in fields(self):
-            if field.name in fixed:
-                value = getattr(self, field.name)
-                if value not in (field.default, fixed[field.name]):
-                    raise ValueError(
-                        f"{field.name}={value!r} contradicts parity={self.parity!r}, which has "
-                        f"{fixed[field.name]!r}"
-                    )
-                object.__setattr__(self, field.name, fixed[field.name])
+    def _settle(self, parity: Parity) -> None:
+        """Take the options that a parity mode fixes, and those it has where nothing else is said."""
+        default = {field.name: field.default for field in fields(self)}
+        for name, value in {**parity.usual, **parity.fixed}.items():
+            given = getattr(self, name)
+            if name in parity.fixed and given not in (default[name], value):
+                raise ValueError(f"{name}={given!r} contradicts parity={self.parity!r}, which has {value!r}")
+            if given == default[name]:
+                object.__setattr__(self, name, value)
 
 
 APPROXIMATE = ("prefix", "dual")
@@ -153,7 +156,7 @@ def _refuse_contradictions(config: SampleConfig) -> None:
         raise ValueError(f'eps={config.eps} has no meaning without schedule="dream" or rule="bernoulli"')
     if not 0 < config.eps < 1:
         raise ValueError(f"eps is {config.eps}; it must lie between 0 and 1")
-    if config.stochastic and (config.schedule != "dllm" or not config.acceptance(1).needs_quota):
+    if config.stochastic and (not config.schedule.startswith("dllm") or not config.acceptance(1).needs_quota):
         raise ValueError('stochastic draws the quotas of schedule="dllm"; it has no meaning without them')
     if config.refresh_every is not None and config.cache not in APPROXIMATE:
         raise ValueError(

@@ -23,7 +23,7 @@ from dllm_kernels.ops.advance import BlockRows, advance_
 from dllm_kernels.ops.attention import cached_block_attention
 from dllm_kernels.ops.kv_cache import kv_write_
 from dllm_kernels.ops.unmask import commit_
-from dllm_kernels.sampling.block_steps import rule_of
+from dllm_kernels.sampling.acceptance import rule_of
 from dllm_kernels.sampling.canvases import Canvases
 from dllm_kernels.sampling.cuda_graph import Step
 from dllm_kernels.sampling.denoiser import ModelDenoiser
@@ -36,13 +36,13 @@ BLOCKS_AT_ONCE = 2  # in a row's forward: the active block, and the one before i
 
 def serves(job: Job) -> bool:
     """Whether these rounds do what `job` asks: the exact block cache, and nothing that the host must see."""
-    config, parity = job.config, job.parity
+    config = job.config
     rule = config.acceptance(1)
     return (
         isinstance(job.denoiser, ModelDenoiser)
         and job.scheme is SCHEMES["block"]
         and job.streams == 1
-        and not (job.shift or config.history or parity.blocks_from_prompt or parity.mask_in_softmax)
+        and not (job.shift or config.history or config.parity)
         and rule.name not in ("bernoulli", "confident_stable", "edit")
         and (config.schedule == "llada" or not rule.needs_quota)
         and config.top_p is None

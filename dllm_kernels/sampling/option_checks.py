@@ -12,7 +12,7 @@ from dllm_kernels.sampling.rule_options import RULES
 from dllm_kernels.sampling.rules import CONFIDENCES, Rule
 
 CACHES = ("auto", "none", "prefix", "dual", "block")
-SCHEDULES = ("llada", "dllm", "dream")
+SCHEDULES = ("llada", "dllm", "dllm_cosine", "dream")
 
 
 def _integer(low: int, high: int = 2**31 - 1):

@@ -1,8 +1,9 @@
 """Parity modes: what a reference implementation does besides its options, so that tokens come out as there.
 
 A mode is a row of the table. `fixed` are the options it settles; whoever gives another value for one of them
-contradicts it. The rest are particulars that no option names. All hold at temperature 0, on the same float32
-model; where a reference would leave masks in its output or never end, the rules of this library hold instead.
+contradicts it; `usual` are those it has where nothing else is said. The rest are particulars that no option
+names. All hold at temperature 0, on the same float32 model; where a reference would leave masks in its output
+or never end, the rules of this library hold instead.
 """
 
 from __future__ import annotations
@@ -20,14 +21,21 @@ class Parity:
     is then short, as left padding to whole blocks has it; the last block ends with the canvas.
     shift_in_window: with a cache, the first position that a step computes is predicted by its own output.
     factor_takes_all: if only the last rank fails the factor rule, it is accepted too.
-    refresh_commits_start: a refresh commits exactly the block's first position.
+    threshold_within_quota: without a cache a threshold accepts at most what an even schedule has due by then.
+    refresh_commits_start: a refresh commits exactly the block's first position. every_block_counts: `steps`
+    are spread over all blocks of the longest canvas, those without masks too.
     """
 
     fixed: Mapping[str, object] = field(default_factory=dict)
+    usual: Mapping[str, object] = field(default_factory=dict)
     precision: str = "float32"
     mask_in_softmax: bool = True
     blocks_from_prompt: bool = False
     shift_in_window: bool = False
+    factor_takes_all: bool = False
+    threshold_within_quota: bool = False
+    refresh_commits_start: bool = False
+    every_block_counts: bool = False
 
 
 NONE = Parity(mask_in_softmax=False)
@@ -36,9 +44,16 @@ _NO_STOP = dict(stop_on_eos=False)
 PARITY = {
     "llada": Parity(dict(schedule="llada", cache="none", **_NO_STOP)),
     "llada_fp64": Parity(dict(schedule="llada", cache="none", **_NO_STOP), precision="float64"),
-    "fast_dllm": Parity(dict(schedule="llada", **_NO_STOP), precision="float64"),
-    "dllm_mdlm": Parity(dict(schedule="dllm", **_NO_STOP), shift_in_window=True),
-    "dllm_bd3lm": Parity(dict(schedule="dllm"), blocks_from_prompt=True),
+    "fast_dllm": Parity(dict(schedule="llada", **_NO_STOP), precision="float64", factor_takes_all=True),
+    "fast_dllm_dream": Parity(
+        _NO_STOP,
+        dict(schedule="dream"),
+        shift_in_window=True,
+        threshold_within_quota=True,
+        refresh_commits_start=True,
+    ),
+    "dllm_mdlm": Parity(_NO_STOP, dict(schedule="dllm"), shift_in_window=True, every_block_counts=True),
+    "dllm_bd3lm": Parity(_NO_STOP, dict(schedule="dllm"), blocks_from_prompt=True),
     "dream": Parity(dict(schedule="dream", cache="none", **_NO_STOP)),
     "llada2": Parity(dict(rule="quota_or_threshold")),
 }

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from dllm_kernels.ops.token_stats import TokenStats
-from dllm_kernels.ops.unmask import commit_
-from dllm_kernels.sampling.block_steps import BlockSteps, drawn, rule_of
+from dllm_kernels.sampling.acceptance import Acceptance, rule_of
+from dllm_kernels.sampling.block_steps import BlockSteps
 from dllm_kernels.sampling.canvases import Canvases
+from dllm_kernels.sampling.frame import Frame
 from dllm_kernels.sampling.job import Job
 from dllm_kernels.sampling.predictions import Predictions
 from dllm_kernels.sampling.row_pages import RowPages
-from dllm_kernels.sampling.views import Rows, StepView, view_of
+from dllm_kernels.sampling.views import Rows, view_of
 
 
 @dataclass(frozen=True)
@@ -40,24 +41,6 @@ class Round:
     def positions_of(self, row: int) -> list[int]:
         """Positions committed in one row in this round."""
         return self.positions[self.rows == row].tolist()
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What stays the same from round to round until a row moves.
-
-    live, rows: int64 [B], the live rows; stale: which renew an approximate cache; window: int64 [B, C], the
-    positions of their active blocks, longer than some; inside: bool, which are; index: window kept inside the
-    canvas; view: of the next forward.
-    """
-
-    live: list[int]
-    stale: list[bool]
-    rows: Tensor
-    window: Tensor
-    inside: Tensor
-    index: Tensor
-    view: StepView
 
 
 class Rounds:
@@ -90,7 +73,7 @@ class Rounds:
         self.unmask_step = torch.full_like(self.ids, -1)
         self.blocks_of = [self._count_blocks(row) for row in range(count)]
         self.rule = rule_of(job.config, self.blocks_of)
-        self.state = torch.zeros_like(self.ids, dtype=torch.int32) if self.rule.needs_state else None
+        self.acceptance = Acceptance(job, self.rule, self.open)
         self.blocks = [BlockSteps() for _ in range(count)]
         self.slots = min(job.config.max_batch or count, count)
         self.slot_of: dict[int, int] = {}
@@ -140,19 +123,13 @@ class Rounds:
 
     def round(self, live: list[int]) -> list[int]:
         """One step for every live row; returns those that go on."""
-        job, mask_id, seed = self.job, self.job.mask_id, self.job.config.seed
+        job = self.job
         frame = self.frame = self.frame_of(live)
         rows, window, step = frame.rows, frame.window, self.step[frame.rows]
         blocks = [self.blocks[row] for row in live]
         canvas = self.ids[rows]
-        masked = frame.inside & (canvas.gather(1, frame.index) == mask_id)
-        listed = masked
-        if self.rule.name == "edit":
-            listed = frame.inside & self.open[rows].gather(1, frame.index)
-        elif self.rule.name == "bernoulli":
-            positions = window.masked_fill(~masked, -1).int()
-            listed = drawn(self.rule, blocks, canvas, positions, mask_id=mask_id, rows=rows, seed=seed)
-            index = torch.tensor([block.index for block in blocks], device=rows.device)
+        masked = frame.inside & (canvas.gather(1, frame.index) == job.mask_id)
+        listed = self.acceptance.candidates(frame, blocks, canvas, masked)
 
         slot = listed.flatten().nonzero()[:, 0]
         row, position = slot // window.shape[1], window.flatten()[slot]
@@ -163,12 +140,8 @@ class Rounds:
             self.streams_of(canvas, rows), frame.view, rows, self.start[rows], (row, position), noise_ids,
             torch.tensor([self.slot_of[row] for row in live], device=rows.device),
         )  # fmt: skip
-        state = None if self.state is None else self.state[rows]
-        accepted = commit_(
-            canvas, window.masked_fill(~listed, -1).int(), _spread(stats, slot, listed.numel()), self.rule,
-            mask_id=mask_id, quota=self.quota(blocks), seed=seed, sequence_ids=rows.int(), state=state,
-            step=(index if self.rule.name == "bernoulli" else step).int(),
-        )  # fmt: skip
+        stats = _spread(stats, slot, listed.numel())
+        accepted = self.acceptance.commit_(frame, blocks, canvas, listed, stats, step)
         if bool((masked.any(1) & ~accepted.any(1)).any()):
             raise ValueError("no token can be committed: suppress_tokens leaves none of the vocabulary")
 
@@ -178,8 +151,6 @@ class Rounds:
         self.unmask_step[row, position] = self.step[row]
         self.step[rows] += 1
         self.forwards += forwards
-        if state is not None:
-            self.state[rows] = state
         for block in blocks:
             block.taken, block.index = block.taken + 1, block.index + 1
         if frame.view.writes:
@@ -261,7 +232,7 @@ class Rounds:
         cached = () if self.pages is None else (self.pages.cache, self.pages.table(live))
         view = view_of(self.job.scheme, state, self.block_size, *cached)
         index = window.clamp(max=self.ids.shape[1] - 1)
-        return Frame(live, stale, rows, window, window < end[:, None], index, view)
+        return Frame(live, stale, rows, start, window, window < end[:, None], index, view)
 
     def streams_of(self, canvas: Tensor, rows: Tensor) -> Tensor:
         """The canvases [B, T] of the live rows; with guidance those without their prompts behind them."""
@@ -270,13 +241,6 @@ class Rounds:
         kept = torch.tensor(self.job.config.cfg_keep_tokens, dtype=torch.int64, device=canvas.device)
         hidden = ~self.open[rows] & ~torch.isin(canvas, kept)
         return torch.cat([canvas, canvas.masked_fill(hidden, self.job.mask_id)])
-
-    def quota(self, blocks: list[BlockSteps]) -> Tensor | None:
-        """int32 [B], how many tokens each row commits in this round; None for rules without a quota."""
-        if not self.rule.needs_quota:
-            return None
-        quotas = [block.quotas.popleft() for block in blocks]
-        return torch.tensor(quotas, dtype=torch.int32, device=self.ids.device)
 
     def advance(self, row: int) -> bool:
         """Move a row to its next block that holds a mask; False when nothing is left to fill."""
@@ -288,8 +252,8 @@ class Rounds:
         start = origin + (masks[0] - origin) // size * size
         self.start[row], self.end[row] = start, torch.minimum(start + size, self.canvas_end[row])
         self.blocks[row] = BlockSteps()
-        if self.rule.needs_quota:
-            count = int((masks < self.end[row]).sum())
+        count = int((masks < self.end[row]).sum())
+        if self.acceptance.needs_quota:
             quotas = self.job.config.quotas(count, self.blocks_of[row], (row, int(start)))
             self.blocks[row].quotas = deque(quotas)
         self.predictions.begin_block(self.slot_of[row])
@@ -313,7 +277,9 @@ class Rounds:
         return (self.ids[row, first : int(self.canvas_end[row])] == self.job.mask_id).nonzero()[:, 0] + first
 
     def _count_blocks(self, row: int) -> int:
-        """Blocks of a row that hold masks."""
+        """Blocks of a row that hold masks, over which its steps are spread."""
+        if self.job.parity.every_block_counts:
+            return -(-int((self.canvas_end - self.origin).max()) // self.job.config.block_size)
         return len(((self._masks(row) - self.origin[row]) // self.job.config.block_size).unique())
 
 

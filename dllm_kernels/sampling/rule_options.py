@@ -20,7 +20,8 @@ class RuleOptions:
 
 RULES = {
     "quota": RuleOptions(
-        lambda c, _: Rule.quota(confidence=c.confidence, alg_temp=c.alg_temp), takes=("confidence", "alg_temp")
+        lambda c, _: Rule.quota(confidence=c.confidence, alg_temp=c.alg_temp),
+        takes=("confidence", "alg_temp"),
     ),
     "threshold": RuleOptions(
         lambda c, _: Rule.threshold(c.threshold, strict=c.strict, confidence=c.confidence),

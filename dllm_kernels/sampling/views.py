@@ -1,9 +1,9 @@
 """Which positions one forward computes, and what they see: `StepView`, and the schemes that make one.
 
-A cache scheme is a row of `SCHEMES`, not a loop of its own: it says which positions of a row are computed. What
-is not computed is seen in the cache, and what is computed outside the active block may be kept there. The
-rows of a view lie end to end in one sequence of N tokens, so that rows of unequal length cost no padding in
-the model's linear layers.
+A cache scheme is a row of `SCHEMES`, not a loop of its own: it says which positions of a row are computed.
+What is not computed is seen in the cache, and what is computed outside the active block may be kept there.
+The rows of a view lie end to end in one sequence of N tokens, so that rows of unequal length cost no padding
+in the model's linear layers.
 
 `none`    everything the active block can see is computed, nothing is kept.
 `block`   [block-causal] the finished blocks are kept. A forward computes each row from its first position
@@ -62,9 +62,9 @@ class StepView:
     """What one forward over `packing` sees, and what it leaves behind.
 
     block_size: of block-causal attention; None: every token sees its whole row. origin: int64 [B], where
-    its blocks count from; None: position 0. Without `pages` only the fresh tokens are seen. With them a row's
-    queries also see its cached positions, and fresh keys and values with a position in pages.write are written
-    back. layers: those that have attended.
+    its blocks count from; None: position 0. Without `pages` only the fresh tokens are seen. With them a
+    row's queries also see its cached positions, and fresh keys and values with a position in pages.write are
+    written back. layers: those that have attended.
     """
 
     packing: Packing

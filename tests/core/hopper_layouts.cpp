@@ -1,6 +1,8 @@
 // Layouts and orders of the Hopper kernels for test_hopper_layouts.py, which calls them through ctypes.
 #include "cuda/block_attention/sm90/config.h"
 #include "cuda/block_attention/sm90/dispatch.h"
+#include "cuda/linear_token_stats/sm90/config.h"
+#include "cuda/linear_token_stats/sm90/dispatch.h"
 #include "cuda/sm90/matrix_descriptor.h"
 
 using namespace dllm;
@@ -13,9 +15,8 @@ int offset_in_panel(int row, int byte) { return swizzled_offset(row, byte); }
 // Addresses of one product's operand: elements [size][kMatrixDepth] of a matrix in panels of `rows` rows from
 // shared address `panels` on, `step` products along the sum.
 void operand_addresses(bool mn_major, int panels, int rows, int step, int size, int* addresses) {
-  const uint64_t descriptor =
-      mn_major ? mn_major_step(mn_major_descriptor(panels, panel_bytes(rows)), step)
-               : k_major_step(k_major_descriptor(panels), step, panel_bytes(rows));
+  const uint64_t descriptor = mn_major ? mn_major_step(mn_major_descriptor(panels, panel_bytes(rows)), step)
+                                       : k_major_step(k_major_descriptor(panels), step, panel_bytes(rows));
   for (int i = 0; i < size; i++)
     for (int k = 0; k < kMatrixDepth; k++)
       addresses[i * kMatrixDepth + k] =
@@ -45,5 +46,24 @@ bool hopper_serves(int capability, int dtype, int head_dim, int q_len, int kv_le
   p.q = p.k = p.v = reinterpret_cast<const void*>(address);
   p.q_layout = p.k_layout = p.v_layout = {batch_stride, 0, 128};
   return sm90::serves(p, capability);
+}
+
+void vocabulary_ranges(int vocabulary, int* ids, int* count) {
+  const VocabularyRanges ranges(vocabulary);
+  *ids = ranges.ids;
+  *count = ranges.count;
+}
+int linear_rows(long rows) { return sm90::linear_rows(rows); }
+
+bool linear_serves(int capability, int hidden_type, int weight_type, bool float64, int hidden_size,
+                   long weight_stride, long hidden, long weight) {
+  Projection p{};
+  p.hidden_type = static_cast<DType>(hidden_type);
+  p.weight_type = static_cast<DType>(weight_type);
+  p.hidden_size = hidden_size;
+  p.weight_stride = weight_stride;
+  p.hidden = reinterpret_cast<const void*>(hidden);
+  p.weight = reinterpret_cast<const void*>(weight);
+  return sm90::serves(p, float64, capability);
 }
 }

@@ -24,6 +24,14 @@ def hopper(tmp_path_factory) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     loaded.hopper_serves.restype = ctypes.c_bool
     loaded.hopper_serves.argtypes = [ctypes.c_int] * 5 + [ctypes.c_long] * 2
+    loaded.linear_serves.restype = ctypes.c_bool
+    loaded.linear_serves.argtypes = [
+        *[ctypes.c_int] * 3,
+        ctypes.c_bool,
+        ctypes.c_int,
+        *[ctypes.c_long] * 3,
+    ]
+    loaded.linear_rows.argtypes = [ctypes.c_long]
     return loaded
 
 
@@ -133,3 +141,56 @@ def test_hopper_kernels_serve_what_they_are_made_for(hopper, change):
 )
 def test_other_problems_are_left_to_the_kernels_for_every_gpu(hopper, change):
     assert not hopper.hopper_serves(*(FITTING | change).values())
+
+
+# ---- linear_token_stats -------------------------------------------------------------------------------
+@given(st.integers(1, 2**30))
+def test_ranges_of_whole_units_cover_the_vocabulary(hopper, vocabulary):
+    ids, count = ctypes.c_int(), ctypes.c_int()
+    hopper.vocabulary_ranges(vocabulary, ctypes.byref(ids), ctypes.byref(count))
+    ids, count = ids.value, count.value
+    assert ids % 64 == 0 and 1 <= count <= 132
+    assert (count - 1) * ids < vocabulary <= count * ids
+
+
+def test_rows_of_a_cta_are_as_few_as_the_product_allows(hopper):
+    rows = {n: hopper.linear_rows(n) for n in (1, 8, 9, 16, 17, 32, 33, 64, 65, 10**9)}
+    assert list(rows.values()) == [8, 8, 16, 16, 32, 32, 64, 64, 64, 64]
+
+
+LINEAR = {
+    "capability": 90,
+    "hidden_type": 1,
+    "weight_type": 1,
+    "float64": False,
+    "hidden_size": 72,
+    "weight_stride": 80,
+    "hidden": 1 << 20,
+    "weight": 1 << 20,
+}
+
+
+@pytest.mark.parametrize("change", [{}, {"hidden_type": 2, "weight_type": 2}, {"hidden_size": 8}])
+def test_the_hopper_kernel_serves_16_bit_projections(hopper, change):
+    assert hopper.linear_serves(*(LINEAR | change).values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"capability": 80},
+        {"capability": 100},
+        {"hidden_type": 0},
+        {"weight_type": 2},
+        {"hidden_type": 0, "weight_type": 0},
+        {"float64": True},
+        {"hidden_size": 60},
+        {"weight_stride": 84},
+        {"weight_stride": 0},
+        {"weight": (1 << 20) + 8},
+        {"hidden": (1 << 20) + 8},
+    ],
+    ids=lambda change: "-".join(f"{k}={v}" for k, v in change.items()),
+)
+def test_other_projections_are_left_to_the_library(hopper, change):
+    assert not hopper.linear_serves(*(LINEAR | change).values())

@@ -1,4 +1,4 @@
-"""Gradients of block_attention by the kernels of Hopper, against autograd through the reference in float64."""
+"""Gradients of block_attention by the kernels of Hopper, against autograd of the reference in float64."""
 
 import pytest
 import torch

@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 from dllm_kernels import BlockRows, advance_
 from dllm_kernels.ops import reference
-from dllm_kernels.sampling.rules import llada_schedule
+from dllm_kernels.sampling.schedules import llada_schedule
 
 MASK, END = 9, 8
 

@@ -22,6 +22,7 @@ RULES = {
     "quota or threshold": dict(rule="quota_or_threshold", threshold=0.5, steps_per_block=3),
     "entropy bound": dict(entropy_bound=1.0),
     "dllm schedule": dict(steps_per_block=5, schedule="dllm"),
+    "dllm's cosine schedule": dict(steps_per_block=5, schedule="dllm_cosine"),
     "dream schedule": dict(steps_per_block=3, schedule="dream", eps=0.01),
     "drawn quotas": dict(steps_per_block=5, schedule="dllm", stochastic=True, seed=3),
     "drawn positions": dict(steps_per_block=3, alg_temp=0.5, seed=2),
@@ -139,6 +140,28 @@ def test_shift_with_every_cache(attention, cache, guided, record_property):
     model, prompts = tiny_model(attention=attention), prompts_of(1, 16, 9, seed=7)
     config = dk.SampleConfig(
         max_new_tokens=21, block_size=8, steps_per_block=5, cache=cache, shift=True, **guided
+    )
+    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    assert_rows_equal(dk.sample(model, prompts, config=config), rows, record_property)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(threshold=0.2, kl_threshold=0.5),
+        dict(rule="bernoulli", steps_per_block=6),
+        dict(threshold=0.3, edit_threshold=0.3, max_post_steps=3),
+        dict(cfg_scale=0.5, threshold=0.4, shift=True),
+        dict(cache="dual", threshold=0.4),
+    ],
+    ids=str,
+)
+def test_rows_that_take_turns(options, record_property):
+    """Rows come and go in two slots, and each is as alone."""
+    model = tiny_model(attention="bidirectional" if "cache" in options else "block_causal")
+    prompts = prompts_of(3, 17, 8, 1, 30, seed=11)
+    config = dk.SampleConfig(
+        max_new_tokens=20, block_size=8, max_batch=2, eos_ids=(EOS, 20, 21, 22), **options
     )
     rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
     assert_rows_equal(dk.sample(model, prompts, config=config), rows, record_property)

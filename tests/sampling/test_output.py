@@ -1,5 +1,7 @@
 """What SampleOutput says of a run, worked out by hand on models that write what they are told."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -70,6 +72,27 @@ def test_without_stop_on_eos_everything_is_written_and_the_tail_is_not_counted()
     assert (output.forwards, output.tokens_per_forward) == (2, 3.0)
 
 
+def test_conversations_go_through_the_template():
+    class Chat(Letters):
+        chat_template = "given"
+
+        def apply_chat_template(self, messages, **options):
+            assert options["add_generation_prompt"] and options["tokenize"]
+            return self("b".join(message["content"] for message in messages) + "b")["input_ids"]
+
+    output = dk.sample(writer("abcdefgh"), "ac", tokenizer=Chat(), max_new_tokens=3, chat=True)
+    assert output.sequences.tolist() == [[0, 2, 1, 3, 4, 5]] and output.texts == ["def"]
+    for options, reason in (
+        (dict(attention_mask=torch.ones(1, 2)), "attention_mask has no meaning with chat"),
+        (dict(), "has no chat template"),
+    ):
+        tokenizer = Chat() if options else Letters()
+        with pytest.raises(ValueError, match=reason):
+            dk.sample(writer("abc"), "a", tokenizer=tokenizer, chat=True, **options)
+    with pytest.raises(ValueError, match="chat has no meaning for infill"):
+        dk.infill(writer("abc"), "a?", tokenizer=Chat(), chat=True)
+
+
 def test_rows_of_unequal_length():
     output = dk.sample(
         writer("abcdefgh"), ["a", "abcd"], tokenizer=Letters(), max_new_tokens=3, steps=1, block_size=4
@@ -136,8 +159,15 @@ def test_the_prompt_and_finished_blocks_cost_no_forward_of_their_own():
     assert output.forwards == 2 * blocks
 
 
-def test_presets():
-    assert dk.SampleConfig.preset("llada").block_size == 128
-    assert dk.SampleConfig.preset("bd3lm").cache == "block"
+@pytest.mark.parametrize("name", ["llada", "fast_dllm", "dream", "bd3lm", "llada2"])
+def test_presets_sample(name):
+    """With a shorter completion; each on a model of its own kind of attention."""
+    config = replace(dk.SampleConfig.preset(name), max_new_tokens=20)
+    attention = "block_causal" if name in ("bd3lm", "llada2") else "bidirectional"
+    output = dk.sample(tiny_model(attention=attention), [[1, 2, 3]], config=config)
+    assert not (output.sequences == MASK).any() and output.exact == (name != "fast_dllm")
+
+
+def test_unknown_preset():
     with pytest.raises(ValueError, match="allowed: llada, fast_dllm, dream, bd3lm, llada2"):
         dk.SampleConfig.preset("best")

@@ -68,13 +68,27 @@ __device__ TokenState<Real> merged_lanes(TokenState<Real> state) {
 
 // Every lane gets the state of all ranges of a row.
 template <class Real>
-__device__ TokenState<Real> merged_ranges(const TokenStatsParams& p, int32_t row) {
-  const int ranges = stats_ranges(p.vocabulary), lane = threadIdx.x % 32;
-  const auto* states = static_cast<const TokenState<Real>*>(p.states) + static_cast<int64_t>(row) * ranges;
+__device__ TokenState<Real> merged_ranges(const TokenState<Real>* states, int ranges) {
+  const int lane = threadIdx.x % 32;
   TokenState<Real> state;
   for (int first = 0; first < ranges; first += 32)
     merge(state, merged_lanes(first + lane < ranges ? states[first + lane] : TokenState<Real>()));
   return state;
+}
+template <class Real>
+__device__ TokenState<Real> merged_ranges(const TokenStatsParams& p, int32_t row) {
+  const int ranges = stats_ranges(p.vocabulary);
+  return merged_ranges(static_cast<const TokenState<Real>*>(p.states) + static_cast<int64_t>(row) * ranges,
+                       ranges);
+}
+
+template <class Real>
+__device__ void write_result(const TokenStatsParams& p, int64_t row, const TokenResult<Real>& result) {
+  p.token[row] = result.token;
+  static_cast<Real*>(p.prob)[row] = result.prob;
+  static_cast<Real*>(p.margin)[row] = result.margin;
+  static_cast<Real*>(p.entropy)[row] = result.entropy;
+  static_cast<Real*>(p.logsumexp)[row] = result.logsumexp;
 }
 
 // The logits of one load, −inf beyond `end`.

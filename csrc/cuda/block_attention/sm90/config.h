@@ -6,12 +6,11 @@
 #include <stdint.h>
 
 #include "core/params.h"
+#include "cuda/sm90/limits.h"
 #include "cuda/sm90/matrix_descriptor.h"
 
 namespace dllm::cuda::sm90 {
 
-constexpr int kWarpgroup = 128;  // threads
-constexpr size_t kMaxSharedBytes = 227 * 1024;
 constexpr size_t kSmallStatics = 1024;  // barriers and bounds come on top of these plans
 
 // Forward: one warpgroup fetches, two multiply, 64 queries each. Registers of a thread: 64 scores, 32 packed

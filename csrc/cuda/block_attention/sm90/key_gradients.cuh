@@ -9,8 +9,8 @@
 #include "cuda/block_attention/sm90/launch.h"
 #include "cuda/block_attention/sm90/panel_rows.cuh"
 #include "cuda/block_attention/sm90/store_rows.cuh"
-#include "cuda/block_attention/sm90/tile_ring.cuh"
 #include "cuda/launch_kernel.h"
+#include "cuda/sm90/tile_ring.cuh"
 
 namespace dllm::cuda::sm90 {
 

@@ -10,8 +10,8 @@
 #include "cuda/block_attention/sm90/panel_rows.cuh"
 #include "cuda/block_attention/sm90/row_spans.cuh"
 #include "cuda/block_attention/sm90/store_rows.cuh"
-#include "cuda/block_attention/sm90/tile_ring.cuh"
 #include "cuda/launch_kernel.h"
+#include "cuda/sm90/tile_ring.cuh"
 
 namespace dllm::cuda::sm90 {
 

@@ -1,0 +1,50 @@
+"""`generate` of LLaDA's generate.py."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+import dllm_kernels as dk
+from dllm_kernels.compat.canvases import beside_prompt, confidence_of, parity_at_zero, prompt_lengths
+from dllm_kernels.models.families import diffusion_of
+
+
+def generate(
+    model,
+    prompt: Tensor,
+    attention_mask: Tensor | None = None,
+    steps: int = 128,
+    gen_length: int = 128,
+    block_length: int = 128,
+    temperature: float = 0.0,
+    cfg_scale: float = 0.0,
+    remasking: str = "low_confidence",
+    mask_id: int = 126336,
+    logits_eos_inf: bool = False,
+    confidence_eos_eot_inf: bool = False,
+) -> Tensor:
+    """int64 [B, S + gen_length]: `prompt` [B, S] and its completions, with no stop at the end token.
+
+    logits_eos_inf, confidence_eos_eot_inf: the end tokens are never proposed, or only with confidence 0.
+    """
+    check_steps(steps, gen_length, block_length)
+    eos_ids = diffusion_of(model).eos_ids
+    output = dk.sample(
+        model, prompt, attention_mask=attention_mask, max_new_tokens=gen_length, block_size=block_length,
+        steps=steps, temperature=temperature, cfg_scale=cfg_scale, mask_id=mask_id,
+        confidence=confidence_of("remasking", remasking, "low_confidence", "random"),
+        suppress_tokens=eos_ids if logits_eos_inf else (),
+        begin_suppress_tokens=eos_ids if confidence_eos_eot_inf else (),
+        **parity_at_zero(temperature, "llada", dict(cache="none", stop_on_eos=False)),
+    )  # fmt: skip
+    given = prompt_lengths(prompt, attention_mask)
+    return beside_prompt(prompt, given, output.sequences, gen_length)
+
+
+def check_steps(steps: int, gen_length: int, block_length: int) -> None:
+    """Blocks and steps must come out even, as there."""
+    if gen_length % block_length:
+        raise ValueError(f"gen_length {gen_length} must be a multiple of block_length {block_length}")
+    blocks = gen_length // block_length
+    if steps % blocks:
+        raise ValueError(f"steps {steps} must be a multiple of the {blocks} blocks")

@@ -1,0 +1,161 @@
+"""The originals' signatures and return types, hooks and refusals; tokens are in test_golden.py."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dllm_kernels as dk
+from dllm_kernels.compat import dllm, dream, fast_dllm, llada
+from tests.sampling.tiny_models import EOS, MASK, prompts_of, tiny_model
+
+
+@pytest.fixture
+def model():
+    return tiny_model(attention="bidirectional")
+
+
+@pytest.fixture
+def prompt():
+    return torch.tensor(prompts_of(6, 6))
+
+
+def test_llada_returns_prompt_and_completion(model, prompt):
+    x = llada.generate(model, prompt, steps=8, gen_length=16, block_length=8, mask_id=MASK)
+    assert x.shape == (2, 22) and torch.equal(x[:, :6], prompt) and not (x == MASK).any()
+
+
+def test_left_padding_comes_back_as_it_was(model):
+    (long, short) = prompts_of(6, 2)
+    padded = torch.tensor([long, [EOS] * 4 + short])
+    real = torch.tensor([[1] * 6, [0] * 4 + [1] * 2])
+    found = llada.generate(model, padded, real, steps=8, gen_length=8, block_length=8, mask_id=MASK)
+    alone = llada.generate(model, torch.tensor([short]), steps=8, gen_length=8, block_length=8, mask_id=MASK)
+    assert torch.equal(found[:, :6], padded) and torch.equal(found[1, 4:], alone[0])
+
+
+def test_end_tokens_may_be_barred_or_only_come_last(model, prompt):
+    options = dict(steps=8, gen_length=8, block_length=8, mask_id=MASK)
+    assert not (llada.generate(model, prompt, logits_eos_inf=True, **options)[:, 6:] == EOS).any()
+    last = llada.generate(model, prompt, confidence_eos_eot_inf=True, **options)
+    output = dk.sample(model, prompt, max_new_tokens=8, block_size=8, stop_on_eos=False,
+                       begin_suppress_tokens=(EOS,), parity="llada")  # fmt: skip
+    assert torch.equal(last, output.sequences)
+
+
+def test_steps_that_do_not_come_out_even(model, prompt):
+    with pytest.raises(ValueError, match="gen_length 12 must be a multiple of block_length 8"):
+        llada.generate(model, prompt, gen_length=12, block_length=8)
+    with pytest.raises(ValueError, match="steps 3 must be a multiple of the 2 blocks"):
+        fast_dllm.generate(model, prompt, gen_length=16, block_length=8, steps=3)
+    with pytest.raises(NotImplementedError, match="remasking is 'best'"):
+        llada.generate(model, prompt, remasking="best", mask_id=MASK)
+
+
+def test_noise_follows_the_seed_of_torch(model, prompt):
+    options = dict(max_new_tokens=8, steps=8, alg="entropy", temperature=1.0, top_p=0.95)
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        found.append(dream.diffusion_generate(model, prompt, **options))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_factor_takes_the_last_rank_too():
+    """[Fast-dLLM] The surest, and the last candidate although it fails: two at a time."""
+    logits = torch.zeros(1, 3, 8)
+    x, nfe = fast_dllm.generate(
+        lambda ids: logits.expand(len(ids), -1, -1), torch.tensor([[1]]), steps=2, gen_length=2,
+        block_length=2, mask_id=7, factor=0.1,
+    )  # fmt: skip
+    assert nfe == 1 and x.tolist() == [[1, 0, 0]]
+
+
+def test_a_threshold_within_an_even_schedule(model, prompt):
+    """[Fast-dLLM's Dream without cache] Of the masks not due later, those above the threshold, or one."""
+    canvas, due = torch.cat([prompt[:1], torch.full((1, 12), MASK)], dim=1), [4, 4, 4]
+    forwards = 0
+    while (masks := (canvas[0] == MASK).nonzero()[:, 0]).numel():
+        with torch.no_grad():
+            logits = model(canvas, attention_mask=torch.ones(1, 1, 18, 18, dtype=torch.bool)).logits[0, masks]
+        confidence = logits.softmax(-1)
+        confidence[:, MASK] = -1
+        confidence, tokens = confidence.max(-1)
+        later = sum(due[forwards + 1 :])
+        chosen = confidence.topk(len(masks) - later).indices
+        kept = [int(i) for rank, i in enumerate(chosen) if rank == 0 or confidence[i] >= 0.5]
+        canvas[0, masks[kept]] = tokens[kept]
+        forwards += 1
+    found = fast_dllm.diffusion_generate(
+        model, prompt[:1], max_new_tokens=12, steps=3, alg="confidence_threshold", threshold=0.5,
+        use_cache=False, return_dict_in_generate=True, output_history=True,
+    )  # fmt: skip
+    assert found.sequences.tolist() == canvas.tolist() and len(found.history) == forwards > 3
+
+
+def test_dream_returns_an_object_with_history(model, prompt):
+    output = dream.diffusion_generate(
+        model, prompt, max_new_tokens=8, steps=4, alg="maskgit_plus", output_history=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert len(output.history) == 4 and torch.equal(output.history[-1], output.sequences)
+    with pytest.raises(TypeError, match="'stepps' is not an option"):
+        dream.diffusion_generate(model, prompt, stepps=4)
+
+
+def test_dream_hooks_see_and_change_every_step(model, prompt):
+    options = dict(max_new_tokens=8, steps=4, alg="maskgit_plus")
+    plain = dream.diffusion_generate(model, prompt, **options)
+    seen = []
+
+    def tokens(step, x, logits):
+        seen.append((step, None if logits is None else tuple(logits.shape)))
+        return x
+
+    hooked = dream.diffusion_generate(model, prompt, generation_tokens_hook_func=tokens, **options)
+    assert torch.equal(hooked, plain)
+    assert seen == [(None, None), *((step, (2, 14, 120)) for step in range(4))]
+
+    def always_five(step, x, logits):
+        return logits.index_fill(-1, torch.tensor([5]), 1e4)
+
+    fives = dream.diffusion_generate(model, prompt, generation_logits_hook_func=always_five, **options)
+    assert (fives[:, 6:] == 5).all()
+
+    def write_seven(step, x, logits):
+        x[:, 9] = 7
+        return x
+
+    assert (
+        dream.diffusion_generate(model, prompt, generation_tokens_hook_func=write_seven, **options)[:, 9] == 7
+    ).all()
+
+
+def test_dllm_samplers_return_tensors_or_objects(model):
+    prompts = prompts_of(5, 9)
+    sampler = dllm.MDLMSampler(model)
+    config = dllm.MDLMSamplerConfig(max_new_tokens=8, block_size=4, steps=8)
+    plain = sampler.sample(prompts, config)
+    output = sampler.sample(prompts, config, return_dict=True)
+    assert plain.shape == (2, 17) and torch.equal(output.sequences, plain)
+    assert torch.equal(output.histories[-1], plain) and (output.histories[0] == MASK).any()
+    assert plain[0, 13:].tolist() == [EOS] * 4, "shorter rows are filled up with the end token"
+    with pytest.raises(TypeError, match="'threshold' is not an option of MDLMSamplerConfig"):
+        sampler.sample(prompts, threshold=0.5)
+    with pytest.raises(NotImplementedError, match="scheduler is square"):
+        dllm.MDLMSampler(model, scheduler="square").sample(prompts)
+
+
+def test_dllm_samplers_take_fewer_steps_than_blocks_and_begin_empty_prompts(model):
+    special = SimpleNamespace(mask_token_id=MASK, eos_token_id=EOS, bos_token_id=7)
+    sampler = dllm.MDLMSampler(model, special)
+    options = dict(max_new_tokens=8, block_size=4, steps=1, right_shift_logits=True)
+    found = sampler.sample([[], [1, 2]], **options)
+    assert found.shape == (2, 10) and found[0, 0] == 7 and not (found == MASK).any()
+
+
+def test_dllm_samplers_leave_the_model_as_it_was():
+    model = tiny_model(attention="bidirectional")
+    before = dict(model.config.diffusion)
+    dllm.BD3LMSampler(model).sample(prompts_of(5), max_new_tokens=8, block_size=8, steps=8)
+    assert model.config.diffusion == before
