@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-FLEX_BLOCK_SIZES = (32, 64, 128)
+FLEX_BLOCK_SIZES = {"cpu": (32, 64, 128), "cuda": (128, 256)}  # multiples of its GPU kernels' tiles
 SDPA_BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
@@ -69,7 +69,8 @@ def best_flex(mask, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable:
     """Compiled flex_attention under `mask` (a SpanMask), with the block size that is fastest on `inputs`."""
     torch.compiler.reset()  # past a few variants of one function torch gives up on compiling it
     compiled = torch.compile(flex_attention, dynamic=False)
-    candidates = [functools.partial(_flex, compiled, mask.to_block_mask(size)) for size in FLEX_BLOCK_SIZES]
+    sizes = FLEX_BLOCK_SIZES[inputs[0].device.type]
+    candidates = [functools.partial(_flex, compiled, mask.to_block_mask(size)) for size in sizes]
     return min(candidates, key=lambda flex: _seconds(flex, inputs))
 
 

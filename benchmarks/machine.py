@@ -5,6 +5,7 @@ import functools
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -39,6 +40,8 @@ def commit() -> str:
     """Short hash, with a + when files other than results differ from it; or what DLLM_COMMIT says."""
     if os.environ.get("DLLM_COMMIT"):
         return os.environ["DLLM_COMMIT"]
+    if shutil.which("git") is None:
+        return "unknown"
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     changed = subprocess.run(

@@ -1,5 +1,7 @@
 """block_attention on CUDA against the float32 reference and the CPU operator."""
 
+import threading
+
 import pytest
 import torch
 
@@ -162,6 +164,17 @@ def test_runs_on_the_current_stream():
         out = block_attention(q.mul_(2), k, v)
     stream.synchronize()
     assert torch.equal(out, expected)
+
+
+def test_a_thread_that_has_launched_nothing():
+    """The driver knows no context there when the first kernel is launched."""
+    (q,) = on_gpu(torch.randn(1, 2, 130, 64).bfloat16())
+    mask = SpanMask.causal(130).to("cuda")
+    results = [block_attention(q, q, q, mask)]
+    thread = threading.Thread(target=lambda: results.append(block_attention(q, q, q, mask)))
+    thread.start()
+    thread.join()
+    assert torch.equal(*results)
 
 
 def test_graph_replay_follows_its_inputs():
