@@ -206,8 +206,8 @@ struct Forward {
         wait_products<1>(scores[0]);
         release_keys(tile);
         const bool moved = weigh(tile);
-        // Twice the same: ptxas would move a wait that all paths share to before the softmax. The condition is
-        // one for the whole warpgroup, which a wait demands; `moved` is a warp's.
+        // Twice the same: ptxas would move a wait that all paths share to before the softmax. The condition
+        // is one for the whole warpgroup, which a wait demands; `moved` is a warp's.
         if (tile.all_visible) wait_products<0>(out[0]);
         else wait_products<0>(out[0]);
         if (moved) scale_rows(out, decay);
