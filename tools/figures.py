@@ -35,6 +35,9 @@ HEADLINES = {
     ("token_stats", "token_stats_sampled"): "the same at temperature 1",
     ("linear_token_stats", "linear_token_stats[32]"): "the same from hidden states, greedy",
     ("loss", "linear_loss"): "projected loss with gradients, half masked",
+    ("sampling", "sampling_bidirectional[none]"): "128 tokens from a 58M-parameter model, exact",
+    ("sampling", "sampling_bidirectional[dual]"): "the same with the dual cache, approximate",
+    ("sampling", "sampling_block_causal"): "the same block-causal, exact",
 }
 
 
