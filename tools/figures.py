@@ -48,7 +48,7 @@ def cpu_headlines() -> str:
     for (suite, case), what in HEADLINES.items():
         figures = results[suite]["cases"][case]
         times = (f"{other['speedup']['median']:.1f}× {name}" for name, other in figures["baselines"].items())
-        lines.append(f"| {what} | {figures['ours_seconds']['median'] * 1e3:.3g} ms | {', '.join(times)} |")
+        lines.append(f"| {what} | {_duration(figures['ours_seconds']['median'])} | {', '.join(times)} |")
     return "\n".join([*lines, ""])
 
 
@@ -86,7 +86,7 @@ def results_table(path: Path) -> str:
             cells = (
                 suite,
                 case,
-                f"{figures['ours_seconds']['median'] * 1e3:.3g} ms",
+                _duration(figures["ours_seconds"]["median"]),
                 _rate(figures, measured["peaks"]),
                 ", ".join(times),
                 ", ".join(memory),
@@ -94,6 +94,10 @@ def results_table(path: Path) -> str:
             lines.append(f"| {' | '.join(cells)} |")
     where = (f"{', '.join(suites)}: {machine}." for machine, suites in machines.items())
     return "\n".join([*lines, "", "Medians. Measured on:", "", *(f"- {line}" for line in where), ""])
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def _rate(figures: dict, peaks: dict) -> str:
