@@ -11,6 +11,8 @@ TORCH_FITS  := from importlib.metadata import version; \
 BUILD_NEEDS := $(shell sed -n '/^\[build-system\]/,/^$$/s/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 DEV_NEEDS   := $(shell sed -n 's/^dev = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 
+CLANG_FILES := 'csrc/*' 'tests/simt/*.cpp' 'tests/simt/*.h' 'tests/simt/*.cuh' 'tests/simt/*.cu'
+
 ifeq ($(PYTHON),$(VENV)/bin/python)
 INSTALLED := $(VENV)/.installed
 DEV_TOOLS := $(VENV)/.dev-tools
@@ -31,12 +33,12 @@ test: build        ## the test suite (tests/gpu skips itself without a GPU)
 lint: $(DEV_TOOLS) ## ruff and clang-format, in the versions that pyproject.toml pins
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	git ls-files 'csrc/*' 'tests/simt/*.cpp' 'tests/simt/*.h' 'tests/simt/*.cuh' 'tests/simt/*.cu' | xargs $(dir $(PYTHON))clang-format --dry-run -Werror
+	git ls-files $(CLANG_FILES) | xargs $(dir $(PYTHON))clang-format --dry-run -Werror
 
 format: $(DEV_TOOLS) ## what lint checks, applied
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	git ls-files 'csrc/*' 'tests/simt/*.cpp' 'tests/simt/*.h' 'tests/simt/*.cuh' 'tests/simt/*.cu' | xargs $(dir $(PYTHON))clang-format -i
+	git ls-files $(CLANG_FILES) | xargs $(dir $(PYTHON))clang-format -i
 
 bench: build       ## benchmarks against what a user would otherwise run; ARGS="-k attention", ARGS=--smoke
 	$(PYTHON) -m pytest -q benchmarks $(ARGS)

@@ -69,7 +69,7 @@ sanitize() {
     only=(--kernel-name kernel_substring=dllm)
     [ $tool = initcheck ] && only=()
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool "${only[@]}" \
-      --error-exitcode 1 "$python" -m pytest -q -x tests/gpu -m "not slow" || status=$?
+      --error-exitcode 1 "$python" -m pytest -q -x tests/gpu || status=$?
   done
   return $status
 }

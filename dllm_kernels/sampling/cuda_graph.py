@@ -46,9 +46,9 @@ class Step:
             self.unread.append((self.launched, target, event))
         self.launched += 1
 
-    def look(self, all_of_them: bool = False) -> tuple[int, Tensor] | None:
+    def look(self) -> tuple[int, Tensor] | None:
         """Number and flags of the oldest launch that was not looked at, once IN_FLIGHT are under way."""
-        kept = 0 if all_of_them or not self.flags.is_cuda else IN_FLIGHT - 1
+        kept = IN_FLIGHT - 1 if self.flags.is_cuda else 0
         if len(self.unread) <= kept:
             return None
         number, flags, event = self.unread.popleft()

@@ -60,7 +60,10 @@ def test_equals_the_reference_from_admission_to_the_end(gpu, size, queries, leng
 
 def test_no_rows(gpu):
     canvas, rows = random_rows(4, 8, 12, batch=0)
+    expected = copied(rows)
     advance_on(gpu, canvas, rows, mask_id=MASK)
+    assert_same(rows, expected)
+    assert rows.finished.tolist() == []
 
 
 def test_what_rows_hold_is_cut_to_the_canvas(gpu):
