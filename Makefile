@@ -27,7 +27,7 @@ help:       ## this list
 demo: build        ## complete and infill code with the embedded model
 	$(DLLM) demo
 
-test: build        ## the test suite (tests/gpu skips itself without a GPU)
+test: build        ## the test suite (without a GPU, CUDA kernels run on the emulator)
 	$(PYTHON) -m pytest -q $(ARGS)
 
 lint: $(DEV_TOOLS) ## ruff and clang-format, in the versions that pyproject.toml pins
