@@ -26,7 +26,8 @@ class SpanMask:
 
     spans: int32 [B or 1, Sq, R, 2]; a leading 1 serves every row of a batch. kv_len: number of keys.
     A query whose spans are all empty sees nothing: attention gives output 0 and lse -inf there.
-    The contents are checked here (on CUDA this waits for the device); inside torch.compile they are not.
+    The contents are checked here (on CUDA this waits for the device); inside torch.compile, and while a CUDA
+    graph is recorded, they are not.
 
     Constructors below take `lengths`, the number of real tokens: int, or integer Tensor [B], which also
     sets the batch size and the device. Padding stands on `padding_side` ("right" or "left"), is seen by
@@ -39,7 +40,8 @@ class SpanMask:
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_len", integer("kv_len", self.kv_len, 0))
         _check_form(self.spans)
-        if not torch.compiler.is_compiling():
+        recorded = self.spans.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not (torch.compiler.is_compiling() or recorded):
             _check_contents(self.spans, self.kv_len)
 
     @classmethod

@@ -1,55 +1,110 @@
-"""A step that is launched as one CUDA graph, and flags that the host reads late.
+"""Launches that are recorded once, as CUDA graphs, and replayed; and flags that the host reads beside them.
 
-On the CPU, and wherever nothing is recorded, a step is a plain call and its flags are there at once.
+On the CPU nothing is recorded: a launch is a plain call, and its flags are there at once.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 
 WARM_UP = 2  # calls before recording: libraries choose their kernels and allocate their workspaces in them
-IN_FLIGHT = 2  # steps launched whose flags were not read: the GPU always has the next one to go on with
 
 
-class Step:
-    """`run` by itself, or replayed from a graph, and what `flags` held after every launch.
+class NotRecorded(RuntimeError):
+    """What was to be recorded waits for the device, or does something else that a CUDA graph cannot hold."""
 
-    run: launches the same kernels on the same tensors every time, without waiting for the device; calling
-    it when there is nothing to do must change nothing. flags: a small tensor that it leaves up to date.
+
+class Launches:
+    """Functions by name, each recorded once and launched as often as wanted.
+
+    A function launches the same kernels on the same tensors every time and does not wait for the device.
+    Recording calls it WARM_UP times first, so that one more call then must change nothing. The graphs share
+    one pool of memory, so that none may leave anything there for another: what lasts is copied to tensors
+    that were there before. Of a recorded function nothing is kept but its graph.
     """
 
-    def __init__(self, run: Callable[[], None], flags: Tensor):
-        self.run, self.flags = run, flags
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.recorded: dict[Hashable, Callable[[], None]] = {}
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def record(self, name: Hashable, run: Callable[[], None]) -> None:
+        """Make `run` known as `name`; where there is one of that name, nothing happens."""
+        if name not in self.recorded:
+            self.recorded[name] = self._graph_of(run).replay if self.device.type == "cuda" else run
+
+    def launch(self, name: Hashable) -> None:
+        """Start what was recorded, on the current stream."""
+        if self.device.type != "cuda":
+            return self.recorded[name]()
+        with torch.cuda.device(self.device):
+            self.recorded[name]()
+
+    def _graph_of(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Warmed up and recorded on one stream, so that the handles of libraries are made beforehand."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream()
+            self.stream.wait_stream(current)
+            try:
+                with torch.cuda.stream(self.stream):
+                    for _ in range(WARM_UP):
+                        run()
+            finally:
+                current.wait_stream(self.stream)
+            try:
+                # Other threads may allocate and wait meanwhile: only what this one does is recorded.
+                with torch.cuda.graph(
+                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+                ):
+                    run()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise NotRecorded(str(error).partition("\n")[0]) from error
+            finally:
+                # A recording that fails leaves its own stream as the current one.
+                torch.cuda.set_stream(current)
+        return graph
+
+
+class Flags:
+    """What a small tensor held after each of the launches that `note` was called behind.
+
+    in_flight: launches that may be under way before the host waits for the oldest: with 1 it waits for each,
+    with 2 the device always has the next one to go on with.
+    """
+
+    def __init__(self, tensor: Tensor, in_flight: int):
+        self.tensor = tensor
+        self.kept = in_flight - 1 if tensor.is_cuda else 0
         self.launched = 0
         self.unread: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
-        if flags.is_cuda:
-            self.pinned = [torch.empty_like(flags, device="cpu", pin_memory=True) for _ in range(IN_FLIGHT)]
-            with torch.cuda.device(flags.device):  # streams and events are those of the current device
-                self.graph = _recorded(run)
+        if tensor.is_cuda:
+            self.pinned = [torch.empty_like(tensor, device="cpu", pin_memory=True) for _ in range(in_flight)]
 
-    def launch(self) -> None:
-        """Start one step."""
-        if not self.flags.is_cuda:
-            self.run()
-            self.unread.append((self.launched, self.flags.clone(), None))
+    def note(self) -> None:
+        """Behind a launch: its flags are on their way to the host."""
+        if not self.tensor.is_cuda:
+            self.unread.append((self.launched, self.tensor.clone(), None))
         else:
-            target = self.pinned[self.launched % IN_FLIGHT]
-            event = torch.cuda.Event()
-            with torch.cuda.device(self.flags.device):
-                self.graph.replay()
-                target.copy_(self.flags, non_blocking=True)
+            target = self.pinned[self.launched % len(self.pinned)]
+            with torch.cuda.device(self.tensor.device):  # events are those of the current device
+                event = torch.cuda.Event()
+                target.copy_(self.tensor, non_blocking=True)
                 event.record()
             self.unread.append((self.launched, target, event))
         self.launched += 1
 
     def look(self) -> tuple[int, Tensor] | None:
-        """Number and flags of the oldest launch that was not looked at, once IN_FLIGHT are under way."""
-        kept = IN_FLIGHT - 1 if self.flags.is_cuda else 0
-        if len(self.unread) <= kept:
+        """Number and flags of the oldest launch that was not looked at, once `in_flight` are under way."""
+        if len(self.unread) <= self.kept:
             return None
         number, flags, event = self.unread.popleft()
         if event is not None:
@@ -57,14 +112,7 @@ class Step:
         return number, flags.clone()
 
 
-def _recorded(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
+def upload_(target: Tensor, values: Tensor) -> None:
+    """Copy `values`, on the CPU, into `target` without waiting for its device. They may change right after:
+    torch keeps the pinned copy until it has been read."""
+    target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)

@@ -1,207 +1,192 @@
-"""Block-causal rounds that stay on the device: the host only hands out rows, and collects them late.
+"""Rounds that stay on the device: what those of block-causal and of bidirectional models have in common.
 
-`Rounds` asks after every step how far each row is. Here `advance_` moves the rows, so that every step is the
-same sequence of launches on tensors that keep their place: on CUDA one graph is recorded and replayed
-(cuda_graph.py). A block's first step also computes the block finished before it and leaves its keys and
-values in the pages; rows that have finished, or have no work yet, pass through a step unchanged.
-
-The tokens are those of `Rounds` with cache="block".
+A step gathers the ids of its positions, runs the model, takes the statistics of the candidates and commits what
+the rule accepts. Here it is a sequence of launches on tensors that keep their place (device_slots.py), recorded
+once as CUDA graphs (cuda_graph.py) that serve later calls too (kept_slots.py). `BlockRounds` and
+`RefreshedRounds` say which positions a step computes and how rows go on. Nothing but forwards that a model makes
+differs from `Rounds`: tokens, the steps that wrote them and the forwards of a row are the same.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from dllm_kernels.models.attention import within_window
-from dllm_kernels.ops.advance import BlockRows, advance_
-from dllm_kernels.ops.attention import cached_block_attention
-from dllm_kernels.ops.kv_cache import kv_write_
+from dllm_kernels.ops.advance import BlockRows
 from dllm_kernels.ops.unmask import commit_
 from dllm_kernels.sampling.acceptance import rule_of
 from dllm_kernels.sampling.canvases import Canvases
-from dllm_kernels.sampling.cuda_graph import Step
 from dllm_kernels.sampling.denoiser import ModelDenoiser
+from dllm_kernels.sampling.device_slots import DeviceSlots, length_bucket
+from dllm_kernels.sampling.device_view import DeviceView
 from dllm_kernels.sampling.job import Job
+from dllm_kernels.sampling.kept_slots import recorded_with, slots_of
 from dllm_kernels.sampling.row_pages import RowPages
-from dllm_kernels.sampling.views import SCHEMES, Rows, view_of
-
-BLOCKS_AT_ONCE = 2  # in a row's forward: the active block, and the one before it
-
-
-def serves(job: Job) -> bool:
-    """Whether these rounds do what `job` asks: the exact block cache, and nothing that the host must see."""
-    config = job.config
-    rule = config.acceptance(1)
-    return (
-        isinstance(job.denoiser, ModelDenoiser)
-        and job.scheme is SCHEMES["block"]
-        and job.streams == 1
-        and not (job.shift or config.history or config.parity)
-        and rule.name not in ("bernoulli", "confident_stable", "edit")
-        and (config.schedule == "llada" or not rule.needs_quota)
-        and config.top_p is None
-        and config.top_k is None
-    )
+from dllm_kernels.sampling.statistics import Statistics
+from dllm_kernels.sampling.steered_rows import SteeredRows
 
 
-class DeviceRounds:
-    """All rows of one job, `slots` of them at a time.
-
-    Of the slots: canvas int64 [slots, T]; unmask_step int64 [slots, T + 1], the last column a place for what
-    is no candidate; rows: where they are; table int32 [slots, P]: their pages; sequence int32 [slots]: which
-    row of the job is in it.
-    """
+class DeviceRounds(ABC):
+    """All rows of one job, some of them in slots. holds: for each slot the row in it."""
 
     def __init__(self, job: Job, canvases: Canvases, stop_ids: tuple[int, ...] = ()):
         job.check_length(canvases)
         self.job, self.canvases, self.stop_ids = job, canvases, stop_ids
-        self.device, self.size = job.device, job.config.block_size
-        self.unmask_step = torch.full_like(canvases.ids, -1)
-        self.row_forwards = torch.zeros(len(canvases.ids), dtype=torch.int64)
+        self.size, self.device = job.config.block_size, job.device
+        self.ids, self.unmask_step = canvases.ids.clone(), torch.full_like(canvases.ids, -1)
+        self.row_forwards = torch.zeros(len(self.ids), dtype=torch.int64)
         self.forwards = 0
-        self.blocks_of = [self._count_blocks(row) for row in range(len(canvases.ids))]
-        self.rule = rule_of(job.config, self.blocks_of)
-        slots = min(job.config.max_batch or len(canvases.ids), len(canvases.ids))
-        shape = slots, canvases.ids.shape[1]
-        self.canvas = torch.full(shape, canvases.fill, device=self.device)
-        self.steps_of = torch.full((slots, shape[1] + 1), -1, device=self.device)
-        self.sequence = torch.zeros(slots, dtype=torch.int32, device=self.device)
-        self.rows = BlockRows.empty(slots, self.size, BLOCKS_AT_ONCE * self.size, self.device)
-        self.done = torch.ones(slots, dtype=torch.bool, device=self.device)
-        self.holds: list[int | None] = [None] * slots
-        self.since = [0] * slots
+        self.masks_of = [self._masks_by_block(row) for row in range(len(self.ids))]
+        self.rule = rule_of(job.config, [len(blocks) for blocks in self.masks_of])
+        self.holds: list[int | None] = [None] * min(job.config.max_batch or len(self.ids), len(self.ids))
+        self.statistics = Statistics(job, self.rule, len(self.holds))
+        kept = torch.tensor(job.config.cfg_keep_tokens, dtype=torch.int64)
+        self.hidden = (self.ids != job.mask_id) & ~torch.isin(self.ids, kept)
+
+    @staticmethod
+    def serves(job: Job) -> bool:
+        """Whether nothing that `job` asks for must be seen or done by the host in every round."""
+        return (
+            isinstance(job.denoiser, ModelDenoiser)
+            and not (job.config.history or job.config.parity)
+            and job.config.acceptance(1).name not in ("bernoulli", "confident_stable", "edit")
+        )
+
+    @abstractmethod
+    def rows_for(self, slots: int) -> BlockRows | SteeredRows:
+        """Rows that have nothing to do."""
+
+    @abstractmethod
+    def record(self) -> None:
+        """Record what every round launches; no slot holds a row."""
+
+    @abstractmethod
+    def round(self, waiting: deque[int]) -> None:
+        """Waiting rows into free slots, one step of all rows, and those at their end out of their slots."""
 
     def run(self) -> None:
-        """Every row to its end."""
-        waiting = deque(range(len(self.canvases.ids)))
-        with self.prepared() as step:
+        """Every row to its end. `canvases` changes only then."""
+        waiting = deque(range(len(self.ids)))
+        with self.prepared():
             while waiting or any(row is not None for row in self.holds):
-                self.admit(waiting, step.launched)
-                step.launch()
-                self.collect(step.look())
-                if step.launched > max(self.since) + self.most_steps():
-                    raise RuntimeError("rows of the device do not come to an end")  # cannot happen
+                self.round(waiting)
+        self.canvases.ids = self.ids
 
     @contextmanager
-    def prepared(self) -> Iterator[Step]:
-        """The step that every round launches. Afterwards pages have come back and the model is as it was
+    def prepared(self) -> Iterator[None]:
+        """Slots, pages and launches are there. Afterwards pages have come back and the model is as it was
         found, whatever happened."""
-        with self.job.denoiser.ready():
-            cache = self.job.cache_for(self.canvases)
-            self.shareable = self.job.shareable(self.canvases)
-            self.pages = RowPages(cache, 1, self.canvases.ids.clone(), self.shareable, self.size)
-            width = -(-int(self.canvases.end.max()) // cache.page_size)
-            self.table = torch.zeros(len(self.holds), width, dtype=torch.int32, device=self.device)
-            self.view = DeviceView(self.rows, self.table, cache)
+        job, ends = self.job, self.canvases.end
+        width = length_bucket(int(ends.max()))
+        pages = job.pages_for(torch.tensor([length_bucket(end) for end in ends.tolist()]))
+        key = recorded_with(job, self.rule, self.stop_ids, len(self.holds), width)
+
+        def make() -> DeviceSlots:
+            rows, cache = self.rows_for(len(self.holds)), job.cache_of(pages)
+            return DeviceSlots(rows, width, cache, job.streams, self.stop_ids, self.device)
+
+        with job.denoiser.ready(), slots_of(job, key, pages, make) as self.slots:
+            shareable = job.shareable(self.canvases)
+            self.pages = RowPages(self.slots.cache, job.streams, self.ids.clone(), shareable, self.size)
+            self.record()
             try:
-                yield Step(self.step, self.done)
+                yield
             finally:
                 self.pages.release_all()
 
-    def step(self) -> None:
-        """One forward of every slot, one commit, and every row to its next step."""
-        rows, job = self.rows, self.job
-        self.view.begin()
-        tokens = self.canvas.gather(1, rows.query_positions.long())
-        queries = tokens.shape[1]
-        place = (rows.candidates - rows.cached[:, None]).clamp(0, queries - 1)
-        place = place + queries * torch.arange(len(place), device=place.device)[:, None]
-        outputs, _ = job.denoiser.outputs(tokens, self.view, place.flatten())
-        noise_ids = None
-        if job.config.temperature > 0:
-            fields = self.sequence[:, None], rows.candidates, rows.step[:, None]
-            noise_ids = torch.stack(torch.broadcast_tensors(*fields), dim=-1)
-        stats = job.denoiser.statistics(
-            outputs, noise_ids=noise_ids, temperature=job.config.temperature, seed=job.config.seed,
-            suppress_tokens=(job.mask_id, *job.config.suppress_tokens),
-            confidence_exclude=job.config.begin_suppress_tokens,
-        )  # fmt: skip
-        accepted = commit_(
-            self.canvas, rows.candidates, stats, self.rule, mask_id=job.mask_id, seed=job.config.seed,
-            quota=rows.quota if self.rule.needs_quota else None, step=rows.step, sequence_ids=self.sequence,
-        )  # fmt: skip
-        nowhere = self.canvas.shape[1]
-        at = rows.candidates.masked_fill(~accepted, nowhere).long()
-        self.steps_of.scatter_(1, at, rows.step[:, None].expand_as(at).long())
-        self.advance()
-        self.done.copy_(rows.finished)
+    def place(self, row: int, slot: int, cached: Tensor) -> int:
+        """Hand a slot to a row; returns how many leading positions are in its pages. cached: as of
+        `RowPages.admit`."""
+        shared = self.pages.admit(row, int(self.canvases.end[row]), cached)
+        self.holds[slot] = row
+        self.slots.place(slot, row, self.ids[row], self.hidden[row], self.pages.table([row]))
+        return shared
 
-    def advance(self) -> None:
-        """Every row to its next step."""
-        whole_block = self.size if self.rule.name == "quota_or_threshold" else None
-        advance_(
-            self.canvas, self.rows, mask_id=self.job.mask_id, quota_total=whole_block, stop_ids=self.stop_ids
-        )
-
-    def admit(self, waiting: deque[int], launched: int) -> None:
-        """Waiting rows into free slots; the launch after the next is the first that works on them."""
-        for slot, row in enumerate(self.holds):
-            if row is None and waiting:
-                self.place(waiting.popleft(), slot, launched)
-
-    def place(self, row: int, slot: int, launched: int) -> None:
-        """Hand a slot to a row; what of its prompt is in nobody's pages yet is computed."""
-        given, end, whole = (int(t[row]) for t in (self.canvases.given, self.canvases.end, self.shareable))
-        cached = self.pages.admit(row, end, self.shareable)
-        self.holds[slot], self.since[slot] = row, launched
-        self.canvas[slot] = self.canvases.ids[row].to(self.device)
-        self.steps_of[slot] = -1
-        self.sequence[slot] = row
-        self.table[slot] = 0
-        pages = self.pages.table([row])
-        self.table[slot, : pages.shape[1]] = pages[0]
-        if whole > cached:
-            self._compute_prompt(slot, cached, whole)
-        self.rows.admit_(
-            slot, given=given, stop=int(self.canvases.stop[row]), canvas_end=end,
-            steps=self.job.config.steps_of_block(max(self.blocks_of[row], 1)) or 0, cached=whole,
-        )  # fmt: skip
-
-    def collect(self, looked: tuple[int, Tensor] | None) -> None:
-        """Take over the rows that had finished when launch number `looked[0]` was done."""
-        if looked is None:
-            return
-        number, done = looked
-        self.forwards += 1
-        for slot, finished in enumerate(done.tolist()):
-            row = self.holds[slot]
-            # A launch from before the row came, or the one that finds its first block, says nothing of it.
-            if row is None or not finished or number < self.since[slot]:
-                continue
-            self.canvases.ids[row] = self.canvas[slot].cpu()
-            self.unmask_step[row] = self.steps_of[slot, :-1].cpu()
-            self.row_forwards[row] = int(self.rows.step[slot])
-            self._fill_after_end(row)
-            self.pages.release(row)
-            self.holds[slot] = None
-
-    def most_steps(self) -> int:
-        """More than any row takes: one for each mask, each block to catch up with, and those in flight."""
-        return 2 * self.canvas.shape[1] + 8
+    def take(self, slot: int, forwards: int) -> None:
+        """Take over a row that has finished, after so many forwards of its own, and free its slot."""
+        row = self.holds[slot]
+        self.ids[row], self.unmask_step[row] = self.slots.taken(slot, self.ids.shape[1])
+        self.row_forwards[row] = forwards
+        self._fill_after_end(row)
+        self.pages.release(row)
+        self.holds[slot] = None
 
     def measured(self) -> dict:
         """What the output reports of the run."""
-        return dict(forwards=self.forwards, row_forwards=self.row_forwards, exact=True, history=None)
+        return dict(
+            forwards=self.forwards, row_forwards=self.row_forwards, exact=not self.job.config.approximate,
+            history=None,
+        )  # fmt: skip
 
-    def _compute_prompt(self, slot: int, first: int, last: int) -> None:
-        """Keys and values of the prompt's positions [first, last) into the row's pages."""
-        bound = torch.tensor([[first], [last]], device=self.device)
-        none = torch.zeros_like(bound[0])
-        state = Rows(bound[1], bound[1], bound[1], bound[0], none.bool(), none)
-        view = view_of(SCHEMES["block"], state, self.size, self.view.cache, self.table[slot : slot + 1])
-        ids = self.canvas[slot, view.packing.position]
-        self.job.denoiser.outputs(ids[None], view, none[:0])
-        self.forwards += 1
+    # ---- what is recorded ------------------------------------------------------------------------------
+    def outputs(
+        self, view: DeviceView, slots: Tensor | slice, first: Tensor, start: Tensor, candidates: Tensor
+    ) -> Tensor:
+        """Output rows [B·C, H] that predict the candidates, of one forward over `view`.
+
+        slots: which of them its B rows are. first, start: int32 [B], the first position that is computed, and
+        of the active block. candidates: int32 [B, C].
+        """
+        job, position = self.job, view.position_ids.long()
+        count, queries = position.shape
+        tokens, lengths = self.slots.canvas[slots].gather(1, position), view.lengths
+        source = candidates
+        if job.shift:
+            source = torch.cat([(candidates - 1).clamp(min=0), start[:, None] - 1], dim=1)
+        place = (source - first[:, None]).clamp(0, queries - 1)
+        place = (place + queries * torch.arange(count, device=place.device)[:, None]).flatten()
+        if job.streams == 2:
+            hidden = self.slots.hidden[slots].gather(1, position)
+            tokens = torch.cat([tokens, tokens.masked_fill(hidden, job.mask_id)])
+            place, view = torch.cat([place, place + count * queries]), view.twice()
+        output, _ = job.denoiser.outputs(tokens, view, place)
+        if job.streams == 2:
+            conditional, unconditional = output.chunk(2)
+            output = torch.lerp(unconditional, conditional, 1 + job.config.cfg_scale)
+        if not job.shift:
+            return output
+        output = output.view(count, -1, output.shape[-1])
+        output, edge = output[:, :-1], output[:, -1]
+        if self.slots.before is None:
+            self.slots.before = output.new_zeros(len(self.slots), output.shape[-1])
+        computed = (first < start) & (start <= first + lengths)
+        before = torch.where(computed[:, None], edge, self.slots.before[slots])
+        self.slots.before[slots] = before
+        earlier = source[:, :-1] < first[:, None]
+        return torch.where(earlier[..., None], before[:, None], output).flatten(0, 1)
+
+    def commit(self, outputs: Tensor) -> None:
+        """Commit what the rule accepts of the candidates, of which these are the output rows [slots · C, H]."""
+        slots, rows, job = self.slots, self.slots.rows, self.job
+        noise_ids = None
+        if job.config.temperature > 0:
+            fields = slots.sequence[:, None], rows.candidates, rows.step[:, None]
+            noise_ids = torch.stack(torch.broadcast_tensors(*fields), dim=-1).flatten(0, 1)
+        accepted = commit_(
+            slots.canvas, rows.candidates, self.statistics.of(outputs, noise_ids), self.rule,
+            mask_id=job.mask_id, quota=rows.quota if self.rule.needs_quota else None, step=rows.step,
+            sequence_ids=slots.sequence, seed=job.config.seed,
+        )  # fmt: skip
+        at = rows.candidates.masked_fill(~accepted, slots.width).long()
+        slots.unmask_step.scatter_(1, at, rows.step[:, None].expand_as(at).long())
+
+    # ---- rows on the host ------------------------------------------------------------------------------
+    def _masks_by_block(self, row: int) -> list[list[int]]:
+        """The masked positions of each block of a row that has any."""
+        blocks: dict[int, list[int]] = {}
+        ids = self.ids[row, : int(self.canvases.end[row])]
+        for position in (ids == self.job.mask_id).nonzero()[:, 0].tolist():
+            blocks.setdefault((position - int(self.canvases.origin[row])) // self.size, []).append(position)
+        return list(blocks.values())
 
     def _fill_after_end(self, row: int) -> None:
         """What stands after an end token with no mask before it was not worth computing."""
-        ids, given, stop = self.canvases.ids[row], self.canvases.given[row], self.canvases.stop[row]
+        ids, given, stop = self.ids[row], self.canvases.given[row], self.canvases.stop[row]
         position = torch.arange(len(ids))
         ends = torch.isin(ids, torch.tensor(self.stop_ids, dtype=ids.dtype)) & (position >= given)
         if not ends.any():
@@ -210,57 +195,3 @@ class DeviceRounds:
         if first < stop and not (ids[given:first] == self.job.mask_id).any():
             ids[first + 1 :] = self.canvases.fill
             self.unmask_step[row, first + 1 :] = -1
-
-    def _count_blocks(self, row: int) -> int:
-        """Blocks of a row that hold masks."""
-        ids = self.canvases.ids[row, : int(self.canvases.end[row])]
-        return len(((ids == self.job.mask_id).nonzero()[:, 0] // self.size).unique())
-
-
-@dataclass(eq=False)
-class DeviceView:
-    """What a step sees, by `rows`: to a model a view as StepView is, of B rows with Q queries each.
-
-    layers: those that have attended.
-    """
-
-    rows: BlockRows
-    table: Tensor
-    cache: object
-    layers: set[int] = field(default_factory=set)
-    _spans: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def begin(self) -> None:
-        """A new step, in which the rows are elsewhere."""
-        self._spans.clear()
-
-    @property
-    def position_ids(self) -> Tensor:
-        """int32 [B, Q]"""
-        return self.rows.query_positions
-
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
-    ) -> Tensor:
-        """Attention of one layer: query [B, Hq, Q, D], key and value [B, Hkv, Q, D] -> like query."""
-        self.layers.add(layer)
-        rows, pages = self.rows, (self.cache.keys(layer), self.cache.values(layer))
-        if window not in self._spans:
-            self._spans[window] = self._seen(window)
-        cache_spans, fresh_spans = self._spans[window]
-        output = cached_block_attention(
-            query, key, value, *pages, self.table, cache_spans, fresh_spans=fresh_spans,
-            q_lengths=rows.q_lengths, scale=scale,
-        )  # fmt: skip
-        kv_write_(*pages, key, value, self.table, rows.write_positions)
-        return output
-
-    def _seen(self, window: int | None) -> tuple[Tensor, Tensor]:
-        """Cached and fresh spans, cut to a layer's sliding window."""
-        rows = self.rows
-        if window is None:
-            return rows.cache_spans, rows.fresh_spans
-        query = rows.query_positions
-        key = torch.arange(self.table.shape[1] * self.cache.page_size, device=query.device)[None]
-        cached = within_window(rows.cache_spans.expand(-1, query.shape[1], -1, -1), query, key, window)
-        return cached, within_window(rows.fresh_spans, query, query, window)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+import weakref
 from collections.abc import Callable
 
 from torch import Tensor
 
 from dllm_kernels.models.chat import chat_ids
+from dllm_kernels.sampling.block_rounds import BlockRounds
 from dllm_kernels.sampling.canvases import Canvases, check_ids, completions, gaps, token_lists
 from dllm_kernels.sampling.config import SampleConfig
-from dllm_kernels.sampling.device_rounds import DeviceRounds, serves
+from dllm_kernels.sampling.cuda_graph import NotRecorded
+from dllm_kernels.sampling.device_rounds import DeviceRounds
 from dllm_kernels.sampling.job import Job, prepare
 from dllm_kernels.sampling.output import SampleOutput, completion_output, infill_output
+from dllm_kernels.sampling.refreshed_rounds import RefreshedRounds
 from dllm_kernels.sampling.rounds import Round, Rounds
 
 
@@ -40,8 +46,7 @@ def sample(
         if job.mask_id in row:
             raise ValueError(f"prompts[{index}] holds the mask token {job.mask_id}; dk.infill fills gaps")
     canvases = completions(rows, job)
-    rounds = _rounds(job, canvases, on_round, job.eos_ids if job.config.stop_on_eos else ())
-    rounds.run()
+    rounds = _run(job, canvases, on_round, job.eos_ids if job.config.stop_on_eos else ())
     return completion_output(canvases, rounds.unmask_step, job.eos_ids, tokenizer, **rounds.measured())
 
 
@@ -69,16 +74,39 @@ def infill(
     check_ids("canvases", rows, job.diffusion.vocab_size)
     filled = gaps(rows, job.fill)
     masked = filled.ids == job.mask_id
-    rounds = _rounds(job, filled, on_round)
-    rounds.run()
+    rounds = _run(job, filled, on_round)
     return infill_output(filled, masked, rounds.unmask_step, tokenizer, **rounds.measured())
 
 
-def _rounds(job: Job, canvases: Canvases, on_round, stop_ids: tuple[int, ...] = ()) -> Rounds | DeviceRounds:
-    """On a GPU the rounds stay there, unless the host must see or do something in every one."""
-    if job.device.type == "cuda" and on_round is None and serves(job):
-        return DeviceRounds(job, canvases, stop_ids)
-    return Rounds(job, canvases, on_round, stop_ids)
+def rounds_on_the_device(job: Job) -> type[DeviceRounds] | None:
+    """Those that do all that `job` asks; None: the host must see or do something in every round."""
+    return next((kind for kind in (BlockRounds, RefreshedRounds) if kind.serves(job)), None)
+
+
+def _run(job: Job, canvases: Canvases, on_round, stop_ids: tuple[int, ...] = ()) -> Rounds | DeviceRounds:
+    """Every row to its end: on a GPU without the host where that can be."""
+    checked = os.environ.get("DLLM_DEBUG") == "1"  # every call then waits for the device
+    if job.device.type == "cuda" and on_round is None and not checked and job.model not in _NOT_RECORDED:
+        kind = rounds_on_the_device(job)
+        try:
+            if kind is not None:
+                return _finished(kind(job, canvases, stop_ids))
+        except NotRecorded as error:
+            _NOT_RECORDED.add(job.model)
+            warnings.warn(
+                f"{type(job.model).__name__} cannot be recorded as a CUDA graph, so that the host launches "
+                f"every kernel of its steps: {error}",
+                stacklevel=3,
+            )
+    return _finished(Rounds(job, canvases, on_round, stop_ids))
+
+
+_NOT_RECORDED: weakref.WeakSet = weakref.WeakSet()
+
+
+def _finished(rounds: Rounds | DeviceRounds) -> Rounds | DeviceRounds:
+    rounds.run()
+    return rounds
 
 
 def _prompt_ids(job: Job, prompts, attention_mask: Tensor | None, tokenizer) -> list[list[int]]:

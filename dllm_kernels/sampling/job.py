@@ -85,17 +85,21 @@ class Job:
         blocks = canvases.given // size
         return (blocks - int(self.shift)).clamp(min=0) * size
 
-    def cache_for(self, canvases: Canvases) -> BlockKVCache:
-        """Pages for the longest rows that can be live at once."""
-        pages = (canvases.end + PAGE_SIZE - 1) // PAGE_SIZE
+    def pages_for(self, lengths: Tensor) -> int:
+        """Pages for the longest rows that can be live at once; lengths: int64 [B], of all rows."""
+        pages = (lengths + PAGE_SIZE - 1) // PAGE_SIZE
         live = min(self.config.max_batch or len(pages), len(pages))
+        return int(pages.topk(live).values.sum()) * self.streams
+
+    def cache_of(self, pages: int) -> BlockKVCache:
+        """So many pages for this model."""
         config = self.model.config
         heads = config.num_attention_heads
         return BlockKVCache(
             config.num_hidden_layers,
             getattr(config, "num_key_value_heads", None) or heads,
             getattr(config, "head_dim", None) or config.hidden_size // heads,
-            pages=int(pages.topk(live).values.sum()) * self.streams,
+            pages=pages,
             page_size=PAGE_SIZE,
             dtype=self.model.dtype,
             device=self.device,

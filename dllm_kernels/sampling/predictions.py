@@ -1,7 +1,7 @@
-"""What the model predicts for each candidate: guidance, shift, filters and the logits of the step before.
+"""What the model predicts for each candidate: guidance and shift.
 
-One forward over a view gives output rows; this module says which rows a candidate needs and how they become
-its statistics.
+One forward over a view gives output rows; this module says which rows a candidate needs, statistics.py how
+they become its statistics.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllm_kernels.ops.token_stats import CHUNK_LOGITS, TokenStats, token_stats
+from dllm_kernels.ops.token_stats import TokenStats
 from dllm_kernels.sampling.job import Job
 from dllm_kernels.sampling.rules import Rule
+from dllm_kernels.sampling.statistics import Statistics
 from dllm_kernels.sampling.views import StepView
 
 
@@ -20,33 +21,16 @@ class Predictions:
 
     before: [rows, H], with a cache and a shift the output row at start − 1 of each row's active block: it
     predicts position `start`, and later steps of the block do not compute it.
-    last: [slots · block_size, V], the logits of the step before, for rules that compare with them.
     """
 
     def __init__(self, job: Job, rule: Rule, rows: int, slots: int):
-        config = job.config
-        self.job, self.rows, self.slots = job, rows, slots
-        self.options = dict(
-            temperature=config.temperature, seed=config.seed, precision=job.parity.precision,
-            confidence_exclude=config.begin_suppress_tokens,
-        )  # fmt: skip
-        barred = (job.mask_id, *config.suppress_tokens)
-        if job.parity.mask_in_softmax:
-            self.options |= dict(suppress_tokens=config.suppress_tokens, proposal_exclude=(job.mask_id,))
-        else:
-            self.options |= dict(suppress_tokens=barred)
-        self.filters = {}
-        if config.top_p is not None or config.top_k is not None:
-            heat = config.temperature if config.temperature > 0 else 1.0
-            self.filters = dict(top_p=config.top_p, top_k=config.top_k, confidence_temperature=heat)
-        self.remembers = rule.needs_state
+        self.job, self.rows = job, rows
+        self.statistics = Statistics(job, rule, slots)
         self.before: Tensor | None = None
-        self.last: Tensor | None = None
 
     def begin_block(self, slot: int) -> None:
-        """A row in `slot` starts a block, whose first step has none before it."""
-        if self.last is not None:
-            self.last.view(self.slots, -1, self.last.shape[-1])[slot] = -torch.inf
+        """A row in `slot` starts a block."""
+        self.statistics.begin_block(slot)
 
     def of(
         self,
@@ -62,7 +46,7 @@ class Predictions:
 
         canvas: int64 [B, T], or with guidance [2B, T], those without their prompts behind the others.
         rows, start: int64 [B], the rows' numbers and active blocks. candidate: row (0..B-1) and position,
-        int64 [M] each. noise_ids: int32 [M, 3]. slot: int64 [B], of each row in `last`.
+        int64 [M] each. noise_ids: int32 [M, 3]. slot: int64 [B], of each row.
         """
         row, position = candidate
         first = view.packing.first[: len(rows)]
@@ -85,7 +69,7 @@ class Predictions:
             computed, output = output, self.before[rows[row]]
             output[~kept] = computed
         place = slot[row] * self.job.config.block_size + position - start[row]
-        return self._statistics(output, noise_ids, place), forwards
+        return self.statistics.of(output, noise_ids, place), forwards
 
     def _outputs(self, canvas, view, row, position, count) -> tuple[Tensor, int]:
         """Output rows of these positions; with guidance (1 + s)·conditional − s·unconditional."""
@@ -97,29 +81,3 @@ class Predictions:
         output, forwards = self.job.denoiser.outputs(ids, view, places)
         conditional, unconditional = output.chunk(2)
         return torch.lerp(unconditional, conditional, 1 + scale), forwards
-
-    def _statistics(self, output: Tensor, noise_ids: Tensor | None, place: Tensor) -> TokenStats:
-        """Of output rows whose logits of the step before lie at `place` in `last`."""
-        denoiser = self.job.denoiser
-        if not (self.filters or self.remembers):
-            return denoiser.statistics(output, noise_ids=noise_ids, **self.options)
-        size = max(1, CHUNK_LOGITS // (self.job.diffusion.vocab_size or 1 << 16))
-        noise = [None] * len(output) if noise_ids is None else noise_ids.split(size)
-        chunks, options = [], self.options | self.filters
-        for some, at, ids in zip(output.split(size), place.split(size), noise, strict=False):
-            logits = denoiser.logits(some)
-            chunks.append(token_stats(logits, previous=self._last(logits, at), noise_ids=ids, **options))
-        return TokenStats(
-            *(None if field[0] is None else torch.cat(field) for field in zip(*chunks, strict=True))
-        )
-
-    def _last(self, logits: Tensor, place: Tensor) -> Tensor | None:
-        """The logits of the step before, in whose place these are put."""
-        if not self.remembers:
-            return None
-        if self.last is None:
-            size = self.slots * self.job.config.block_size
-            self.last = logits.new_full((size, logits.shape[1]), -torch.inf)
-        before = self.last[place]
-        self.last[place] = logits
-        return before

@@ -23,6 +23,8 @@ from dllm_kernels.sampling.predictions import Predictions
 from dllm_kernels.sampling.row_pages import RowPages
 from dllm_kernels.sampling.views import Rows, view_of
 
+NO_TOKEN = "no token can be committed: suppress_tokens leaves none of the vocabulary"
+
 
 @dataclass(frozen=True)
 class Round:
@@ -89,10 +91,10 @@ class Rounds:
         with self.job.denoiser.ready():
             if self.job.scheme.keeps is not None:
                 job, canvases = self.job, self.canvases
+                cache = job.cache_of(job.pages_for(canvases.end))
                 self.pages = RowPages(
-                    job.cache_for(canvases), job.streams, self.ids.clone(), job.shareable(canvases),
-                    job.config.block_size,
-                )  # fmt: skip
+                    cache, job.streams, self.ids.clone(), job.shareable(canvases), job.config.block_size
+                )
             try:
                 while waiting or live:
                     live += self.admit(waiting, self.slots - len(live))
@@ -143,7 +145,7 @@ class Rounds:
         stats = _spread(stats, slot, listed.numel())
         accepted = self.acceptance.commit_(frame, blocks, canvas, listed, stats, step)
         if bool((masked.any(1) & ~accepted.any(1)).any()):
-            raise ValueError("no token can be committed: suppress_tokens leaves none of the vocabulary")
+            raise ValueError(NO_TOKEN)
 
         row, position = accepted.nonzero(as_tuple=True)
         row, position = rows[row], window[row, position]

@@ -5,8 +5,10 @@ import torch
 
 import dllm_kernels as dk
 from dllm_kernels.sampling import reference
+from dllm_kernels.sampling.block_rounds import BlockRounds
 from dllm_kernels.sampling.canvases import completions, gaps
-from dllm_kernels.sampling.device_rounds import DeviceRounds, serves
+from dllm_kernels.sampling.device_rounds import DeviceRounds
+from dllm_kernels.sampling.generate import rounds_on_the_device
 from dllm_kernels.sampling.job import prepare
 from dllm_kernels.sampling.output import completion_output
 from tests.sampling.test_oracle import assert_rows_equal
@@ -28,9 +30,9 @@ RULES = {
 
 def on_device(model, prompts, **options) -> tuple[dk.SampleOutput, DeviceRounds]:
     job = prepare(model, None, None, options)
-    assert serves(job)
     canvases = completions(prompts, job)
-    rounds = DeviceRounds(job, canvases, stop_ids=job.eos_ids if job.config.stop_on_eos else ())
+    kind = rounds_on_the_device(job)
+    rounds = kind(job, canvases, stop_ids=job.eos_ids if job.config.stop_on_eos else ())
     rounds.run()
     output = completion_output(canvases, rounds.unmask_step, job.eos_ids, None, **rounds.measured())
     return output, rounds
@@ -57,7 +59,7 @@ def test_rows_wait_for_slots(slots, record_property):
     rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
     output, rounds = on_device(model, prompts, max_batch=slots, **options)
     assert_rows_equal(output, rows, record_property)
-    assert rounds.pages.cache.pages_used == 0
+    assert rounds.slots.cache.pages_used == 0
 
 
 def test_equal_prompts_share_pages(record_property):
@@ -76,7 +78,7 @@ def test_infilling(record_property):
     for start, end in ((37, 45), (46, 47), (70, 75)):
         canvas[start:end] = [MASK] * (end - start)
     job = prepare(model, None, None, dict(block_size=8))
-    rounds = DeviceRounds(job, gaps([canvas], job.fill))
+    rounds = BlockRounds(job, gaps([canvas], job.fill))
     rounds.run()
     expected = dk.infill(model, [canvas], block_size=8)
     assert torch.equal(rounds.canvases.ids, expected.sequences)
@@ -94,11 +96,11 @@ def test_sliding_windows(record_property):
 def test_a_failing_model_leaves_no_pages():
     model = tiny_model()
     job = prepare(model, None, None, dict(max_new_tokens=9, block_size=8))
-    rounds = DeviceRounds(job, completions(prompts_of(9), job))
+    rounds = BlockRounds(job, completions(prompts_of(9), job))
     rounds.step = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         rounds.run()
-    assert rounds.pages.cache.pages_used == 0
+    assert rounds.slots.cache.pages_used == 0
 
 
 @pytest.mark.parametrize(
@@ -112,4 +114,4 @@ def test_a_failing_model_leaves_no_pages():
     ],
 )
 def test_what_the_host_must_see_is_left_to_it(options):
-    assert not serves(prepare(tiny_model(), None, None, options))
+    assert rounds_on_the_device(prepare(tiny_model(), None, None, options)) is None
