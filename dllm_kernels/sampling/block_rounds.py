@@ -1,8 +1,8 @@
 """Block-causal rounds on the device: the host only hands out rows, and collects them late.
 
-`Rounds` asks after every step how far each row is. Here `advance_` moves the rows, so that every step is one and
-the same graph. A block's first step also computes the block finished before it and leaves its keys and values
-in the pages; rows that have finished, or have no work yet, pass through a step unchanged.
+`Rounds` asks after every step how far each row is. Here `advance_` moves the rows, so that every step is one
+and the same graph. A block's first step also computes the block finished before it and leaves its keys and
+values in the pages; rows that have finished, or have no work yet, pass through a step unchanged.
 """
 
 from __future__ import annotations

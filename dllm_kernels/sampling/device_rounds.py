@@ -1,10 +1,10 @@
 """Rounds that stay on the device: what those of block-causal and of bidirectional models have in common.
 
-A step gathers the ids of its positions, runs the model, takes the statistics of the candidates and commits what
-the rule accepts. Here it is a sequence of launches on tensors that keep their place (device_slots.py), recorded
-once as CUDA graphs (cuda_graph.py) that serve later calls too (kept_slots.py). `BlockRounds` and
-`RefreshedRounds` say which positions a step computes and how rows go on. Nothing but forwards that a model makes
-differs from `Rounds`: tokens, the steps that wrote them and the forwards of a row are the same.
+A step gathers the ids of its positions, runs the model, takes the statistics of the candidates and commits
+what the rule accepts. Here it is a sequence of launches on tensors that keep their place (device_slots.py),
+recorded once as CUDA graphs (cuda_graph.py) that serve later calls too (kept_slots.py). `BlockRounds` and
+`RefreshedRounds` say which positions a step computes and how rows go on. Tokens, the steps that wrote them
+and the forwards that a row takes part in are those of `Rounds`; how many the model makes in all may differ.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -84,13 +84,15 @@ class DeviceRounds(ABC):
         job, ends = self.job, self.canvases.end
         width = length_bucket(int(ends.max()))
         pages = job.pages_for(torch.tensor([length_bucket(end) for end in ends.tolist()]))
-        key = recorded_with(job, self.rule, self.stop_ids, len(self.holds), width)
 
         def make() -> DeviceSlots:
             rows, cache = self.rows_for(len(self.holds)), job.cache_of(pages)
             return DeviceSlots(rows, width, cache, job.streams, self.stop_ids, self.device)
 
-        with job.denoiser.ready(), slots_of(job, key, pages, make) as self.slots:
+        with ExitStack() as stack:
+            stack.enter_context(job.denoiser.ready())
+            key = recorded_with(job, self.rule, self.stop_ids, len(self.holds), width)
+            self.slots = stack.enter_context(slots_of(job, key, pages, make))
             shareable = job.shareable(self.canvases)
             self.pages = RowPages(self.slots.cache, job.streams, self.ids.clone(), shareable, self.size)
             self.record()
@@ -161,7 +163,7 @@ class DeviceRounds(ABC):
         return torch.where(earlier[..., None], before[:, None], output).flatten(0, 1)
 
     def commit(self, outputs: Tensor) -> None:
-        """Commit what the rule accepts of the candidates, of which these are the output rows [slots · C, H]."""
+        """Commit what the rule accepts of the candidates, whose output rows [slots · C, H] these are."""
         slots, rows, job = self.slots, self.slots.rows, self.job
         noise_ids = None
         if job.config.temperature > 0:

@@ -1,4 +1,4 @@
-"""The state of rows in flight on the device: tensors that keep their place, and what was recorded over them."""
+"""Rows in flight on the device: tensors that keep their place, and what was recorded over them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from dllm_kernels.ops.advance import BlockRows
 from dllm_kernels.sampling.cuda_graph import Launches, upload_
 from dllm_kernels.sampling.steered_rows import SteeredRows
 
-SHORTEST = 64  # tokens: lengths are rounded up to multiples of it, and further on of an eighth of a power of 2
+SHORTEST = 64  # tokens: the least that lengths are rounded up by
 
 
 def length_bucket(length: int) -> int:
-    """`length` rounded up, by less than an eighth beyond 512: what is recorded for one serves many."""
+    """`length` rounded up to a multiple of 64, beyond 1024 of a sixteenth of the next power of two: what is
+    recorded for one serves many, and computes at most an eighth more than the longest before it."""
     step = max(SHORTEST, (1 << max(length - 1, 1).bit_length()) // 16)
     return -(-length // step) * step
 
@@ -26,8 +27,8 @@ class DeviceSlots:
     second stream. unmask_step: int64 [slots, width + 1], the step that wrote each token, -1: given; the last
     column is a place for what is no candidate. sequence: int32 [slots], which row of the job is in it.
     table: int32 [streams · slots, P], the pages, stream by stream, in `cache`. rows: where they are.
-    stop_ids: int64 [n], tokens that end a row. chosen: int64 [1], the slot of a launch for one row. flags: int64
-    [slots, 2], what a launch tells the host of each row.
+    stop_ids: int64 [n], tokens that end a row. chosen: int64 [1], the slot of a launch for one row. flags:
+    int64 [slots, 2], what a launch tells the host of each row.
 
     Made when a forward has shown what an output row is: outputs: [slots · C, H], those that predict the
     candidates; before: [slots, H], that at start - 1 of each row's active block, which later steps of the

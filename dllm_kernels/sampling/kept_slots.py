@@ -1,8 +1,8 @@
 """Slots kept from one call to the next, with what was recorded over them.
 
-A graph holds addresses and constants: it serves another call whose model has its weights at the same places and
-whose options come to the same launches. One DeviceSlots is kept for each model, the latest, as long as the model
-lives; who wants its memory back calls `forget`.
+A graph holds addresses and constants: it serves another call whose model has its weights at the same places
+and whose options come to the same launches. One DeviceSlots is kept for each model, the latest, as long as
+the model lives; who wants its memory back calls `forget`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from dllm_kernels.sampling.rules import Rule
 
 KEPT_ON = ("cuda",)  # devices; elsewhere nothing is recorded, so that there is nothing to keep
 
-# Options that only the host reads: what follows from them reaches the device in tensors, or is compared itself.
+# Options that only the host reads: what follows from them is in tensors, or is compared itself.
 _OF_THE_HOST = {
-    "max_new_tokens", "block_size", "steps", "steps_per_block", "seed", "rule", "threshold", "factor",
-    "entropy_bound", "strict", "confidence", "schedule", "stochastic", "alg_temp", "eps", "cache",
-    "refresh_every", "suffix_window", "cfg_keep_tokens", "shift", "mask_id", "eos_ids", "stop_on_eos", "chat",
-    "max_batch",
+    "max_new_tokens", "steps", "steps_per_block", "seed", "rule", "threshold", "factor", "entropy_bound",
+    "strict", "confidence", "schedule", "stochastic", "alg_temp", "eps", "cache", "refresh_every",
+    "suffix_window", "cfg_keep_tokens", "shift", "mask_id", "eos_ids", "stop_on_eos", "chat", "max_batch",
 }  # fmt: skip
 
 
@@ -68,22 +67,31 @@ def recorded_with(job: Job, rule: Rule, *shapes) -> tuple:
     options = [field.name for field in fields(SampleConfig) if field.name not in _OF_THE_HOST]
     return (
         *(getattr(config, name) for name in options),
-        *(rule, config.seed if draws else None, config.block_size, job.scheme, job.mask_id, job.shift),
-        *shapes,
+        *(rule, config.seed if draws else None, job.scheme, job.mask_id, job.shift, *shapes),
         *(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
         *(torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()),
-        *_weights_of(job.model),
+        *map(_state_of, job.model.modules()),
     )
 
 
-def _weights_of(model: torch.nn.Module) -> Iterator[tuple]:
-    """Where each weight lies, and what else is called in a forward."""
-    for module in model.modules():
-        hooks = *module._forward_pre_hooks, *module._forward_hooks  # numbers that are never used twice
-        yield id(module), id(vars(module).get("forward")), hooks
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if type(tensor) in (torch.Tensor, torch.nn.Parameter):
-                yield tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
-            elif tensor is not None:
-                yield (object(),)  # a wrapper of others: equal to nothing
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
+
+def _state_of(module: torch.nn.Module) -> tuple:
+    """Where a module's weights lie, and what else it is made of: its parts, hooks and settings. Of what is
+    neither a weight nor plain only the identity is seen."""
+    weights = []
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+            weights += tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+        elif tensor is not None:
+            weights.append(object())  # of others' making, with its memory elsewhere: equal to nothing
+    return *weights, *((name, _seen(value)) for name, value in vars(module).items())
+
+
+def _seen(value) -> object:
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, dict):
+        return tuple((name, _seen(entry)) for name, entry in value.items())
+    return tuple(map(_seen, value)) if isinstance(value, list | tuple | set) else id(value)

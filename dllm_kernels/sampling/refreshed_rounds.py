@@ -1,11 +1,11 @@
 """Bidirectional rounds on the device, with cache="prefix" or "dual".
 
 Whether a row's next step is a refresh, and where its next block is, follows from what its last step left: the
-host waits for two small flags of every row after each round, and writes the rows' next step (steered_rows.py)
-while nothing runs. A round launches up to three kinds of graphs: a forward of the rows that use their cache; a
-refresh of each row that renews it, by itself, in a bucket of its length; and one commit of them all. A row that
-takes no part in a forward has no queries there. So a round in which some rows renew their cache and others do
-not makes more forwards than in `Rounds`, where one forward does both.
+host waits for two small flags of every row after each round, then writes the rows' next step and uploads it
+(steered_rows.py). A round launches up to three kinds of graphs: a forward of the rows that use their cache; a
+refresh of each row that renews it, by itself, in a bucket of its length; and one commit of them all. A row
+that takes no part in a forward has no queries there. So a round makes more forwards than one of `Rounds`,
+where some rows renew their cache in the same forward in which others use it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from dllm_kernels.sampling.block_steps import BlockSteps
 from dllm_kernels.sampling.canvases import Canvases
@@ -157,9 +156,7 @@ class RefreshedRounds(DeviceRounds):
         column = torch.arange(queries, dtype=torch.int32, device=self.device)
         last = (rows.start + rows.q_lengths - 1).clamp(min=0)
         position = torch.minimum(rows.start[:, None] + column, last[:, None])
-        view = DeviceView(
-            position, rows.q_lengths, rows.cache_spans, None, None, slots.table, slots.cache
-        )
+        view = DeviceView(position, rows.q_lengths, rows.cache_spans, None, None, slots.table, slots.cache)
         output = self.outputs(view, slice(None), rows.start, rows.start, rows.candidates)
         if slots.outputs is None:
             slots.outputs = torch.zeros_like(output)
@@ -183,7 +180,7 @@ class RefreshedRounds(DeviceRounds):
         slots.outputs.view(len(slots), self.size, -1)[chosen] = output[None]
 
     def commit_all(self) -> None:
-        """Commit for all rows. Of each, flags: masks left in its block, whether it has ended by a stop token."""
+        """Commit for all rows. flags of each: masks left in its block, whether a stop token ends it."""
         slots, candidates = self.slots, self.slots.rows.candidates
         self.commit(slots.outputs)
         listed = candidates >= 0

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import dllm_kernels as dk
-from dllm_kernels.sampling import device_rounds
+from dllm_kernels.sampling import cuda_graph, kept_slots
 from dllm_kernels.sampling.canvases import completions
+from dllm_kernels.sampling.generate import rounds_on_the_device
 from dllm_kernels.sampling.job import prepare
 from dllm_kernels.sampling.output import completion_output
 from tests.sampling.tiny_models import EOS, prompts_of, tiny_model
@@ -21,7 +22,7 @@ OPTIONS = {
 
 
 def both_places(**model):
-    on_cpu = tiny_model(**model)
+    on_cpu = copy.deepcopy(tiny_model(**model))
     return on_cpu, copy.deepcopy(on_cpu).cuda()
 
 
@@ -32,52 +33,126 @@ def assert_same(output: dk.SampleOutput, expected: dk.SampleOutput) -> None:
     assert torch.equal(output.row_forwards, expected.row_forwards)
 
 
-def rounds_on_the_device(model, prompts, **options) -> dk.SampleOutput:
+def rounds_on_the_device_of(model, prompts, **options) -> dk.SampleOutput:
     job = prepare(model, None, None, options)
     canvases = completions(prompts, job)
-    rounds = device_rounds.DeviceRounds(job, canvases, job.eos_ids)
+    rounds = rounds_on_the_device(job)(job, canvases, job.eos_ids)
     rounds.run()
     return completion_output(canvases, rounds.unmask_step, job.eos_ids, None, **rounds.measured())
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_every_kernel_of_a_round_together(gpu, options):
+KINDS = {
+    "block": ("block_causal", "block"),
+    "prefix": ("bidirectional", "prefix"),
+    "dual": ("bidirectional", "dual"),
+}
+MORE_OPTIONS = {
+    "shift and guidance": dict(steps_per_block=4, shift=True, cfg_scale=0.5),
+    "filters": dict(threshold=0.3, temperature=0.7, top_p=0.9, top_k=20),
+}
+CASES = [(kind, OPTIONS[name]) for kind in KINDS for name in OPTIONS]
+CASES += [(kind, MORE_OPTIONS[name]) for kind in KINDS for name in MORE_OPTIONS]
+NAMES = [f"{kind}-{name}" for options in (OPTIONS, MORE_OPTIONS) for kind in KINDS for name in options]
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES, ids=NAMES)
+def test_every_kernel_of_a_round_together(gpu, kind, options):
     """Here the emulator takes the operators of a whole model, with rows that wait for a slot."""
-    model, prompts = tiny_model(), prompts_of(3, 17, 9)
-    options = dict(max_new_tokens=9, block_size=8, max_batch=2, **options)
+    attention, cache = KINDS[kind]
+    model, prompts = tiny_model(attention=attention), prompts_of(3, 17, 9)
+    options = dict(max_new_tokens=9, block_size=8, max_batch=2, cache=cache, **options)
     expected = dk.sample(model, prompts, **options)
     with gpu.kernels():
         placed = copy.deepcopy(model).to(gpu.device)
-        assert_same(rounds_on_the_device(placed, prompts, **options), expected)
+        assert_same(rounds_on_the_device_of(placed, prompts, **options), expected)
+
+
+def test_sliding_windows_and_a_narrow_suffix(gpu):
+    sliding = dict(sliding_window=11, use_sliding_window=True, max_window_layers=1)
+    model, prompts = tiny_model(attention="bidirectional", **sliding), prompts_of(25, 7)
+    options = dict(max_new_tokens=13, block_size=8, cache="dual", threshold=0.4)
+    options |= dict(refresh_every=2, suffix_window=3)
+    expected = dk.sample(model, prompts, **options)
+    with gpu.kernels():
+        placed = copy.deepcopy(model).to(gpu.device)
+        assert_same(rounds_on_the_device_of(placed, prompts, **options), expected)
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_replayed_rounds(options, slots):
-    on_cpu, on_gpu = both_places()
+@pytest.mark.parametrize(("kind", "options"), CASES, ids=NAMES)
+def test_replayed_rounds(kind, options, slots):
+    attention, cache = KINDS[kind]
+    on_cpu, on_gpu = both_places(attention=attention)
     prompts = prompts_of(1, 40, 33, 4, 17, 8, 16, 3, seed=2)
-    options = dict(max_new_tokens=19, block_size=8, max_batch=slots, **options)
+    options = dict(max_new_tokens=19, block_size=8, max_batch=slots, cache=cache, **options)
     assert_same(dk.sample(on_gpu, prompts, **options), dk.sample(on_cpu, prompts, **options))
 
 
-def test_rounds_are_recorded_once_and_replayed(monkeypatch):
-    _, on_gpu = both_places()
-    recorded, replayed = [], []
-    run = device_rounds.DeviceRounds.step
-    monkeypatch.setattr(device_rounds.DeviceRounds, "step", lambda self: (recorded.append(1), run(self))[1])
-    replay = torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: (replayed.append(1), replay(self))[1])
-    output = dk.sample(on_gpu, prompts_of(9, 12), max_new_tokens=24, block_size=8)
-    assert len(recorded) <= 4 and len(replayed) >= int(output.row_forwards.max())
+@pytest.fixture
+def recorded(monkeypatch) -> list[torch.cuda.CUDAGraph]:
+    graphs, record = [], cuda_graph.Launches._graph_of
+    monkeypatch.setattr(
+        cuda_graph.Launches, "_graph_of", lambda self, run: (graphs.append(record(self, run)), graphs[-1])[1]
+    )
+    return graphs
 
 
-CACHES = [("bidirectional", "none"), ("bidirectional", "dual"), ("block_causal", "none")]
-
-
-@pytest.mark.parametrize("attention, cache", CACHES)
-def test_rounds_steered_by_the_host(attention, cache):
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounds_are_recorded_once_for_all_calls(recorded, monkeypatch, kind):
+    attention, cache = KINDS[kind]
     on_cpu, on_gpu = both_places(attention=attention)
-    options = dict(max_new_tokens=19, block_size=8, threshold=0.3, cache=cache)
+    replayed, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: (replayed.append(1), replay(self))[1])
+    options = dict(max_new_tokens=24, block_size=8, cache=cache)
+    for seed in range(3):
+        prompts = prompts_of(9, 12, seed=seed)
+        output = dk.sample(on_gpu, prompts, **options)
+        assert_same(output, dk.sample(on_cpu, prompts, **options))
+        assert len(recorded) == (1 if cache == "block" else 3)
+    assert len(replayed) >= 3 * int(output.row_forwards.max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_moved_are_recorded_anew(recorded, kind):
+    attention, cache = KINDS[kind]
+    on_cpu, on_gpu = both_places(attention=attention)
+    options, prompts = dict(max_new_tokens=16, block_size=8, cache=cache), prompts_of(9, 12)
+    dk.sample(on_gpu, prompts, **options)
+    before = len(recorded)
+    for model in (on_cpu, on_gpu):
+        model.lm_head.weight.data = model.lm_head.weight.data.roll(1, 0)
+    assert_same(dk.sample(on_gpu, prompts, **options), dk.sample(on_cpu, prompts, **options))
+    assert len(recorded) == 2 * before
+
+
+def test_what_is_forgotten_is_freed():
+    _, on_gpu = both_places(attention="bidirectional")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    dk.sample(on_gpu, prompts_of(9, 12), max_new_tokens=200, block_size=8, cache="dual", threshold=0.0)
+    kept = torch.cuda.memory_allocated()
+    kept_slots.forget(on_gpu)
+    assert torch.cuda.memory_allocated() < kept and kept > before
+
+
+def test_a_model_that_waits_for_the_device_is_left_to_the_host():
+    def halved_by_the_host(module, inputs, output):
+        return output * (0.5 if bool(output.isfinite().all()) else 1.0)
+
+    on_cpu, on_gpu = both_places()
+    for model in (on_cpu, on_gpu):
+        model.model.norm.register_forward_hook(halved_by_the_host)
+    options, prompts = dict(max_new_tokens=16, block_size=8), prompts_of(9, 12)
+    with pytest.warns(UserWarning, match="Qwen3ForCausalLM cannot be recorded as a CUDA graph"):
+        output = dk.sample(on_gpu, prompts, **options)
+    assert_same(output, dk.sample(on_cpu, prompts, **options))
+    assert_same(dk.sample(on_gpu, prompts, **options), output)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "block"])
+def test_rounds_steered_by_the_host(cache):
+    on_cpu, on_gpu = both_places(attention="block_causal" if cache == "block" else "bidirectional")
+    options = dict(max_new_tokens=19, block_size=8, threshold=0.3, cache=cache, history=True)
     prompts = prompts_of(1, 30, 12)
     assert_same(dk.sample(on_gpu, prompts, **options), dk.sample(on_cpu, prompts, **options))
 

@@ -1,4 +1,4 @@
-"""Rounds that stay on the device give the tokens of the plain loop, and of rounds that the host steers."""
+"""Block-causal rounds on the device give the tokens of the plain loop, and of rounds that the host steers."""
 
 import pytest
 import torch
@@ -25,6 +25,12 @@ RULES = {
     "suppressed tokens": dict(threshold=0.3, suppress_tokens=tuple(range(0, 110, 2))),
     "quota or threshold": dict(rule="quota_or_threshold", threshold=0.5, steps_per_block=3),
     "entropy bound": dict(entropy_bound=1.0),
+    "top-p and noise": dict(steps_per_block=4, top_p=0.9, temperature=0.7, confidence="entropy"),
+    "top-k": dict(threshold=0.3, top_k=3, confidence="margin"),
+    "guidance": dict(threshold=0.4, cfg_scale=0.7),
+    "guidance that keeps tokens": dict(steps_per_block=5, cfg_scale=2.0, cfg_keep_tokens=tuple(range(60))),
+    "shift": dict(threshold=0.3, shift=True),
+    "shift and guidance": dict(steps_per_block=5, shift=True, cfg_scale=0.5),
 }
 
 
@@ -103,15 +109,49 @@ def test_a_failing_model_leaves_no_pages():
     assert rounds.slots.cache.pages_used == 0
 
 
+@pytest.mark.parametrize("guided", [dict(), dict(cfg_scale=0.8)], ids=["plain", "guided"])
+def test_shift_where_prompts_are_shared_or_caught_up_with(guided, record_property):
+    """The output before a block comes from a step that catches up, or from a block's first step."""
+    model = tiny_model()
+    (prompt,) = prompts_of(29, seed=5)
+    prompts = [prompt, prompt[:24], prompt, *prompts_of(1, 8, 16, seed=6)]
+    options = dict(max_new_tokens=17, block_size=8, threshold=0.3, shift=True, max_batch=3, **guided)
+    config = dk.SampleConfig(**options)
+    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    output, _ = on_device(model, prompts, **options)
+    assert_rows_equal(output, rows, record_property)
+
+
+def test_shift_and_infilling():
+    """Steps compute what stands before the first gap, block by block, and keep its last output."""
+    model, (canvas,) = tiny_model(), prompts_of(75, seed=4)
+    for start, end in ((0, 2), (40, 45), (70, 75)):
+        canvas[start:end] = [MASK] * (end - start)
+    job = prepare(model, None, None, dict(block_size=8, shift=True))
+    rounds = BlockRounds(job, gaps([canvas], job.fill))
+    rounds.run()
+    expected = dk.infill(model, [canvas], block_size=8, shift=True)
+    assert torch.equal(rounds.canvases.ids, expected.sequences)
+    assert torch.equal(rounds.unmask_step, expected.unmask_step)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         dict(cache="none"),
         dict(history=True),
-        dict(top_k=3),
-        dict(cfg_scale=1.0),
         dict(schedule="dream", steps=4),
+        dict(rule="bernoulli", steps=4),
+        dict(threshold=0.3, kl_threshold=0.1),
+        dict(threshold=0.3, edit_threshold=0.5),
+        dict(parity="dllm_bd3lm"),
+        dict(eos_ids=tuple(range(17))),
     ],
 )
 def test_what_the_host_must_see_is_left_to_it(options):
     assert rounds_on_the_device(prepare(tiny_model(), None, None, options)) is None
+
+
+def test_a_callable_is_left_to_the_host():
+    options = dict(mask_id=3, cache="none")
+    assert rounds_on_the_device(prepare(lambda ids: ids, None, None, options)) is None
