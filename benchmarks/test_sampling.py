@@ -108,22 +108,27 @@ def test_sampling_batch(compare, pick, smoke):
     )
 
 
-def test_sampling_tiny_python(compare, pick):
-    """The embedded model on code, parallel and from the cache, against one token per full forward."""
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_sampling_tiny_python(compare, pick, compile):
+    """The embedded model on held-out files: many tokens a step, from the cache, against one a full forward."""
     model, tokenizer = dk.load("tiny-python")
     plain, _ = dk.load("tiny-python", attention="bidirectional")
     loops.see_both_ways(plain)
-    length, new_tokens = pick((PROMPT, NEW_TOKENS), (32, 32))
-    source = "\n".join(["class Stack:", "    def __init__(self):", "        self.items = []", ""] * 40)
-    prompt = tokenizer(source)["input_ids"][:length]
+    length, new_tokens, count = pick((PROMPT, NEW_TOKENS, 3), (32, 32, 1))
+    files = data.encode_documents(data.split(data.collect_sources())[1], tokenizer)
+    prompts = spread([file[:length].tolist() for file in files if len(file) >= length], count)
     mask_id = model.config.mask_token_id
-    compare(
-        lambda: (
-            dk.sample(model, [prompt], max_new_tokens=new_tokens, threshold=0.9, stop_on_eos=False).sequences
-        ),
-        {"plain loop": lambda: loops.plain_loop(plain, prompt, new_tokens, BLOCK, mask_id)},
-        rounds=FEW_ROUNDS,
-    )
+    options = dict(max_new_tokens=new_tokens, threshold=0.9, stop_on_eos=False, compile=compile)
+
+    def ours():
+        for prompt in prompts:
+            dk.sample(model, [prompt], **options)
+
+    def plain_loop():
+        for prompt in prompts:
+            loops.plain_loop(plain, prompt, new_tokens, BLOCK, mask_id)
+
+    compare(ours, {"plain loop": plain_loop}, rounds=5)
 
 
 @functools.cache
