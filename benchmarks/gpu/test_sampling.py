@@ -9,18 +9,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dllm_kernels as dk
 from benchmarks import loops
+from dllm_kernels.sampling.block_rounds import BlockRounds
 from dllm_kernels.sampling.canvases import completions
-from dllm_kernels.sampling.device_rounds import DeviceRounds
 from dllm_kernels.sampling.job import prepare
+from dllm_kernels.sampling.refreshed_rounds import RefreshedRounds
 
 BLOCK = 32
+CACHES = {"block": "block_causal", "dual": "bidirectional"}
 LLADA_8B = dict(hidden=4096, intermediate=12_288, layers=32, heads=32, vocabulary=126_464)
 TINY = dict(hidden=32, intermediate=64, layers=2, heads=2, vocabulary=120)
 
 
-@functools.cache
-def random_model(device: str, smoke: bool) -> LlamaForCausalLM:
-    """Block-causal, bfloat16 (a smoke run: tiny, float32)."""
+@functools.lru_cache(maxsize=1)  # one of them fills a good part of a GPU
+def random_model(device: str, smoke: bool, attention: str = "block_causal") -> LlamaForCausalLM:
+    """bfloat16 (a smoke run: tiny, float32)."""
     shape = TINY if smoke else LLADA_8B
     config = LlamaConfig(
         vocab_size=shape["vocabulary"],
@@ -35,7 +37,7 @@ def random_model(device: str, smoke: bool) -> LlamaForCausalLM:
         eos_token_id=None,
         pad_token_id=0,
         mask_token_id=shape["vocabulary"] - 1,
-        diffusion={"attention": ["block_causal"], "block_size": BLOCK},
+        diffusion={"attention": [attention], "block_size": BLOCK},
     )
     torch.manual_seed(0)
     with torch.device(device):
@@ -58,26 +60,49 @@ def test_step(compare, pick, smoke, device):
     job = prepare(model, None, None, dict(max_new_tokens=BLOCK, steps_per_block=10**6))
     prompt = random_prompt(model, length)
     canvas = torch.tensor([prompt + [job.mask_id] * BLOCK], device=device)
-    rounds = DeviceRounds(job, completions([prompt], job))
-    with rounds.prepared() as step:
-        rounds.admit(deque([0]), 0)
+    rounds = BlockRounds(job, completions([prompt], job))
+    with rounds.prepared():
+        rounds.admit(deque([0]))
         for _ in range(BLOCK + 1):  # with so many steps, those after the first few commit nothing
-            step.launch()
-            rounds.canvas.copy_(canvas)
+            rounds.launch()
+            rounds.slots.canvas[:, : canvas.shape[1]].copy_(canvas)
         compare(
-            step.launch,
+            rounds.launch,
+            {"eager block, cache copied": loops.block_step(model, canvas, BLOCK, job.mask_id)},
+            bytes=parameter_bytes(model),
+        )
+
+
+def test_dual_step(compare, pick, smoke, device):
+    """The same with a dual cache: two launches, and two flags that the host waits for."""
+    model, length = random_model(device, smoke, "bidirectional"), pick(1184, 2 * BLOCK)
+    job = prepare(model, None, None, dict(max_new_tokens=BLOCK, cache="dual", threshold=1.0))
+    prompt = random_prompt(model, length)
+    canvas = torch.tensor([prompt + [job.mask_id] * BLOCK], device=device)
+    rounds = RefreshedRounds(job, completions([prompt], job))
+
+    def step() -> None:
+        rounds.round(deque())
+        rounds.slots.canvas[:, : canvas.shape[1]].copy_(canvas)
+        rounds.live[0].left = BLOCK
+
+    with rounds.prepared():
+        rounds.round(deque([0]))
+        compare(
+            step,
             {"eager block, cache copied": loops.block_step(model, canvas, BLOCK, job.mask_id)},
             bytes=parameter_bytes(model),
         )
 
 
 @pytest.mark.parametrize("threshold", [0.9])
-def test_sampling(compare, pick, smoke, device, threshold):
+@pytest.mark.parametrize("cache", CACHES)
+def test_sampling(compare, pick, smoke, device, cache, threshold):
     """Whole runs of a random model: it is never sure, so every step commits one token in either loop."""
-    model, length, new_tokens = random_model(device, smoke), *pick((512, 128), (BLOCK, BLOCK))
+    model, length, new_tokens = random_model(device, smoke, CACHES[cache]), *pick((512, 128), (BLOCK, BLOCK))
     prompt, mask_id = random_prompt(model, length), model.config.mask_token_id
     compare(
-        lambda: dk.sample(model, [prompt], max_new_tokens=new_tokens, threshold=threshold).sequences,
+        lambda: dk.sample(model, [prompt], max_new_tokens=new_tokens, threshold=threshold, cache=cache),
         {"plain loop": lambda: loops.plain_loop(model, prompt, new_tokens, BLOCK, mask_id)},
         rounds=3,
     )

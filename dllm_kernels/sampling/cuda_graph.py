@@ -5,6 +5,7 @@ On the CPU nothing is recorded: a launch is a plain call, and its flags are ther
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Hashable
 
@@ -12,6 +13,12 @@ import torch
 from torch import Tensor
 
 WARM_UP = 2  # calls before recording: libraries choose their kernels and allocate their workspaces in them
+
+
+# One stream of each device for everything that is recorded, since libraries keep a workspace for each stream
+# that they have seen; and one recording at a time, as torch demands.
+_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
+_RECORDING = threading.Lock()
 
 
 class NotRecorded(RuntimeError):
@@ -32,7 +39,8 @@ class Launches:
         self.recorded: dict[Hashable, Callable[[], None]] = {}
         if device.type == "cuda":
             with torch.cuda.device(device):
-                self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+                self.stream = _STREAMS.get(device) or _STREAMS.setdefault(device, torch.cuda.Stream())
+                self.pool = torch.cuda.graph_pool_handle()
 
     def record(self, name: Hashable, run: Callable[[], None]) -> None:
         """Make `run` known as `name`; where there is one of that name, nothing happens."""
@@ -49,7 +57,7 @@ class Launches:
     def _graph_of(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Warmed up and recorded on one stream, so that the handles of libraries are made beforehand."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device):
+        with _RECORDING, torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
             self.stream.wait_stream(current)
             try:

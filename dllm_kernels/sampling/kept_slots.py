@@ -94,4 +94,6 @@ def _seen(value) -> object:
         return value
     if isinstance(value, dict):
         return tuple((name, _seen(entry)) for name, entry in value.items())
-    return tuple(map(_seen, value)) if isinstance(value, list | tuple | set) else id(value)
+    if isinstance(value, list | tuple | set):
+        return tuple(map(_seen, value))
+    return id(getattr(value, "__func__", value))  # methods are bound anew for every call

@@ -77,6 +77,7 @@ class Cuda:
 def cuda(monkeypatch):
     fake = Cuda()
     monkeypatch.setattr(cuda_graph.torch, "cuda", fake)
+    monkeypatch.setattr(cuda_graph, "_STREAMS", {})
     return fake
 
 
@@ -98,6 +99,7 @@ def test_recordings_share_a_pool_and_a_stream(cuda):
     launches = Launches(CUDA)
     for name in ("forward", "commit"):
         launches.record(name, lambda: None)
+    assert Launches(CUDA).stream is launches.stream
     first, second = cuda.graphs
     assert first["pool"] == second["pool"] and first["stream"] is second["stream"]
     assert first["cuda_graph"] is not second["cuda_graph"]

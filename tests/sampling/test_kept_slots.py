@@ -2,6 +2,7 @@
 kept calls the function of an earlier call again, as a graph would replay it."""
 
 import copy
+import functools
 import gc
 from types import SimpleNamespace
 
@@ -63,6 +64,15 @@ def test_another_call_records_nothing(recorded, model_and_options):
     assert_right(model, prompts_of(3, 17, 9, 24, seed=2), max_batch=2, **options)
     assert_right(model, prompts_of(5, 6, seed=3), **options | dict(max_new_tokens=11, seed=4))
     assert recorded == before
+
+
+def test_another_call_of_a_compiled_model_records_nothing(recorded, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model = copy.deepcopy(tiny_model(attention="bidirectional"))
+    options = OPTIONS | dict(cache="dual", compile=True)
+    for seed in range(2):
+        on_device(model, prompts_of(9, seed=seed), **options)
+    assert len(recorded) == len({*recorded}) == 3
 
 
 CHANGES = {
