@@ -84,13 +84,13 @@ def rounds_on_the_device(job: Job) -> type[DeviceRounds] | None:
 
 
 def _run(job: Job, canvases: Canvases, on_round, stop_ids: tuple[int, ...] = ()) -> Rounds | DeviceRounds:
-    """Every row to its end: on a GPU without the host where that can be."""
-    checked = os.environ.get("DLLM_DEBUG") == "1"  # every call then waits for the device
-    if job.device.type == "cuda" and on_round is None and not checked and job.model not in _NOT_RECORDED:
-        kind = rounds_on_the_device(job)
+    """Every row to its end: on a GPU by rounds that stay there, where that can be."""
+    kind = rounds_on_the_device(job) if on_round is None and _may_record(job) else None
+    if kind is not None:
         try:
-            if kind is not None:
-                return _finished(kind(job, canvases, stop_ids))
+            rounds = kind(job, canvases, stop_ids)
+            rounds.run()
+            return rounds
         except NotRecorded as error:
             _NOT_RECORDED.add(job.model)
             warnings.warn(
@@ -98,15 +98,18 @@ def _run(job: Job, canvases: Canvases, on_round, stop_ids: tuple[int, ...] = ())
                 f"every kernel of its steps: {error}",
                 stacklevel=3,
             )
-    return _finished(Rounds(job, canvases, on_round, stop_ids))
+    rounds = Rounds(job, canvases, on_round, stop_ids)
+    rounds.run()
+    return rounds
 
 
 _NOT_RECORDED: weakref.WeakSet = weakref.WeakSet()
 
 
-def _finished(rounds: Rounds | DeviceRounds) -> Rounds | DeviceRounds:
-    rounds.run()
-    return rounds
+def _may_record(job: Job) -> bool:
+    """With DLLM_DEBUG=1 every call waits for the device."""
+    checked = os.environ.get("DLLM_DEBUG") == "1"
+    return job.device.type == "cuda" and not checked and job.model not in _NOT_RECORDED
 
 
 def _prompt_ids(job: Job, prompts, attention_mask: Tensor | None, tokenizer) -> list[list[int]]:
