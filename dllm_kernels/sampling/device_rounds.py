@@ -70,8 +70,8 @@ class DeviceRounds(ABC):
         """Waiting rows into free slots, one step of all rows, and those at their end out of their slots."""
 
     def run(self) -> None:
-        """Every row to its end. `canvases` changes only then."""
-        waiting = deque(range(len(self.ids)))
+        """Every row with masks to its end. `canvases` changes only then."""
+        waiting = deque(row for row, blocks in enumerate(self.masks_of) if blocks)
         with self.prepared():
             while waiting or any(row is not None for row in self.holds):
                 self.round(waiting)

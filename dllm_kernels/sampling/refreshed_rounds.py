@@ -25,22 +25,22 @@ from dllm_kernels.sampling.device_view import DeviceView
 from dllm_kernels.sampling.job import Job
 from dllm_kernels.sampling.rounds import NO_TOKEN
 from dllm_kernels.sampling.steered_rows import SteeredRows
+from dllm_kernels.sampling.views import Rows
 
 COMMIT, FORWARD, REFRESH = "commit", "forward", "refresh"
 
 
 @dataclass
 class SlotRow:
-    """A row in a slot. blocks: the masks of those that are to come; start, end: its active block; left: masks
-    there; taken: its steps so far."""
+    """A row in a slot. blocks: the masks of those that are to come; taken: its steps so far. Of its active
+    block, steps: how it goes on; left: masks; queries: tokens of a forward that uses the cache."""
 
     row: int
     blocks: deque[list[int]]
-    start: int = 0
-    end: int = 0
-    left: int = 0
     taken: int = 0
     steps: BlockSteps = field(default_factory=BlockSteps)
+    left: int = 0
+    queries: int = 0
 
 
 class RefreshedRounds(DeviceRounds):
@@ -50,6 +50,7 @@ class RefreshedRounds(DeviceRounds):
         super().__init__(job, canvases, stop_ids)
         self.live: dict[int, SlotRow] = {}
         self.around = job.scheme.keeps == "around"
+        self.nothing_cached = torch.zeros(len(self.ids), dtype=torch.int64)
 
     @staticmethod
     def serves(job: Job) -> bool:
@@ -63,7 +64,6 @@ class RefreshedRounds(DeviceRounds):
         """Forwards and refreshes are recorded when their length first occurs: repeating them changes nothing.
         A commit is not repeated, so that it is recorded while there is nothing to commit."""
         slots = self.slots
-        slots.rows.rest()
         self.flags = Flags(slots.flags, in_flight=1)
         if slots.outputs is None:
             self.forward(self.size)
@@ -77,17 +77,17 @@ class RefreshedRounds(DeviceRounds):
             self.write(slot, row, slot in stale)
         self.slots.rows.upload()
         if len(stale) < len(self.live):
-            queries = int(self.slots.rows.host["q_lengths"].max())
-            queries = self.size if self.around else length_bucket(queries)
+            longest = int(self.slots.rows.host["q_lengths"].max())
+            queries = self.size if longest <= self.size else length_bucket(longest)
             self.launch((FORWARD, queries), partial(self.forward, queries))
         for slot in stale:
             length = length_bucket(int(self.slots.rows.host["reach"][slot]))
             self.slots.chosen.fill_(slot)
             self.launch((REFRESH, length), partial(self.refresh, length))
-        if self.live:
-            self.slots.launches.launch(COMMIT)
-            self.flags.note()
-            self.settle(self.flags.look()[1].tolist())
+        self.slots.launches.launch(COMMIT)
+        self.flags.note()
+        _, flags = self.flags.look()
+        self.settle(flags.tolist())
 
     def launch(self, name: tuple[str, int], run) -> None:
         """One forward through the model."""
@@ -97,37 +97,33 @@ class RefreshedRounds(DeviceRounds):
 
     def admit(self, waiting: deque[int]) -> None:
         """Waiting rows into free slots."""
-        nothing_cached = torch.zeros(len(self.ids), dtype=torch.int64)
-        for slot, held in enumerate(self.holds):
-            while held is None and waiting and slot not in self.live:
+        for slot, row in enumerate(self.holds):
+            if row is None and waiting:
                 row = waiting.popleft()
-                if self.masks_of[row]:
-                    self.place(row, slot, nothing_cached)
-                    self.live[slot] = SlotRow(row, deque(self.masks_of[row]))
-                    self.begin_block(slot)
+                self.place(row, slot, self.nothing_cached)
+                self.live[slot] = SlotRow(row, deque(self.masks_of[row]))
+                self.begin_block(slot)
 
     def begin_block(self, slot: int) -> None:
         """Move a row to the next of its blocks."""
-        row, config = self.live[slot], self.job.config
-        masks, origin = row.blocks.popleft(), int(self.canvases.origin[row.row])
-        canvas_end = int(self.canvases.end[row.row])
-        row.start = origin + (masks[0] - origin) // self.size * self.size
-        row.end, row.left = min(row.start + self.size, canvas_end), len(masks)
-        row.steps = BlockSteps()
+        config, row = self.job.config, self.live[slot]
+        origin, stop = int(self.canvases.origin[row.row]), int(self.canvases.end[row.row])
+        masks = row.blocks.popleft()
+        start = origin + (masks[0] - origin) // self.size * self.size
+        end = min(start + self.size, stop)
+        reach = stop if config.suffix_window is None else min(stop, end + config.suffix_window)
+        state = (torch.tensor([bound]) for bound in (start, end, reach, 0, False, origin))
+        computed = tuple(int(bound) for bound in self.job.scheme.computed(Rows(*state)))
+        self.slots.rows.place(slot, start, end, reach, masks, computed=computed)
+        row.steps, row.left, row.queries = BlockSteps(), len(masks), computed[1] - computed[0]
         if self.rule.needs_quota:
             blocks = len(self.masks_of[row.row])
-            row.steps.quotas = deque(config.quotas(len(masks), blocks, (row.row, row.start)))
-        reach = canvas_end
-        if config.suffix_window is not None:
-            reach = min(reach, row.end + config.suffix_window)
-        last = row.end if self.around else reach
-        self.slots.rows.place(slot, row.start, row.end, reach, masks, computed=(row.start, last))
+            row.steps.quotas = deque(config.quotas(len(masks), blocks, (row.row, start)))
 
     def write(self, slot: int, row: SlotRow, stale: bool) -> None:
         """The row's next step, for the device."""
         host = self.slots.rows.host
-        last = row.end if self.around else host["reach"][slot]
-        host["q_lengths"][slot] = 0 if stale else last - row.start
+        host["q_lengths"][slot] = 0 if stale else row.queries
         host["step"][slot] = row.taken
         if self.rule.needs_quota:
             host["quota"][slot] = row.steps.next_quota(self.size)

@@ -14,6 +14,7 @@ _ALIGNED = 32  # int32 values: every field begins at a multiple of 128 bytes
 
 class SteeredRows:
     """`slots` rows and their next step, all int32: written on the host through `host`, then uploaded at once.
+    At first no row takes part in anything.
 
     Where a row is, [slots]: start, end: its active block; reach: end of what is computed and seen at all;
     step: its steps so far. The next step: quota [slots]; candidates [slots, C], the positions that may be
@@ -42,7 +43,9 @@ class SteeredRows:
             setattr(self, name, self._there[part].view(shape))
             self.host[name] = self._here[part].view(shape).numpy()
             place += sizes[name]
-        self.rest()
+        for slot in range(slots):
+            self.clear(slot)
+        self.upload()
 
     def place(
         self, slot: int, start: int, end: int, reach: int, candidates: list[int], *, computed: tuple[int, int]
@@ -63,12 +66,6 @@ class SteeredRows:
         for values in self.host.values():
             values[slot] = 0
         self.host["candidates"][slot] = -1
-
-    def rest(self) -> None:
-        """Nothing to do in any slot."""
-        for slot in range(len(self.start)):
-            self.clear(slot)
-        self.upload()
 
     def upload(self) -> None:
         """What was written is there before the next launch, and the host goes on."""

@@ -4,6 +4,7 @@ kept calls the function of an earlier call again, as a graph would replay it."""
 import copy
 import functools
 import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -72,6 +73,7 @@ def test_another_call_of_a_compiled_model_records_nothing(recorded, monkeypatch)
     options = OPTIONS | dict(cache="dual", compile=True)
     for seed in range(2):
         on_device(model, prompts_of(9, seed=seed), **options)
+    kept_slots.forget(model)
     assert len(recorded) == len({*recorded}) == 3
 
 
@@ -163,18 +165,23 @@ class Model(torch.nn.Module):
     """Something that slots may be kept for."""
 
 
-def slots(pages: int = 4) -> SimpleNamespace:
-    return SimpleNamespace(device=torch.device("cpu"), cache=SimpleNamespace(pages=pages))
+class Slots:
+    """As much of DeviceSlots as is looked at."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, pages: int = 4):
+        self.cache = SimpleNamespace(pages=pages)
 
 
-def used(model, key="key", pages=4, make=slots):
+def used(model, key="key", pages=4, make=Slots):
     with kept_slots.slots_of(SimpleNamespace(model=model), (key,), pages, make) as found:
         return found
 
 
 def test_one_call_beside_another_has_slots_of_its_own(recorded):
     model = Model()
-    with kept_slots.slots_of(SimpleNamespace(model=model), ("key",), 4, slots) as first:
+    with kept_slots.slots_of(SimpleNamespace(model=model), ("key",), 4, Slots) as first:
         second = used(model)
         assert second is not first
     assert used(model) is first  # the latest to be returned
@@ -184,24 +191,24 @@ def test_slots_with_pages_enough_serve(recorded):
     model = Model()
     first = used(model)
     assert used(model, pages=3) is first
-    more = used(model, pages=5, make=lambda: slots(5))
+    more = used(model, pages=5, make=lambda: Slots(5))
     assert more is not first and used(model) is more
 
 
 def test_old_slots_are_gone_before_new_ones_are_made(recorded):
     model, seen = Model(), []
     used(model)
-    used(model, "other", make=lambda: seen.append(model in kept_slots._KEPT) or slots())
+    used(model, "other", make=lambda: seen.append(model in kept_slots._KEPT) or Slots())
     assert seen == [False]
 
 
 def test_nothing_outlives_its_model(recorded):
     model = Model()
-    used(model)
-    assert len(kept_slots._KEPT) == 1
+    kept = weakref.ref(used(model))
+    assert kept() is not None
     del model
     gc.collect()
-    assert not kept_slots._KEPT
+    assert kept() is None
 
 
 def test_what_is_forgotten_is_made_anew(recorded):

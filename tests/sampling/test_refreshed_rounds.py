@@ -32,8 +32,8 @@ def assert_same_steps(output: dk.SampleOutput, steered: dk.SampleOutput) -> None
 @pytest.mark.parametrize("options", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("cache", CACHES)
 def test_every_rule(cache, options, record_property):
-    model, prompts = tiny_model(attention="bidirectional"), prompts_of(3, 9, 25)
-    options = dict(max_new_tokens=19, block_size=8, cache=cache, **options)
+    model, prompts = tiny_model(attention="bidirectional"), prompts_of(3, 25)
+    options = dict(max_new_tokens=11, block_size=8, cache=cache, **options)
     config = dk.SampleConfig(**options)
     rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
     output, _ = on_device(model, prompts, **options)
@@ -48,7 +48,7 @@ def test_every_refresh_and_window(cache, suffix_window, refresh_every, record_pr
     """Rows of unequal length at different steps: some renew their cache while others use it."""
     model = tiny_model("llama", "bidirectional", num_key_value_heads=1, head_dim=8)
     prompts = prompts_of(1, 40, 12, seed=6)
-    options = dict(max_new_tokens=29, block_size=8, threshold=0.4, cache=cache)
+    options = dict(max_new_tokens=21, block_size=8, threshold=0.4, cache=cache)
     options |= dict(refresh_every=refresh_every, suffix_window=suffix_window)
     config = dk.SampleConfig(**options)
     rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]

@@ -1,4 +1,4 @@
-"""dk.sample and dk.infill take the rounds that stay on the device where they may, and else those of the host."""
+"""dk.sample and dk.infill take the rounds that stay on the device where they may, else those of the host."""
 
 import copy
 import warnings
