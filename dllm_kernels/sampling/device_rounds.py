@@ -136,7 +136,7 @@ class DeviceRounds(ABC):
         """
         job, position = self.job, view.position_ids.long()
         count, queries = position.shape
-        tokens, lengths = self.slots.canvas[slots].gather(1, position), view.lengths
+        tokens = self.slots.canvas[slots].gather(1, position)
         source = candidates
         if job.shift:
             source = torch.cat([(candidates - 1).clamp(min=0), start[:, None] - 1], dim=1)
@@ -156,8 +156,8 @@ class DeviceRounds(ABC):
         output, edge = output[:, :-1], output[:, -1]
         if self.slots.before is None:
             self.slots.before = output.new_zeros(len(self.slots), output.shape[-1])
-        computed = (first < start) & (start <= first + lengths)
-        before = torch.where(computed[:, None], edge, self.slots.before[slots])
+        # Of forwards over what stands before a block, the last one reaches it.
+        before = torch.where((first < start)[:, None], edge, self.slots.before[slots])
         self.slots.before[slots] = before
         earlier = source[:, :-1] < first[:, None]
         return torch.where(earlier[..., None], before[:, None], output).flatten(0, 1)

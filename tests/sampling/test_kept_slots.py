@@ -82,7 +82,6 @@ CHANGES = {
     "more slots": dict(max_batch=3),
     "longer rows": dict(max_new_tokens=90),
     "noise": dict(temperature=0.7),
-    "another seed with noise": dict(temperature=0.7, seed=1),
     "shift": dict(shift=True),
     "guidance": dict(cfg_scale=0.5),
     "end tokens": dict(eos_ids=(3, 5, 8, 30)),
@@ -93,9 +92,30 @@ CHANGES = {
 
 def test_other_options_record_anew(recorded, model_and_options):
     model, options = model_and_options
-    for change in CHANGES.values():
+    options, prompts = options | dict(max_new_tokens=9, max_batch=2), prompts_of(9, 20, 4, seed=1)
+    on_device(model, prompts, **options)
+    for name, change in CHANGES.items():
         recorded.clear()
-        assert_right(model, prompts_of(9, 20, 4, seed=1), **dict(max_batch=2) | options | change)
+        assert_right(model, prompts, **options | change)
+        assert recorded, name
+        on_device(model, prompts, **options)
+
+
+def test_a_longer_row_records_anew_where_pages_suffice(recorded, model_and_options):
+    model, options = model_and_options
+    options |= dict(max_new_tokens=9)
+    assert_right(model, prompts_of(100, 100), **options)
+    recorded.clear()
+    assert_right(model, prompts_of(150, 3), **options)
+    assert recorded
+
+
+def test_another_seed_records_anew_where_something_is_drawn(recorded, model_and_options):
+    model, options = model_and_options
+    for drawn in (dict(temperature=0.7), dict(threshold=None, alg_temp=0.5), dict(confidence="random")):
+        assert_right(model, prompts_of(9), **options | drawn | dict(seed=1))
+        recorded.clear()
+        assert_right(model, prompts_of(9), **options | drawn | dict(seed=2))
         assert recorded
 
 
