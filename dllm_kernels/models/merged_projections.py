@@ -1,15 +1,15 @@
 """Projections of one input as one product: queries, keys and values; gate and up.
 
-`merge_projections` lays the weights of such a group one after the other in memory. Every module keeps its place,
-its name and its Parameters, which become row slices of one storage: state_dict, checkpoints and optimizers see
-the stock model. The first module of a group multiplies its input by the rows of all. It leaves the others' parts
-with the input itself: there they find them when they are called with that very tensor, and what nobody fetches
-ends with it.
+`merge_projections` lays the weights of such a group one after the other in memory. Every module keeps its
+place, its name and its Parameters, which become row slices of one storage: state_dict, checkpoints and
+optimizers see the stock model. The first module of a group multiplies its input by the rows of all. It leaves
+the others' parts with the input itself: there they find them when they are called with that very tensor, and
+what nobody fetches ends with it.
 
-A module computes by itself, as nn.Linear does, whenever it is not certain that this gives the same: with gradients
-enabled or under autocast, for another input or one that was changed in between, and when weights have come to
-lie elsewhere or are no longer plain Parameters. Compiled code and inference mode do not see changes in between,
-since torch counts none there.
+A module computes by itself, as nn.Linear does, whenever it is not certain that this gives the same: with
+gradients enabled or under autocast, for another input or one that was changed in between, and when weights
+have come to lie elsewhere or are no longer plain Parameters. Compiled code and inference mode do not see
+changes of an input in between, since torch counts none there.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ _PARTS = "_dllm_parts"  # of an input: what its projections have still to fetch
 
 
 def merge_projections(model: nn.Module) -> int:
-    """Compute each group of projections in `model` as one product from now on; returns how many groups there are.
+    """Compute each group of projections in `model` as one product from now on; returns how many there are.
 
-    Groups are found by name (`GROUPS`). One is left alone unless all its modules are plain nn.Linear without hooks,
-    alike in input size, dtype, device and in having a bias, with weights that no other module uses. A model
-    without such groups (its projections are fused already, say) stays as it is. One that is copied or moved
-    afterwards has weights in other places: it gives the same results, and is merged again by another call.
+    Groups are found by name (`GROUPS`). One is left alone unless all its modules are plain nn.Linear without
+    hooks, alike in input size, dtype, device and in having a bias, with weights that no other module uses. A
+    model without such groups (its projections are fused already, say) stays as it is. One that is copied, or
+    moved to another dtype or device, has weights in other places: its modules compute by themselves until
+    this is called again. Memory: that of one group besides the model's.
     """
     owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     merged = 0
@@ -64,9 +65,8 @@ class MergedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]: a slice of the group's product, where there is one."""
-        if torch.is_grad_enabled() or _under_autocast(x):
-            output = None
-        else:
+        output = None
+        if not torch.is_grad_enabled():
             output = _first_part(x, (self, *self.others)) if self.others else _own_part(x, self)
         return F.linear(x, self.weight, self.bias) if output is None else output
 
@@ -75,7 +75,8 @@ class MergedLinear(nn.Linear):
 def _first_part(x: Tensor, group: tuple[MergedLinear, ...]) -> Tensor | None:
     """The part of the group's first module; the others' are left with `x`."""
     weights, biases = _parameters(group)
-    if not all(type(parameter) is nn.Parameter for parameter in (*weights, *biases)):
+    as_merged = len(biases) in (0, len(group)) and _are_plain(weights + biases)
+    if not as_merged or _under_autocast(x):
         return None
     if torch.compiler.is_compiling():
         product = torch.ops.dllm_kernels.merged_linear(x, weights, biases)
@@ -83,13 +84,14 @@ def _first_part(x: Tensor, group: tuple[MergedLinear, ...]) -> Tensor | None:
         product = _merged_product(x, weights, biases)
     if product is None:
         return None
-    first, *others = product.split([module.out_features for module in group], dim=-1)
+    first, *others = torch.split_with_sizes(product, [module.out_features for module in group], dim=-1)
     parts = getattr(x, _PARTS, None)
     if parts is None:
         parts = {}
         setattr(x, _PARTS, parts)
+    version = _version(x)
     for module, part in zip(group[1:], others, strict=True):
-        parts[module] = _version(x), part
+        parts[module] = version, part
     return first
 
 
@@ -109,11 +111,14 @@ def _version(x: Tensor) -> int | None:
 
 def _under_autocast(x: Tensor) -> bool:
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _merged_product(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor | None:
-    """x [..., in] times weights [out_i, in], plus biases [out_i] if any -> [..., sum of out_i]; None: lie apart."""
+    """x [..., in] times weights [out_i, in], plus biases [out_i] if any -> [..., sum of out_i].
+
+    None where they do not lie one after the other.
+    """
     weight, bias = _joined(weights), _joined(biases) if biases else None
     if weight is None or (biases and bias is None):
         return None
@@ -134,29 +139,38 @@ def _separate_products(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -
 
 
 # ---- weights in memory -------------------------------------------------------------------------------------
-def _parameters(group: tuple[nn.Linear, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and biases, of which there may be none."""
-    weights = [module.weight for module in group]
-    return weights, [module.bias for module in group if module.bias is not None]
+def _parameters(group: tuple[nn.Linear, ...]) -> tuple[list[Tensor | None], list[Tensor]]:
+    """Weights (None: computed from others) and biases, of which there may be none."""
+    weights = [module._parameters.get("weight") for module in group]
+    biases = [module._parameters.get("bias") for module in group]
+    return weights, [bias for bias in biases if bias is not None]
+
+
+def _are_plain(parameters: list[Tensor | None]) -> bool:
+    return all(type(parameter) is nn.Parameter for parameter in parameters)
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:
-    """The tensor whose rows are those of `parts`, if these lie so in one storage."""
-    first = parts[0]
-    storage, end = first.untyped_storage().data_ptr(), first.storage_offset()
+    """The tensor whose rows are those of `parts`, if these lie so in the storage of the first."""
+    first, rows = parts[0], 0
+    address, stride, dtype = first.data_ptr(), first.stride(), first.dtype
     for part in parts:
-        alike = part.dtype == first.dtype and part.shape[1:] == first.shape[1:] and part.is_contiguous()
-        if not alike or (part.untyped_storage().data_ptr(), part.storage_offset()) != (storage, end):
+        if part.data_ptr() != address or part.stride() != stride or part.dtype != dtype:
             return None
-        end += part.numel()
-    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+        address += part.nbytes
+        rows += part.shape[0]
+    storage = first.untyped_storage()
+    if address > storage.data_ptr() + storage.nbytes() or not first.is_contiguous():
+        return None
+    return first.as_strided((rows, *first.shape[1:]), stride)
 
 
 def _lay_together(group: tuple[nn.Linear, ...]) -> None:
-    """Weights one after the other, and biases; nothing where they already lie so, or where they differ in kind."""
+    """Weights one after the other, and biases, unless they lie so already or differ in kind."""
     for parts in filter(None, _parameters(group)):
-        kinds = {(type(part), part.dtype, part.device, part.shape[1:]) for part in parts}
-        if len(kinds) > 1 or type(parts[0]) is not nn.Parameter or _joined(parts) is not None:
+        if not _are_plain(parts) or len({(part.dtype, part.device, part.shape[1:]) for part in parts}) > 1:
+            continue
+        if _joined(parts) is not None:
             continue
         whole = torch.cat([part.detach() for part in parts])
         for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
@@ -178,8 +192,8 @@ def _can_merge(group: tuple[nn.Module | None, ...], owners: Counter) -> bool:
     return (
         len({(weight.shape[1], weight.dtype, weight.device) for weight in weights}) == 1
         and len(biases) in (0, len(group))
-        and all(type(parameter) is nn.Parameter for parameter in (*weights, *biases))
-        and all(owners[id(parameter)] == 1 for parameter in (*weights, *biases))
+        and _are_plain(weights + biases)
+        and all(owners[id(parameter)] == 1 for parameter in weights + biases)
     )
 
 
