@@ -61,19 +61,36 @@ def peer_loops(request, kind: str, model, new_tokens: int) -> dict:
     }
 
 
-@pytest.mark.parametrize("cache", ["none", "dual"])
-def test_sampling_bidirectional(compare, pick, smoke, request, cache):
+@pytest.mark.parametrize(
+    "cache, compile",
+    [("none", False), ("none", True), ("dual", False)],
+    ids=["none", "none-compiled", "dual"],
+)
+def test_sampling_bidirectional(compare, pick, smoke, request, cache, compile):
     model = random_model("bidirectional", smoke)
     length, new_tokens = pick((PROMPT, NEW_TOKENS), (16, 8))
     mask_id = model.config.mask_token_id
     compare(
-        lambda prompt: sequences(model, [prompt], new_tokens, cache=cache),
+        lambda prompt: sequences(model, [prompt], new_tokens, cache=cache, compile=compile),
         {"LLaDA's loop": lambda prompt: loops.plain_loop(model, prompt, new_tokens, BLOCK, mask_id)}
         | peer_loops(request, "mdlm", model, new_tokens),
         inputs=lambda: (random_prompt(length, model),),
-        tolerance={"atol": 0, "rtol": 0} if cache == "none" else None,
+        tolerance={"atol": 0, "rtol": 0} if cache == "none" and not compile else None,
         rounds=FEW_ROUNDS,
     )
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_sampling_host_work(compare, pick, rows):
+    """What the sampler does besides the model: one of no size, against the bare loop around each row."""
+    model = random_model("bidirectional", smoke=True)
+    prompts, new_tokens = [random_prompt(8, model) for _ in range(rows)], pick(BLOCK, 8)
+
+    def bare_loop():
+        for prompt in prompts:
+            loops.plain_loop(model, prompt, new_tokens, BLOCK, model.config.mask_token_id)
+
+    compare(lambda: sequences(model, prompts, new_tokens, cache="none"), {"bare loop": bare_loop})
 
 
 def test_sampling_block_causal(compare, pick, smoke, request):
@@ -108,22 +125,27 @@ def test_sampling_batch(compare, pick, smoke):
     )
 
 
-def test_sampling_tiny_python(compare, pick):
-    """The embedded model on code, parallel and from the cache, against one token per full forward."""
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_sampling_tiny_python(compare, pick, compile):
+    """The embedded model on held-out files: threshold and cache against one token per full forward."""
     model, tokenizer = dk.load("tiny-python")
     plain, _ = dk.load("tiny-python", attention="bidirectional")
     loops.see_both_ways(plain)
-    length, new_tokens = pick((PROMPT, NEW_TOKENS), (32, 32))
-    source = "\n".join(["class Stack:", "    def __init__(self):", "        self.items = []", ""] * 40)
-    prompt = tokenizer(source)["input_ids"][:length]
+    length, new_tokens, count = pick((PROMPT, NEW_TOKENS, 3), (32, 32, 1))
+    files = data.encode_documents(data.split(data.collect_sources())[1], tokenizer)
+    prompts = spread([file[:length].tolist() for file in files if len(file) >= length], count)
     mask_id = model.config.mask_token_id
-    compare(
-        lambda: (
-            dk.sample(model, [prompt], max_new_tokens=new_tokens, threshold=0.9, stop_on_eos=False).sequences
-        ),
-        {"plain loop": lambda: loops.plain_loop(plain, prompt, new_tokens, BLOCK, mask_id)},
-        rounds=FEW_ROUNDS,
-    )
+    options = dict(max_new_tokens=new_tokens, threshold=0.9, stop_on_eos=False, compile=compile)
+
+    def ours():
+        for prompt in prompts:
+            dk.sample(model, [prompt], **options)
+
+    def plain_loop():
+        for prompt in prompts:
+            loops.plain_loop(plain, prompt, new_tokens, BLOCK, mask_id)
+
+    compare(ours, {"plain loop": plain_loop}, rounds=5)
 
 
 @functools.cache

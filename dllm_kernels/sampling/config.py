@@ -41,6 +41,7 @@ class SampleConfig:
     confidence 0. mask_id, eos_ids: in place of the checkpoint's.
     stop_on_eos: end a row at its first end token. chat: prompts are messages, put through the chat template.
     max_batch: rows in flight; the others wait. history: keep the canvas after every round.
+    compile: run the model's body under torch.compile, which takes seconds once and saves time in every step.
     parity: do as a reference implementation does, see docs/sampling.md.
     """
 
@@ -79,6 +80,7 @@ class SampleConfig:
     stop_on_eos: bool = True
     chat: bool = False
     max_batch: int | None = None
+    compile: bool = False
     history: bool = False
     parity: str | None = None
 

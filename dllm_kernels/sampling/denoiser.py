@@ -8,35 +8,39 @@ reads its weight once and stores no logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dllm_kernels.models.attention import VIEW_ONLY, enable_attention, view_not_handed_on
+from dllm_kernels.models.compiled import compiled, current
 from dllm_kernels.ops.token_stats import TokenStats, linear_token_stats, token_stats
 from dllm_kernels.sampling.views import StepView
 
 
 @dataclass
 class ModelDenoiser:
-    """A transformers model on our attention."""
+    """A transformers model on our attention, its body compiled if `compile` says so."""
 
     model: torch.nn.Module
     head: tuple[Callable[[Tensor], Tensor], ...]
     first_position: int = 0
+    compile: bool = False
 
     def outputs(self, ids: Tensor, view: StepView, places: Tensor) -> tuple[Tensor, int]:
         """ids [B, N] of the view's tokens, places [M] among all B·N -> output rows [M, H], forwards made."""
         view.layers.clear()
-        hidden = self.model.base_model(
-            input_ids=ids,
-            position_ids=view.position_ids + self.first_position,
-            attention_mask=VIEW_ONLY,
-            use_cache=False,
-            dllm_view=view,
-        )[0]
+        # Without the bookkeeping that no_grad still does for each of a model's thousand small operators.
+        with torch.inference_mode(), current(view) if self.compile else nullcontext(view) as handed_on:
+            hidden = self.model.base_model(
+                input_ids=ids,
+                position_ids=view.position_ids + self.first_position,
+                attention_mask=VIEW_ONLY,
+                use_cache=False,
+                dllm_view=handed_on,
+            )[0]
         if len(view.layers) != self.model.config.num_hidden_layers:
             raise ValueError(view_not_handed_on(type(self.model).__name__))
         output = hidden.flatten(0, 1)[places]
@@ -59,7 +63,8 @@ class ModelDenoiser:
     def ready(self) -> Iterator[None]:
         """No gradients, no dropout, our attention; afterwards everything as it was."""
         training = [module for module in self.model.modules() if module.training]
-        with enable_attention(self.model), torch.no_grad():
+        body = compiled(self.model) if self.compile else nullcontext()
+        with enable_attention(self.model), torch.no_grad(), body:
             try:
                 self.model.eval()
                 yield

@@ -119,7 +119,7 @@ def prepare(model, tokenizer, config: SampleConfig | None, overrides: dict) -> J
     else:
         own = {"block_size": diffusion.block_size} if diffusion.block_size else {}
         config = SampleConfig(**{**own, **overrides})
-    _check_cache(config, diffusion, hooked)
+    _check_model_options(config, diffusion, hooked)
     mask_id = _first(config.mask_id, diffusion.mask_id, getattr(tokenizer, "mask_token_id", None))
     if mask_id is None:
         raise ValueError(
@@ -136,7 +136,7 @@ def prepare(model, tokenizer, config: SampleConfig | None, overrides: dict) -> J
     if mask_id in eos_ids:
         raise ValueError(f"mask_id {mask_id} is an end token too")
     if hooked:
-        denoiser = ModelDenoiser(model, diffusion.head, diffusion.first_position)
+        denoiser = ModelDenoiser(model, diffusion.head, diffusion.first_position, config.compile)
     else:
         denoiser = CallableDenoiser(model)
     return Job(model, denoiser, diffusion, config, mask_id, eos_ids)
@@ -168,7 +168,9 @@ def _refuse_wrapper(model) -> None:
             )
 
 
-def _check_cache(config: SampleConfig, diffusion: Diffusion, hooked: bool) -> None:
+def _check_model_options(config: SampleConfig, diffusion: Diffusion, hooked: bool) -> None:
+    if config.compile and not hooked:
+        raise ValueError("compile=True compiles a transformers model; give a callable compiled already")
     cache, bidirectional = config.cache, diffusion.attention == "bidirectional"
     if cache not in ("auto", "none") and not hooked:
         raise ValueError(

@@ -102,6 +102,7 @@ CHECKS = {
     "stop_on_eos": _flag,
     "chat": _flag,
     "max_batch": _optional(_integer(1)),
+    "compile": _flag,
     "history": _flag,
     "parity": _optional(_one_of(*PARITY)),
 }

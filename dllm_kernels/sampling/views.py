@@ -140,6 +140,7 @@ class Pages:
     def __post_init__(self) -> None:
         length = self.packing.length
         self.longest = int(length.max())
+        self.alone = len(length) == 1
         self.even = bool((length == self.longest).all())
         self.empty = not bool((self.seen[..., 0] < self.seen[..., 1]).any())
         self.column = torch.arange(self.longest, device=length.device)
@@ -163,12 +164,18 @@ class Pages:
             self.rows(query), self.rows(key), self.rows(value), *self.of(layer), self.table, cache_spans,
             fresh_spans=fresh_spans, q_lengths=self.lengths, scale=scale,
         )  # fmt: skip
-        tokens = output.transpose(1, 2)
+        return output if self.alone else self.packed(output)
+
+    def packed(self, tokens: Tensor) -> Tensor:
+        """[B, H, Tq, D] -> [1, H, N, D]"""
+        tokens = tokens.transpose(1, 2)
         tokens = tokens.flatten(0, 1) if self.even else tokens[self.real]
         return tokens.transpose(0, 1)[None]
 
     def rows(self, tokens: Tensor) -> Tensor:
         """[1, H, N, D] -> [B, H, Tq, D]; short rows are filled up with any token."""
+        if self.alone:
+            return tokens
         tokens = tokens[0].transpose(0, 1)
         tokens = tokens.view(-1, self.longest, *tokens.shape[1:]) if self.even else tokens[self.unpack]
         return tokens.transpose(1, 2)

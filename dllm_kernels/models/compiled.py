@@ -1,0 +1,114 @@
+"""A model's own forward under torch.compile, with attention left to the view of each step.
+
+A layer of a stock model is some twenty small kernels around its matrix products; compiled they are a few.
+What a step sees changes from step to step and must not be compiled in: in the graph attention is one opaque
+operator, which asks the view that is current when it runs. So one graph serves every cache and every number
+of tokens.
+
+On the CPU the whole body is compiled, since calling a compiled function costs as much as several kernels. On
+CUDA its layers are: they are alike, so that one compilation does for all, and a step that is recorded as a
+CUDA graph calls nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_FUNCTIONS: weakref.WeakKeyDictionary[PreTrainedModel, Callable] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def compiled(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context the body of `model` is compiled when first called; afterwards it is as it was.
+
+    It is then called with what `current` yields as `dllm_view`. What was compiled serves later contexts too,
+    as long as the model lives. ValueError if `model` has no layers that can be taken by themselves, or if one
+    of them has a forward of its own (hooks of accelerate, for example), which would be passed over.
+    """
+    regions = _regions(model)
+    own = next((type(region).__name__ for region in regions if "forward" in vars(region)), None)
+    if own is not None:
+        raise ValueError(f"compile=True: the forward of {own} was replaced on the instance")
+    function = _FUNCTIONS.setdefault(model, _compiled_forward())
+    with ExitStack() as restored:
+        for region in regions:
+            restored.callback(vars(region).pop, "forward", None)
+            region.forward = function.__get__(region)
+        yield
+
+
+@contextmanager
+def current(view) -> Iterator[_CurrentView]:
+    """Within this context compiled layers attend by `view`; yields what a model is given as `dllm_view`."""
+    _step.view, _step.layer = view, 0
+    try:
+        yield _CURRENT_VIEW
+    finally:
+        _step.view = None
+
+
+def _compiled_forward() -> Callable:
+    def forward(module: nn.Module, *args, **kwargs):
+        return type(module).forward(module, *args, **kwargs)
+
+    # torch counts compilations, and gives up after some, by code object: every model gets one of its own.
+    forward.__code__ = forward.__code__.replace()
+    return torch.compile(forward, fullgraph=True, dynamic=True)
+
+
+def _regions(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that are compiled: the body, or its layers in their order."""
+    if model.device.type == "cpu":
+        return [model.base_model]
+    count = model.config.num_hidden_layers
+    for layers in model.base_model.modules():
+        if isinstance(layers, nn.ModuleList) and len(layers) == count:
+            return [*layers]
+    raise ValueError(f"compile=True: {type(model).__name__} has no list of {count} layers")
+
+
+# ---- the operator that stands for attention ----------------------------------------------------------------
+class _Step(threading.local):
+    """The forward that runs in this thread: what it sees, and how many of its layers have attended."""
+
+    view: object = None
+    layer: int = 0
+
+
+class _CurrentView:
+    """What a compiled model holds in a view's place. It has no state: nothing of a view is compiled in, and
+    neither is the layer's number, in which layers would differ."""
+
+    def attend(self, layer, query, key, value, scale, window) -> Tensor:
+        """As StepView.attend."""
+        output = torch.ops.dllm_kernels.attend_current_view(query, key, value, scale, window)
+        return output.transpose(1, 2)
+
+
+_step, _CURRENT_VIEW = _Step(), _CurrentView()
+
+_library = torch.library.Library("dllm_kernels", "FRAGMENT")
+_library.define(
+    "attend_current_view(Tensor query, Tensor key, Tensor value, float? scale, int? window) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "attend_current_view", "CompositeExplicitAutograd")
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+    """query [B, Hq, N, D], key and value [B, Hkv, N, D] -> [B, N, Hq, D]. Each layer needs the output of the
+    one before, so that they attend in their order."""
+    layer, _step.layer = _step.layer, _step.layer + 1
+    return _step.view.attend(layer, query, key, value, scale, window).transpose(1, 2).contiguous()
+
+
+@torch.library.register_fake("dllm_kernels::attend_current_view", lib=_library)
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, heads, value.shape[3])
