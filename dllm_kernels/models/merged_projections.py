@@ -125,14 +125,18 @@ def _merged_product(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> T
     return F.linear(x, weight, bias)
 
 
-@torch.library.custom_op("dllm_kernels::merged_linear", mutates_args=())
+# In compiled code, which must not be tied to where the weights lay when it was compiled.
+_library = torch.library.Library("dllm_kernels", "FRAGMENT")
+_library.define("merged_linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
+
+
+@torch.library.impl(_library, "merged_linear", "CompositeExplicitAutograd")
 def _merged_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-    """The same in compiled code, which must not be tied to where the weights lay when it was compiled."""
     product = _merged_product(x, weights, biases)
     return _separate_products(x, weights, biases) if product is None else product
 
 
-@_merged_linear.register_fake
+@torch.library.register_fake("dllm_kernels::merged_linear", lib=_library)
 def _separate_products(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     biases = biases or [None] * len(weights)
     return torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)

@@ -497,6 +497,29 @@ def test_compiled_code_has_one_product_of_a_group(pair):
     assert sum("linear" in call for call in calls) == 2 + 2  # o_proj and down_proj
 
 
+def test_layers_share_what_was_compiled(pair):
+    stock, merged = pair
+    x = torch.randn(2, 12, 32)
+    angles = stock.model.rotary_emb(x, torch.arange(12)[None])
+    run = torch.compile(
+        lambda layer: layer(x, position_embeddings=angles), fullgraph=True, backend="aot_eager"
+    )
+    with torch.no_grad():
+        for number, (layer, expected) in enumerate(zip(merged.model.layers, stock.model.layers, strict=True)):
+            with torch._dynamo.config.patch(error_on_recompile=number > 0):
+                found = run(layer)
+            torch.testing.assert_close(found, expected(x, position_embeddings=angles), atol=1e-4, rtol=1e-4)
+
+
+def test_sampling_with_a_compiled_body():
+    stock = tiny_model("qwen3")
+    merged = copy.deepcopy(stock)
+    merge_projections(merged)
+    options = dict(max_new_tokens=12, block_size=8, threshold=0.3)
+    found = dk.sample(merged, [[5, 6, 7], [8, 9]], compile=True, **options)
+    assert torch.equal(found.sequences, dk.sample(stock, [[5, 6, 7], [8, 9]], **options).sequences)
+
+
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("apart", [True, False])
 def test_the_operator(biased, apart):
