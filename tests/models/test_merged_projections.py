@@ -293,8 +293,9 @@ def test_an_input_that_was_changed_in_between(group):
         torch.testing.assert_close(k(x), plain(k, x))
 
 
-def test_a_bias_that_was_taken_away(group):
-    group[1].bias = None
+@pytest.mark.parametrize("index", range(3))
+def test_a_bias_that_was_taken_away(group, index):
+    group[index].bias = None
     x = torch.randn(5, 6)
     with torch.no_grad():
         for module in group:
@@ -482,6 +483,13 @@ def test_a_compiled_layer_is_one_graph(pair, backend):
     stock, merged = pair
     expected = compiled_layer(stock, None)()
     torch.testing.assert_close(compiled_layer(merged, backend)(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_compiled_layer_under_autocast(pair):
+    stock, merged = pair
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = compiled_layer(stock, "aot_eager")(), compiled_layer(merged, "aot_eager")()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_compiled_code_has_one_product_of_a_group(pair):
