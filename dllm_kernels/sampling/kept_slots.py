@@ -86,7 +86,7 @@ def _state_of(module: torch.nn.Module) -> tuple:
             weights += tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
         elif tensor is not None:
             weights.append(object())  # of others' making, with its memory elsewhere: equal to nothing
-    return *weights, *((name, _seen(value)) for name, value in vars(module).items())
+    return type(module), *weights, *((name, _seen(value)) for name, value in vars(module).items())
 
 
 def _seen(value) -> object:

@@ -108,7 +108,7 @@ def test_rounds_are_recorded_once_for_all_calls(recorded, monkeypatch, kind):
         prompts = prompts_of(9, 12, seed=seed)
         output = dk.sample(on_gpu, prompts, **options)
         assert_same(output, dk.sample(on_cpu, prompts, **options))
-        assert len(recorded) == (1 if cache == "block" else 3)
+        assert len(recorded) == {"block": 1, "prefix": 4, "dual": 3}[kind]
     assert len(replayed) >= 3 * int(output.row_forwards.max())
 
 
