@@ -15,7 +15,7 @@ import torch
 
 from dllm_kernels.ops.advance import BlockRows, advance_
 from dllm_kernels.sampling.canvases import Canvases
-from dllm_kernels.sampling.cuda_graph import Flags
+from dllm_kernels.sampling.cuda_graph import Flags, upload_
 from dllm_kernels.sampling.device_rounds import DeviceRounds
 from dllm_kernels.sampling.device_view import DeviceView
 from dllm_kernels.sampling.job import Job
@@ -38,12 +38,13 @@ class BlockRounds(DeviceRounds):
 
     @staticmethod
     def serves(job: Job) -> bool:
-        """As DeviceRounds.serves; `advance_` knows the quotas of one schedule."""
-        config = job.config
+        """As DeviceRounds.serves. Where a step may commit more than its quota, the next one is that of a step
+        of the block, which `advance_` knows for one schedule."""
+        more_than_quota = job.config.acceptance(1).name == "quota_or_threshold"
         return (
             DeviceRounds.serves(job)
             and job.scheme is SCHEMES["block"]
-            and (config.schedule == "llada" or not config.acceptance(1).needs_quota)
+            and (job.config.schedule == "llada" or not more_than_quota)
             and len(job.eos_ids) <= MOST_STOP_IDS
         )
 
@@ -73,6 +74,9 @@ class BlockRounds(DeviceRounds):
         advance_(
             slots.canvas, rows, mask_id=self.job.mask_id, quota_total=whole_block, stop_ids=self.stop_ids
         )
+        if self.rule.name == "quota":
+            step = rows.step.clamp(max=slots.width - 1).long()
+            rows.quota.copy_(slots.quotas.gather(1, step[:, None])[:, 0])
 
     def round(self, waiting: deque[int]) -> None:
         self.admit(waiting)
@@ -94,6 +98,9 @@ class BlockRounds(DeviceRounds):
             row = waiting.popleft()
             cached, whole = self.place(row, slot, self.shareable), int(self.shareable[row])
             self.since[slot] = self.flags.launched
+            if self.rule.name == "quota":
+                quotas = torch.tensor(self.quotas_of(row), dtype=torch.int32)
+                upload_(self.slots.quotas[slot, : len(quotas)], quotas)
             if whole > cached:
                 self._compute_prompt(slot, cached, whole)
             given, stop, end = (
@@ -113,6 +120,16 @@ class BlockRounds(DeviceRounds):
             # A launch from before the row came, or the one that finds its first block, says nothing of it.
             if row is not None and number >= self.since[slot] and start >= self.canvases.end[row]:
                 self.take(slot, int(self.slots.rows.step[slot]))
+
+    def quotas_of(self, row: int) -> list[int]:
+        """Of all steps of a row, each of which commits its quota: block after block."""
+        config, blocks = self.job.config, self.masks_of[row]
+        starts = [masks[0] // self.size * self.size for masks in blocks]
+        return [
+            quota
+            for start, masks in zip(starts, blocks, strict=True)
+            for quota in config.quotas(len(masks), len(blocks), (row, start))
+        ]
 
     def most_steps(self) -> int:
         """More than any row takes: one for each mask, each block to catch up with, and those in flight."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -49,9 +50,8 @@ class Launches:
 
     def launch(self, name: Hashable) -> None:
         """Start what was recorded, on the current stream."""
-        if self.device.type != "cuda":
-            return self.recorded[name]()
-        with torch.cuda.device(self.device):
+        on_its_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with on_its_device:
             self.recorded[name]()
 
     def _graph_of(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:

@@ -26,7 +26,8 @@ class DeviceSlots:
     canvas: int64 [slots, width]. hidden: bool [slots, width], prompt tokens that guidance hides from its
     second stream. unmask_step: int64 [slots, width + 1], the step that wrote each token, -1: given; the last
     column is a place for what is no candidate. sequence: int32 [slots], which row of the job is in it.
-    table: int32 [streams · slots, P], the pages, stream by stream, in `cache`. rows: where they are.
+    table: int32 [streams · slots, P], the pages, stream by stream, in `cache`. rows: where they are. quotas:
+    int32 [slots, width], of each of a row's steps, where they are known beforehand.
     stop_ids: int64 [n], tokens that end a row. chosen: int64 [1], the slot of a launch for one row. flags:
     int64 [slots, 2], what a launch tells the host of each row.
 
@@ -52,6 +53,7 @@ class DeviceSlots:
         self.sequence = torch.zeros(slots, dtype=torch.int32, device=device)
         pages = -(-width // cache.page_size)
         self.table = torch.zeros(streams * slots, pages, dtype=torch.int32, device=device)
+        self.quotas = torch.zeros(slots, width, dtype=torch.int32, device=device)
         self.stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=device)
         self.chosen = torch.zeros(1, dtype=torch.int64, device=device)
         self.flags = torch.zeros(slots, 2, dtype=torch.int64, device=device)

@@ -47,6 +47,7 @@ KINDS = {
     "dual": ("bidirectional", "dual"),
 }
 MORE_OPTIONS = {
+    "schedule": dict(steps_per_block=3, schedule="dllm"),
     "shift and guidance": dict(steps_per_block=4, shift=True, cfg_scale=0.5),
     "filters": dict(threshold=0.3, temperature=0.7, top_p=0.9, top_k=20),
 }
