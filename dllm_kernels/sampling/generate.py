@@ -107,9 +107,12 @@ _NOT_RECORDED: weakref.WeakSet = weakref.WeakSet()
 
 
 def _may_record(job: Job) -> bool:
-    """With DLLM_DEBUG=1 every call waits for the device."""
+    """Not where weights are gathered from several processes in each forward, nor with DLLM_DEBUG=1, when
+    every call waits for the device."""
     checked = os.environ.get("DLLM_DEBUG") == "1"
-    return job.device.type == "cuda" and not checked and job.model not in _NOT_RECORDED
+    if job.device.type != "cuda" or checked or job.model in _NOT_RECORDED:
+        return False
+    return not any(hasattr(weight, "device_mesh") for weight in job.model.parameters())
 
 
 def _prompt_ids(job: Job, prompts, attention_mask: Tensor | None, tokenizer) -> list[list[int]]:

@@ -88,3 +88,11 @@ def test_nothing_is_recorded_on_a_cpu_or_while_calls_are_checked(monkeypatch):
     monkeypatch.delenv("DLLM_DEBUG")
     monkeypatch.setattr(Job, "device", torch.device("cpu"))
     assert not generate._may_record(Job)
+
+
+def test_nothing_is_recorded_of_a_model_in_several_processes():
+    class Job:
+        model, device = torch.nn.Linear(1, 1), torch.device("cuda")
+
+    Job.model.bias.device_mesh = "as of a DTensor"
+    assert not generate._may_record(Job)
