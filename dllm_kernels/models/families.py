@@ -152,16 +152,19 @@ def diffusion_of(model) -> Diffusion:
 
 def diffusion_entry(config, family: Family) -> dict:
     """The config's "diffusion" entry, filled up from its family's row."""
-    entry = {
-        "attention": family.attention,
-        "shift": family.shift,
-        "chat": dict(family.chat),
-        **(getattr(config, "diffusion", None) or {}),
-    }
+    given = getattr(config, "diffusion", None) or {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"config.diffusion is {given!r}; it must hold entries by name")
+    entry = {"attention": family.attention, "shift": family.shift, "chat": dict(family.chat), **given}
     entry["attention"] = list(entry["attention"])
     for kind in entry["attention"]:
         if kind not in ATTENTION:
             raise ValueError(f"config.diffusion has attention {kind!r}; allowed: {', '.join(ATTENTION)}")
+    size = entry.get("block_size")
+    if size is not None and (type(size) is not int or size < 1):
+        raise ValueError(f"config.diffusion has block_size {size!r}; it must be an integer >= 1")
+    if not isinstance(entry["shift"], bool):
+        raise ValueError(f"config.diffusion has shift {entry['shift']!r}; it must be true or false")
     return entry
 
 

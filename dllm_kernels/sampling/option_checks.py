@@ -12,6 +12,8 @@ from dllm_kernels.sampling.rule_options import RULES
 from dllm_kernels.sampling.rules import CONFIDENCES, Rule
 
 CACHES = ("auto", "none", "prefix", "dual", "block")
+_MOST_STEPS = 10**6  # a schedule goes through every one
+_LARGEST = 1e38  # of numbers that enter products in float32
 SCHEDULES = ("llada", "dllm", "dllm_cosine", "dream")
 
 
@@ -69,9 +71,9 @@ def _optional(check):
 CHECKS = {
     "max_new_tokens": _integer(1),
     "block_size": _integer(1),
-    "steps": _optional(_integer(1)),
-    "steps_per_block": _optional(_integer(1)),
-    "temperature": _number(0.0),
+    "steps": _optional(_integer(1, _MOST_STEPS)),
+    "steps_per_block": _optional(_integer(1, _MOST_STEPS)),
+    "temperature": _number(0.0, _LARGEST),
     "seed": _integer(0, 2**63 - 1),
     "rule": _optional(_rule),
     "threshold": _optional(_number(-math.inf)),
@@ -92,7 +94,7 @@ CHECKS = {
     "cache": _one_of(*CACHES),
     "refresh_every": _optional(_integer(1)),
     "suffix_window": _optional(_integer(0)),
-    "cfg_scale": _number(0.0),
+    "cfg_scale": _number(0.0, _LARGEST),
     "cfg_keep_tokens": _ids,
     "shift": _optional(_flag),
     "suppress_tokens": _ids,

@@ -29,7 +29,7 @@ class Round:
     """What one round did, as `on_round` gets it.
 
     rows, positions, tokens: int64 [n], what was committed: index of the prompt, position, token id.
-    canvas: int64 [B, T], all canvases as they stand; to read, not to write. forwards: forward passes so far.
+    canvas: int64 [B, T], a copy of all canvases as they stand. forwards: forward passes so far.
     """
 
     rows: Tensor
@@ -209,7 +209,8 @@ class Rounds:
         """What `on_round` is told, without what lies beyond a row's completion."""
         kept = position < self.stop[row]
         row, position = row[kept], position[kept]
-        canvas = self.ids[:, : int(self.stop.max())]
+        place = torch.arange(int(self.stop.max()), device=self.ids.device)
+        canvas = self.ids[:, : len(place)].masked_fill(place >= self.stop[:, None], self.job.fill)
         return Round(row, position, canvas[row, position], canvas, self.forwards)
 
     def frame_of(self, live: list[int]) -> Frame:
