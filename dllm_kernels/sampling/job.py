@@ -172,7 +172,7 @@ def _refuse_wrapper(model) -> None:
         if inner is not None:
             raise ValueError(
                 f"model is a {type(model).__name__} around a {type(inner).__name__}: give the inner model "
-                "(model.get_base_model(), model.module or model._orig_mod), or a function of ids to use it as "
+                "(model.get_base_model(), .module or ._orig_mod), or a function of ids to use it as "
                 "it stands"
             )
 
