@@ -42,15 +42,15 @@ def enable_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """
     with ExitStack() as switched:
         for config in _configs(model):
-            switched.enter_context(shared_change(("attention", id(config)), partial(_switched, config)))
+            switched.enter_context(shared_change(("attention", id(config)), partial(_restored, config)))
+            config._attn_implementation_internal = NAME
         yield model
 
 
 @contextmanager
-def _switched(config) -> Iterator[None]:
+def _restored(config) -> Iterator[None]:
     before = config._attn_implementation
     try:
-        config._attn_implementation_internal = NAME
         yield
     finally:
         config._attn_implementation_internal = before

@@ -46,6 +46,7 @@ def completions(rows: list[list[int]], job) -> Canvases:
             origin = given % size
         else:
             origin, end = torch.zeros_like(given), -(-stop // size) * size
+    job.check_positions(given, end)
     ids = torch.full((len(rows), int(end.max())), job.fill, device="cpu")
     for index, row in enumerate(rows):
         ids[index, : len(row)] = torch.tensor(row, device="cpu")

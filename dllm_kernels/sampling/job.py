@@ -68,11 +68,15 @@ class Job:
 
     def check_length(self, canvases: Canvases) -> None:
         """Refuse canvases beyond the model's positions."""
-        longest, row = canvases.end.max(0)
+        self.check_positions(canvases.given, canvases.end)
+
+    def check_positions(self, given: Tensor, end: Tensor) -> None:
+        """`check_length` before there are canvases, whose bounds these are."""
+        longest, row = end.max(0)
         limit = self.diffusion.max_positions
         if limit is not None and longest > limit:
             raise ValueError(
-                f"row {int(row)} needs {int(longest)} positions ({int(canvases.given[row])} of prompt, "
+                f"row {int(row)} needs {int(longest)} positions ({int(given[row])} of prompt, "
                 f"blocks of {self.config.block_size}); the model has {limit}"
             )
 
@@ -138,9 +142,7 @@ def prepare(model, tokenizer, config: SampleConfig | None, overrides: dict) -> J
         mask_id=(mask_id,), suppress_tokens=config.suppress_tokens,
         begin_suppress_tokens=config.begin_suppress_tokens,
     )  # fmt: skip
-    _check_vocabulary(
-        diffusion.vocab_size, eos_ids=eos_ids, cfg_keep_tokens=config.cfg_keep_tokens, **barred
-    )
+    _check_vocabulary(diffusion.vocab_size, eos_ids=eos_ids, cfg_keep_tokens=config.cfg_keep_tokens, **barred)
     if mask_id in eos_ids:
         raise ValueError(f"mask_id {mask_id} is an end token too")
     if hooked:

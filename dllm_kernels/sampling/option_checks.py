@@ -13,7 +13,7 @@ from dllm_kernels.sampling.rules import CONFIDENCES, Rule
 
 CACHES = ("auto", "none", "prefix", "dual", "block")
 _MOST_STEPS = 10**6  # a schedule goes through every one
-_LARGEST = 1e38  # of numbers that enter products in float32
+_LARGEST, _SMALLEST = 1e38, 1e-37  # of numbers that enter products in float32, and divide there
 SCHEDULES = ("llada", "dllm", "dllm_cosine", "dream")
 
 
@@ -31,6 +31,13 @@ def _number(low: float, high: float = math.inf):
         return float(value)
 
     return check
+
+
+def _temperature(name, value):
+    value = _number(0.0, _LARGEST)(name, value)
+    if 0 < value < _SMALLEST:
+        raise ValueError(f"{name} is {value}; it must be 0, or at least {_SMALLEST:g}")
+    return value
 
 
 def _flag(name, value):
@@ -73,7 +80,7 @@ CHECKS = {
     "block_size": _integer(1),
     "steps": _optional(_integer(1, _MOST_STEPS)),
     "steps_per_block": _optional(_integer(1, _MOST_STEPS)),
-    "temperature": _number(0.0, _LARGEST),
+    "temperature": _temperature,
     "seed": _integer(0, 2**63 - 1),
     "rule": _optional(_rule),
     "threshold": _optional(_number(-math.inf)),
@@ -84,11 +91,11 @@ CHECKS = {
     "schedule": _one_of(*SCHEDULES),
     "eps": _number(0.0),
     "stochastic": _flag,
-    "alg_temp": _number(0.0),
+    "alg_temp": _temperature,
     "top_p": _optional(_number(0.0, 1.0)),
     "top_k": _optional(_integer(1)),
     "edit_threshold": _optional(_number(-math.inf)),
-    "max_post_steps": _integer(0),
+    "max_post_steps": _integer(0, _MOST_STEPS),
     "kl_threshold": _optional(_number(0.0)),
     "stable_steps": _optional(_integer(1)),
     "cache": _one_of(*CACHES),

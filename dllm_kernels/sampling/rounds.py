@@ -77,7 +77,8 @@ class Rounds:
         self.blocks = [BlockSteps() for _ in range(count)]
         self.slots = min(job.config.max_batch or count, count)
         self.slot_of: dict[int, int] = {}
-        self.predictions = Predictions(job, self.rule, count, self.slots)
+        width = min(job.config.block_size, self.ids.shape[1])
+        self.predictions = Predictions(job, self.rule, count, self.slots, width)
         self.pages: RowPages | None = None
         self.frame: Frame | None = None
         self.forwards = 0

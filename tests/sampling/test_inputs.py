@@ -70,12 +70,31 @@ def test_callbacks_and_tokenizers(option, reason):
     [
         (dict(steps_per_block=2**31 - 1, schedule="dllm"), "steps_per_block must lie in 1..1000000"),
         (dict(temperature=1e300), "temperature is 1e[+]300"),
+        (dict(temperature=1e-300), "temperature is 1e-300; it must be 0, or at least 1e-37"),
+        (dict(alg_temp=1e-300), "alg_temp is 1e-300; it must be 0, or at least 1e-37"),
+        (dict(threshold=0.5, edit_threshold=-1.0, max_post_steps=2**31 - 1), "max_post_steps must lie in 0"),
         (dict(cfg_scale=1e300), "cfg_scale is 1e[+]300"),
     ],
 )
 def test_numbers_beyond_what_can_be_computed(option, reason):
     with pytest.raises(ValueError, match=reason):
         dk.SampleConfig(**option)
+
+
+@pytest.mark.parametrize(
+    ("attention", "options"),
+    [("bidirectional", dict(threshold=0.3, kl_threshold=0.1)), ("bidirectional", dict(cache="dual"))],
+)
+def test_blocks_larger_than_every_canvas(attention, options):
+    """They take no more memory than the canvas."""
+    model, prompts = tiny_model(attention=attention), [[1, 2, 3], [4]]
+    found, expected = (
+        dk.sample(model, prompts, max_new_tokens=10, block_size=size, **options)
+        for size in (2**31 - 1, 10)
+    )
+    assert torch.equal(found.sequences, expected.sequences)
+    with pytest.raises(ValueError, match="row 0 needs 2147483647 positions"):
+        dk.sample(tiny_model(), prompts, max_new_tokens=10, block_size=2**31 - 1, cache="none")
 
 
 def test_gaps_too_long_for_any_model():

@@ -62,6 +62,13 @@ def test_two_threads_sample_one_model(model, compiled):
         assert all(torch.equal(o.sequences, e) for o, e in zip(outputs, expected, strict=True))
 
 
+def test_another_attention_chosen_meanwhile(model):
+    with dk.enable_attention(model):
+        model.set_attn_implementation("eager")
+        dk.sample(model, [[1]], **OPTIONS)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_the_first_to_leave_leaves_the_attention_to_the_other(model):
     """Contexts that overlap without one inside the other, as threads make them."""
     first, second = dk.enable_attention(model), dk.enable_attention(model)
@@ -94,9 +101,7 @@ def test_a_callback_runs_the_compiled_model_itself(model):
     with torch.no_grad():
         expected = model.eval()(ids).logits
     model.train()
-    dk.sample(
-        model, [[1]], compile=True, on_round=lambda event: inside.append(model(ids).logits), **OPTIONS
-    )
+    dk.sample(model, [[1]], compile=True, on_round=lambda event: inside.append(model(ids).logits), **OPTIONS)
     assert all(torch.allclose(logits, expected, atol=1e-3) for logits in inside)
 
 
