@@ -89,8 +89,7 @@ def test_blocks_larger_than_every_canvas(attention, options):
     """They take no more memory than the canvas."""
     model, prompts = tiny_model(attention=attention), [[1, 2, 3], [4]]
     found, expected = (
-        dk.sample(model, prompts, max_new_tokens=10, block_size=size, **options)
-        for size in (2**31 - 1, 10)
+        dk.sample(model, prompts, max_new_tokens=10, block_size=size, **options) for size in (2**31 - 1, 10)
     )
     assert torch.equal(found.sequences, expected.sequences)
     with pytest.raises(ValueError, match="row 0 needs 2147483647 positions"):
