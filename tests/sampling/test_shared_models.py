@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import dllm_kernels as dk
 from tests.sampling.tiny_models import prompts_of, tiny_model
@@ -60,6 +61,19 @@ def test_two_threads_sample_one_model(model, compiled):
         )
         assert not [output for output in outputs if isinstance(output, BaseException)]
         assert all(torch.equal(o.sequences, e) for o, e in zip(outputs, expected, strict=True))
+
+
+def test_a_model_without_a_row_of_its_own_is_first_seen_by_several_threads():
+    """What looks at its head hooks into its forward, where other threads' forwards pass too."""
+    config = GPTNeoXConfig(
+        vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        mask_token_id=119, eos_token_id=118, diffusion={"attention": ["bidirectional"]},
+    )  # fmt: skip
+    for _ in range(4):
+        model, prompts = GPTNeoXForCausalLM(config).eval(), prompts_of(3, 9)
+        outputs = together(*[lambda model=model: dk.sample(model, prompts, **OPTIONS)] * 3)
+        expected = dk.sample(model, prompts, **OPTIONS).sequences
+        assert all(torch.equal(output.sequences, expected) for output in outputs), outputs
 
 
 def test_another_attention_chosen_meanwhile(model):
