@@ -70,9 +70,8 @@ def test_a_model_without_a_row_of_its_own_is_first_seen_by_several_threads():
         mask_token_id=119, eos_token_id=118, diffusion={"attention": ["bidirectional"]},
     )  # fmt: skip
     for _ in range(4):
-        model, prompts = GPTNeoXForCausalLM(config).eval(), prompts_of(3, 9)
-        outputs = together(*[lambda model=model: dk.sample(model, prompts, **OPTIONS)] * 3)
-        expected = dk.sample(model, prompts, **OPTIONS).sequences
+        sample = functools.partial(dk.sample, GPTNeoXForCausalLM(config).eval(), prompts_of(3, 9), **OPTIONS)
+        outputs, expected = together(sample, sample, sample), sample().sequences
         assert all(torch.equal(output.sequences, expected) for output in outputs), outputs
 
 
