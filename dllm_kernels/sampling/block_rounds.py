@@ -99,7 +99,7 @@ class BlockRounds(DeviceRounds):
             cached, whole = self.place(row, slot, self.shareable), int(self.shareable[row])
             self.since[slot] = self.flags.launched
             if self.rule.name == "quota":
-                quotas = torch.tensor(self.quotas_of(row), dtype=torch.int32)
+                quotas = torch.tensor(self.quotas_of(row), dtype=torch.int32, device="cpu")
                 upload_(self.slots.quotas[slot, : len(quotas)], quotas)
             if whole > cached:
                 self._compute_prompt(slot, cached, whole)

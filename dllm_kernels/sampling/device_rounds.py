@@ -32,20 +32,23 @@ from dllm_kernels.sampling.steered_rows import SteeredRows
 
 
 class DeviceRounds(ABC):
-    """All rows of one job, some of them in slots. holds: for each slot the row in it."""
+    """All rows of one job, some of them in slots. width, columns: the most positions of a row and of a block.
+    holds: for each slot the row in it."""
 
     def __init__(self, job: Job, canvases: Canvases, stop_ids: tuple[int, ...] = ()):
         job.check_length(canvases)
         self.job, self.canvases, self.stop_ids = job, canvases, stop_ids
         self.size, self.device = job.config.block_size, job.device
+        self.width = length_bucket(int(canvases.end.max()))
+        self.columns = min(self.size, self.width)
         self.ids, self.unmask_step = canvases.ids.clone(), torch.full_like(canvases.ids, -1)
-        self.row_forwards = torch.zeros(len(self.ids), dtype=torch.int64)
+        self.row_forwards = torch.zeros(len(self.ids), dtype=torch.int64, device="cpu")
         self.forwards = 0
         self.masks_of = [self._masks_by_block(row) for row in range(len(self.ids))]
         self.rule = rule_of(job.config, [len(blocks) for blocks in self.masks_of])
         self.holds: list[int | None] = [None] * min(job.config.max_batch or len(self.ids), len(self.ids))
-        self.statistics = Statistics(job, self.rule, len(self.holds))
-        kept = torch.tensor(job.config.cfg_keep_tokens, dtype=torch.int64)
+        self.statistics = Statistics(job, self.rule, len(self.holds), self.columns)
+        kept = torch.tensor(job.config.cfg_keep_tokens, dtype=torch.int64, device="cpu")
         self.hidden = (self.ids != job.mask_id) & ~torch.isin(self.ids, kept)
 
     @staticmethod
@@ -82,16 +85,16 @@ class DeviceRounds(ABC):
         """Slots, pages and launches are there. Afterwards pages have come back and the model is as it was
         found, whatever happened."""
         job, ends = self.job, self.canvases.end
-        width = length_bucket(int(ends.max()))
-        pages = job.pages_for(torch.tensor([length_bucket(end) for end in ends.tolist()]))
+        buckets = [length_bucket(end) for end in ends.tolist()]
+        pages = job.pages_for(torch.tensor(buckets, device="cpu"))
 
         def make() -> DeviceSlots:
             rows, cache = self.rows_for(len(self.holds)), job.cache_of(pages)
-            return DeviceSlots(rows, width, cache, job.streams, self.stop_ids, self.device)
+            return DeviceSlots(rows, self.width, cache, job.streams, self.stop_ids, self.device)
 
         with ExitStack() as stack:
             stack.enter_context(job.denoiser.ready())
-            key = recorded_with(job, self.rule, self.stop_ids, len(self.holds), width)
+            key = recorded_with(job, self.rule, self.stop_ids, len(self.holds), self.width)
             self.slots = stack.enter_context(slots_of(job, key, pages, make))
             shareable = job.shareable(self.canvases)
             self.pages = RowPages(self.slots.cache, job.streams, self.ids.clone(), shareable, self.size)
@@ -189,8 +192,9 @@ class DeviceRounds(ABC):
     def _fill_after_end(self, row: int) -> None:
         """What stands after an end token with no mask before it was not worth computing."""
         ids, given, stop = self.ids[row], self.canvases.given[row], self.canvases.stop[row]
-        position = torch.arange(len(ids))
-        ends = torch.isin(ids, torch.tensor(self.stop_ids, dtype=ids.dtype)) & (position >= given)
+        position = torch.arange(len(ids), device="cpu")
+        stops = torch.tensor(self.stop_ids, dtype=ids.dtype, device="cpu")
+        ends = torch.isin(ids, stops) & (position >= given)
         if not ends.any():
             return
         first = int(ends.int().argmax())

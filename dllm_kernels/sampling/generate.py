@@ -85,6 +85,8 @@ def rounds_on_the_device(job: Job) -> type[DeviceRounds] | None:
 
 def _run(job: Job, canvases: Canvases, on_round, stop_ids: tuple[int, ...] = ()) -> Rounds | DeviceRounds:
     """Every row to its end: on a GPU by rounds that stay there, where that can be."""
+    if on_round is not None and not callable(on_round):
+        raise TypeError(f"on_round is a {type(on_round).__name__}; it must be a function of a Round")
     kind = rounds_on_the_device(job) if on_round is None and _may_record(job) else None
     if kind is not None:
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -96,4 +97,6 @@ def _seen(value) -> object:
         return tuple((name, _seen(entry)) for name, entry in value.items())
     if isinstance(value, list | tuple | set):
         return tuple(map(_seen, value))
-    return id(getattr(value, "__func__", value))  # methods are bound anew for every call
+    if isinstance(value, partial):  # that and methods are bound anew for every call
+        return id(value.func), *map(id, value.args)
+    return id(getattr(value, "__func__", value))

@@ -20,12 +20,13 @@ class Predictions:
     """Statistics of candidates, and what they need from one step to the next.
 
     before: [rows, H], with a cache and a shift the output row at start − 1 of each row's active block: it
-    predicts position `start`, and later steps of the block do not compute it.
+    predicts position `start`, and later steps of the block do not compute it. width: the most positions that
+    a block has.
     """
 
-    def __init__(self, job: Job, rule: Rule, rows: int, slots: int):
-        self.job, self.rows = job, rows
-        self.statistics = Statistics(job, rule, slots)
+    def __init__(self, job: Job, rule: Rule, rows: int, slots: int, width: int):
+        self.job, self.rows, self.width = job, rows, width
+        self.statistics = Statistics(job, rule, slots, width)
         self.before: Tensor | None = None
 
     def begin_block(self, slot: int) -> None:
@@ -68,7 +69,7 @@ class Predictions:
         if len(output) < len(row):
             computed, output = output, self.before[rows[row]]
             output[~kept] = computed
-        place = slot[row] * self.job.config.block_size + position - start[row]
+        place = slot[row] * self.width + position - start[row]
         return self.statistics.of(output, noise_ids, place), forwards
 
     def _outputs(self, canvas, view, row, position, count) -> tuple[Tensor, int]:

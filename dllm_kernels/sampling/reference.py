@@ -6,6 +6,7 @@ operators. Approximate caches are transformers' own, cut by hand. Tests compare 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -182,9 +183,10 @@ def _statistics(logits, listed, step, sequence, mask_id, config) -> tuple[tuple[
     token = scores.argmax(-1)
     clean = (logits / heat).masked_fill(dropped, -torch.inf)
     clean[:, list(config.begin_suppress_tokens)] = -torch.inf
-    probability = clean.softmax(-1)
+    nothing = (clean == -torch.inf).all(-1)  # all that the filters keep has no confidence
+    probability = clean.softmax(-1).masked_fill(nothing[:, None], 0.0)
     top = probability.topk(2).values
-    entropy = torch.special.entr(probability).sum(-1)
+    entropy = torch.special.entr(probability).sum(-1).masked_fill(nothing, math.log(logits.shape[1]))
     counted = ~torch.isin(token, torch.tensor(config.begin_suppress_tokens, dtype=torch.int64))
     stats = (
         token,

@@ -50,7 +50,7 @@ class RefreshedRounds(DeviceRounds):
         super().__init__(job, canvases, stop_ids)
         self.live: dict[int, SlotRow] = {}
         self.around = job.scheme.keeps == "around"
-        self.nothing_cached = torch.zeros(len(self.ids), dtype=torch.int64)
+        self.nothing_cached = torch.zeros(len(self.ids), dtype=torch.int64, device="cpu")
 
     @staticmethod
     def serves(job: Job) -> bool:
@@ -58,7 +58,7 @@ class RefreshedRounds(DeviceRounds):
         return DeviceRounds.serves(job) and job.scheme.keeps is not None and not job.scheme.exact
 
     def rows_for(self, slots: int) -> SteeredRows:
-        return SteeredRows(slots, self.size, 1 + self.around, self.device)
+        return SteeredRows(slots, self.columns, 1 + self.around, self.device)
 
     def record(self) -> None:
         """Forwards and refreshes are recorded when their length first occurs: repeating them changes nothing.
@@ -66,7 +66,7 @@ class RefreshedRounds(DeviceRounds):
         slots = self.slots
         self.flags = Flags(slots.flags, in_flight=1)
         if slots.outputs is None:
-            self.forward(self.size)
+            self.forward(self.columns)
         slots.launches.record(COMMIT, self.commit_all)
 
     def round(self, waiting: deque[int]) -> None:
@@ -78,7 +78,7 @@ class RefreshedRounds(DeviceRounds):
         self.slots.rows.upload()
         if len(stale) < len(self.live):
             longest = int(self.slots.rows.host["q_lengths"].max())
-            queries = self.size if longest <= self.size else length_bucket(longest)
+            queries = self.columns if longest <= self.columns else length_bucket(longest)
             self.launch((FORWARD, queries), partial(self.forward, queries))
         for slot in stale:
             length = length_bucket(int(self.slots.rows.host["reach"][slot]))
@@ -112,7 +112,7 @@ class RefreshedRounds(DeviceRounds):
         start = origin + (masks[0] - origin) // self.size * self.size
         end = min(start + self.size, stop)
         reach = stop if config.suffix_window is None else min(stop, end + config.suffix_window)
-        state = (torch.tensor([bound]) for bound in (start, end, reach, 0, False, origin))
+        state = (torch.tensor([bound], device="cpu") for bound in (start, end, reach, 0, False, origin))
         computed = tuple(int(bound) for bound in self.job.scheme.computed(Rows(*state)))
         self.slots.rows.place(slot, start, end, reach, masks, computed=computed)
         row.steps, row.left, row.queries = BlockSteps(), len(masks), computed[1] - computed[0]
@@ -126,7 +126,7 @@ class RefreshedRounds(DeviceRounds):
         host["q_lengths"][slot] = 0 if stale else row.queries
         host["step"][slot] = row.taken
         if self.rule.needs_quota:
-            host["quota"][slot] = row.steps.next_quota(self.size)
+            host["quota"][slot] = row.steps.next_quota(self.columns)
 
     def settle(self, flags: list[list[int]]) -> None:
         """Rows whose block is complete move on, rows that are done leave."""
@@ -173,7 +173,7 @@ class RefreshedRounds(DeviceRounds):
         table = slots.table.view(self.job.streams, len(slots), -1)[:, chosen].flatten(0, 1)
         view = DeviceView(position, reach, None, None, column.masked_fill(~kept, -1), table, slots.cache)
         output = self.outputs(view, chosen, torch.zeros_like(start), start, candidates)
-        slots.outputs.view(len(slots), self.size, -1)[chosen] = output[None]
+        slots.outputs.view(len(slots), self.columns, -1)[chosen] = output[None]
 
     def commit_all(self) -> None:
         """Commit for all rows. flags of each: masks left in its block, whether a stop token ends it."""

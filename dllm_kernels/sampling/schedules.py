@@ -47,7 +47,7 @@ _ALPHA = {"linear": lambda t: 1 - t, "cosine": lambda t: 1 - torch.cos(math.pi /
 
 def _dllm_share(j: int, steps: int, alpha: str) -> float:
     """Which part of the masks left step j takes, in float32."""
-    t, s = (torch.tensor((steps - j - k) / steps, dtype=torch.float32) for k in (0, 1))
+    t, s = (torch.tensor((steps - j - k) / steps, dtype=torch.float32, device="cpu") for k in (0, 1))
     alpha_t, alpha_s = _ALPHA[alpha](t), _ALPHA[alpha](s)
     return float(1 - (1 - alpha_s) / (1 - alpha_t))
 
@@ -61,7 +61,7 @@ def dream_schedule(masks: int, steps: int, eps: float = 1e-3, first: int = 0) ->
     _check(masks, steps)
     if not 0 < eps < 1:
         raise ValueError(f"eps is {eps}; it must lie between 0 and 1")
-    t = torch.linspace(1, eps, steps + 1)
+    t = torch.linspace(1, eps, steps + 1, dtype=torch.float32, device="cpu")
     quotas, remaining = [], masks
     for j in range(min(first, steps - 1), steps):
         quota = int(remaining * float(1 - t[j + 1] / t[j])) if j < steps - 1 else remaining

@@ -14,12 +14,12 @@ class Statistics:
     """What one job asks of an output row. The logits are stored, in chunks of rows, only for filters and for
     rules that compare with the step before.
 
-    last: [slots · block_size, V], the logits of the step before.
+    last: [slots · width, V], the logits of the step before; width is the most positions that a block has.
     """
 
-    def __init__(self, job: Job, rule: Rule, slots: int):
+    def __init__(self, job: Job, rule: Rule, slots: int, width: int):
         config = job.config
-        self.job, self.slots = job, slots
+        self.job, self.slots, self.width = job, slots, width
         self.options = dict(
             temperature=config.temperature, seed=config.seed, precision=job.parity.precision,
             confidence_exclude=config.begin_suppress_tokens,
@@ -62,8 +62,7 @@ class Statistics:
     def _last(self, logits: Tensor, place: Tensor) -> Tensor:
         """The logits of the step before, in whose place these are put."""
         if self.last is None:
-            size = self.slots * self.job.config.block_size
-            self.last = logits.new_full((size, logits.shape[1]), -torch.inf)
+            self.last = logits.new_full((self.slots * self.width, logits.shape[1]), -torch.inf)
         before = self.last[place]
         self.last[place] = logits
         return before

@@ -31,6 +31,9 @@ RULES = {
     "top-p": dict(threshold=0.3, top_p=0.6),
     "top-p and noise": dict(steps_per_block=4, top_p=0.9, temperature=0.7, confidence="entropy"),
     "top-k": dict(steps_per_block=4, top_k=3, confidence="margin"),
+    "top-p of what is unlikely to begin with": dict(
+        threshold=0.4, top_p=0.4, begin_suppress_tokens=tuple(range(60))
+    ),
     "unlikely to begin with": dict(threshold=0.2, begin_suppress_tokens=tuple(range(0, 100))),
     "confident and stable": dict(threshold=0.2, kl_threshold=0.5),
     "stable for long": dict(threshold=0.0, kl_threshold=2.0, stable_steps=3),

@@ -108,6 +108,13 @@ def test_sliding_windows(cache):
     assert_same_steps(on_device(model, prompts, **options)[0], dk.sample(model, prompts, **options))
 
 
+def test_a_block_longer_than_any_row():
+    model, prompts = tiny_model(attention="bidirectional"), prompts_of(5, 30)
+    for cache in CACHES:
+        options = dict(max_new_tokens=12, block_size=2**31 - 1, cache=cache, threshold=0.4)
+        assert_same_steps(on_device(model, prompts, **options)[0], dk.sample(model, prompts, **options))
+
+
 def test_positions_beyond_a_row_are_none_of_the_model():
     """A bucket is longer than its row, and may be longer than a table of learned positions."""
     from transformers import GPT2Config, GPT2LMHeadModel
