@@ -279,7 +279,7 @@ class Rounds:
     def _count_blocks(self, row: int) -> int:
         """Blocks of a row that hold masks, over which its steps are spread."""
         if self.job.parity.every_block_counts:
-            return -(-int((self.canvas_end - self.origin).max()) // self.job.config.block_size)
+            return -(-int((self.stop - self.origin).max()) // self.job.config.block_size)
         return len(((self._masks(row) - self.origin[row]) // self.job.config.block_size).unique())
 
 
