@@ -1,4 +1,4 @@
-"""Sampling with hooks: the plain loop over whole canvases, where hooks see the ids and logits of each step."""
+"""Sampling with hooks: the plain loop over whole canvases, where hooks see ids and logits of every step."""
 
 from __future__ import annotations
 
