@@ -219,14 +219,7 @@ class FastdLLMDreamSampler(DreamSampler):
     _config = FastdLLMDreamSamplerConfig
     _parity = "dllm_fast_dllm_dream"
 
-    def infill(
-        self,
-        inputs,
-        config=None,
-        generation_tokens_hook_func: Hook = same_tokens,
-        generation_logits_hook_func: Hook = same_logits,
-        **kwargs,
-    ):
+    def infill(self, inputs, config=None, **kwargs):
         raise NotImplementedError("FastdLLMDreamSampler has no infill; DreamSampler has")
 
     def _settings(self, option: SimpleNamespace, length: int) -> dict:

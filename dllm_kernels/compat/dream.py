@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 import dllm_kernels as dk
 from dllm_kernels.compat.canvases import (
@@ -23,10 +24,10 @@ from dllm_kernels.sampling.schedules import dream_quota, dream_schedule
 
 
 @dataclass
-class DreamModelOutput:
+class DreamModelOutput(ModelOutput):
     """sequences: int64 [B, T]; history: those after every step, or None."""
 
-    sequences: Tensor
+    sequences: Tensor | None = None
     history: tuple[Tensor, ...] | None = None
 
 
