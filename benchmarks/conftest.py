@@ -118,9 +118,10 @@ def compare(benchmark, request, smoke):
             return arguments, {}
 
         _check_equal(ours, baselines, next(rotation), tolerance)
-        once = turn(ours) + sum(turn(function) for function in baselines.values())
-        fitting = int(request.config.getoption("--seconds") / once)
-        turns = 1 if smoke else rounds or min(200, max(5, fitting))
+        turns = 1 if smoke else rounds
+        if turns is None:
+            once = turn(ours) + sum(turn(function) for function in baselines.values())
+            turns = min(200, max(5, int(request.config.getoption("--seconds") / once)))
         benchmark.pedantic(ours, setup=baselines_then_ours, rounds=turns)
         if not benchmark.enabled:
             return

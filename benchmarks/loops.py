@@ -1,8 +1,9 @@
 """The sampling loops that people write around a transformers model, as baselines of the sampler.
 
-Greedy, one token per step. `plain_loop` is LLaDA's: a forward over the whole canvas for every step, every
-position through the vocabulary projection. `copying_loop` is that of block-causal samplers: keys and values
-of finished blocks are kept, but copied for every step, and every row of the block is projected.
+Greedy, one token per step. `plain_loop` is LLaDA's: for every step a forward over the whole canvas, and every
+position through the vocabulary projection, argmax and softmax. `copying_loop` is that of block-causal
+samplers: keys and values of finished blocks are kept, but copied for every step, and every row of the block
+is projected.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ def plain_loop(model, prompt: list[int], new_tokens: int, block_size: int, mask_
     """int64 [1, S + new_tokens]; `model` as of `see_both_ways`."""
     canvas = torch.tensor([prompt + [mask_id] * new_tokens], device=model.device)
     for start in range(len(prompt), canvas.shape[1], block_size):
-        block = slice(start, start + block_size)
-        while (canvas[:, block] == mask_id).any():
+        position = torch.arange(canvas.shape[1], device=canvas.device)
+        inside = (position >= start) & (position < start + block_size)
+        while (masked := inside & (canvas == mask_id)).any():
             logits = model(input_ids=canvas, use_cache=False).logits
-            _commit_best(canvas, block, logits[:, block], mask_id)
+            _commit_best(canvas, logits, masked, mask_id)
     return canvas
 
 
@@ -42,11 +44,11 @@ def copying_loop(model, prompt: list[int], new_tokens: int, block_size: int, mas
     canvas = torch.tensor([prompt + [mask_id] * new_tokens], device=model.device)
     cache = DynamicCache(config=model.config)
     for start in range(0, canvas.shape[1], block_size):
-        block = slice(start, start + block_size)
-        while (canvas[:, block] == mask_id).any():
-            logits = _block_forward(model, canvas[:, block], start, copy.deepcopy(cache))
-            _commit_best(canvas, block, logits, mask_id)
-        _block_forward(model, canvas[:, block], start, cache)
+        block = canvas[:, start : start + block_size]
+        while (masked := block == mask_id).any():
+            logits = _block_forward(model, block, start, copy.deepcopy(cache))
+            _commit_best(block, logits, masked, mask_id)
+        _block_forward(model, block, start, cache)
     return canvas
 
 
@@ -61,7 +63,7 @@ def block_step(model, canvas: Tensor, block_size: int, mask_id: int) -> Callable
     def step() -> None:
         block = canvas[:, start:].clone()
         logits = _block_forward(model, block, start, copy.deepcopy(cache))
-        _commit_best(block, slice(0, block_size), logits, mask_id)
+        _commit_best(block, logits, block == mask_id, mask_id)
 
     return step
 
@@ -76,10 +78,10 @@ def _block_forward(model, ids: Tensor, start: int, cache: DynamicCache) -> Tenso
     ).logits
 
 
-def _commit_best(canvas: Tensor, block: slice, logits: Tensor, mask_id: int) -> None:
-    """The token of highest probability takes its place among the block's masks."""
+def _commit_best(ids: Tensor, logits: Tensor, masked: Tensor, mask_id: int) -> None:
+    """The token of highest probability takes its place among the masks."""
     logits[..., mask_id] = -torch.inf
-    probability, token = F.softmax(logits, dim=-1).max(dim=-1)
-    confidence = torch.where(canvas[:, block] == mask_id, probability, -torch.inf)
-    best = confidence.argmax(dim=1)
-    canvas[:, block.start + best] = token.gather(1, best[:, None])
+    token = logits.argmax(dim=-1, keepdim=True)
+    probability = F.softmax(logits, dim=-1).gather(-1, token)[..., 0]
+    best = torch.where(masked, probability, -torch.inf).argmax(dim=1, keepdim=True)
+    ids.scatter_(1, best, token[..., 0].gather(1, best))

@@ -1,9 +1,11 @@
 #include "cta.h"
+#include "clocks.h"
 
 #include <algorithm>
 #include <map>
 #include <stdexcept>
 
+#include "clocks.h"
 #include "hopper.h"
 #include "report.h"
 #include "shared_memory.h"

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string>
 
+#include "clocks.h"
 #include "cta.h"
 #include "report.h"
 #include "simt/hopper.h"
@@ -59,35 +60,7 @@ struct Word {
 std::vector<Word> words;  // of the arena, then of the statics
 std::vector<Cell> byte_cells;
 
-uint32_t epoch = 1, first_epoch = 1;
-struct Clock {
-  uint32_t epoch, now;
-};
-std::vector<Clock> clocks;
-std::vector<uint32_t> seen;        // [thread][thread]: ticks of the second that the first knows to be over
-std::vector<uint32_t> seen_epoch;  // [thread]: the row is of this epoch, else nothing was seen yet
-std::vector<Clock> fences;         // when each thread last called fence_asynchronous_reads
-int clock_count;                   // threads and engine
-
-uint32_t now(int thread) {
-  if (clocks[thread].epoch != epoch) clocks[thread] = {epoch, 0};
-  return clocks[thread].now;
-}
-uint32_t* seen_by(int thread) {
-  uint32_t* row = &seen[static_cast<size_t>(thread) * clock_count];
-  if (seen_epoch[thread] != epoch) {
-    seen_epoch[thread] = epoch;
-    std::fill_n(row, clock_count, 0);
-  }
-  return row;
-}
-Stamp stamp(int thread) { return {epoch, static_cast<uint32_t>(thread), now(thread)}; }
-
-// Did what `past` stands for happen before what `thread` does now?
-bool is_ordered(Stamp past, int thread) {
-  if (past.epoch < epoch || static_cast<int>(past.thread) == thread) return true;
-  return seen_by(thread)[past.thread] > past.clock;
-}
+uint32_t first_epoch = 1;
 
 // ---- reports
 struct Asked {
@@ -204,11 +177,7 @@ void reserve_shared_memory(size_t bytes, int threads) {
   dynamic_bytes = bytes;
   const size_t covered = (sizeof arena + static_bytes + 3) / 4;
   if (words.size() < covered) words.resize(covered), byte_cells.resize(covered * 4);
-  clock_count = threads + 1;
-  clocks.assign(clock_count, {0, 0});
-  fences.assign(clock_count, {0, 0});
-  seen.resize(static_cast<size_t>(clock_count) * clock_count);
-  seen_epoch.assign(clock_count, 0);
+  reserve_clocks(threads);
   copies.assign(threads, {});
 }
 
@@ -217,26 +186,6 @@ void poison_shared_memory() {
   memset(arena + kDynamicBase, 0xFF, dynamic_bytes);
   memset(statics, 0xFF, static_bytes);
   for (Copies& of_thread : copies) of_thread.under_way.clear(), of_thread.open_group = 1;
-}
-
-void begin_epoch() { epoch++; }
-
-Stamp this_moment() { return stamp(cta.current); }
-
-bool has_seen(Stamp moment) { return is_ordered(moment, cta.current); }
-
-std::vector<uint32_t> no_clocks() { return std::vector<uint32_t>(clock_count, 0); }
-
-void release_clock(int i, std::vector<uint32_t>& into) {
-  const uint32_t* known = seen_by(i);
-  for (int k = 0; k < clock_count; k++) into[k] = std::max(into[k], known[k]);
-  into[i] = now(i) + 1;
-  clocks[i].now++;
-}
-
-void acquire_clock(int i, const std::vector<uint32_t>& from) {
-  uint32_t* known = seen_by(i);
-  for (int k = 0; k < clock_count; k++) known[k] = std::max(known[k], from[k]);
 }
 
 void check_access(Access access, const void* address, size_t bytes, const Where& where) {
@@ -287,22 +236,13 @@ void wait_copies(int pending) {
 }
 
 // ---- asynchronous reads and writes of Hopper
-void fence_asynchronous_reads() {
-  const int thread = cta.current;
-  fences[thread] = {epoch, now(thread) + 1};
-  clocks[thread].now++;
-}
-
 void check_asynchronous_read(const void* address, size_t bytes, const Where& where) {
   size_t at = 0;
   const Asked asked{Access::read, static_cast<const unsigned char*>(address), bytes, where};
   if (!find(address, at)) asked.fail("is outside shared memory");
   check_shared(at, asked);
   for_cells(at, bytes, false, [&](Cell& cell, size_t) {
-    const Clock& fence = fences[cell.write.thread];
-    const bool fenced =
-        fence.epoch > cell.write.epoch || (fence.epoch == cell.write.epoch && fence.now > cell.write.clock);
-    if (!cell.asynchronous && !fenced)
+    if (!cell.asynchronous && !is_fenced(cell.write))
       asked.fail("by a matrix product, of what thread " + std::to_string(cell.write.thread) +
                  " wrote by ordinary stores: its fence_async_proxy() is missing");
   });

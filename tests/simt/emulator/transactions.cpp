@@ -5,6 +5,7 @@
 #include <cstring>
 #include <map>
 
+#include "clocks.h"
 #include "cta.h"
 #include "hopper.h"
 #include "report.h"

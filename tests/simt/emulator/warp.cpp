@@ -3,9 +3,9 @@
 
 #include <algorithm>
 
+#include "clocks.h"
 #include "cta.h"
 #include "report.h"
-#include "shared_memory.h"
 
 namespace simt {
 namespace {
