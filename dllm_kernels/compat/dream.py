@@ -111,9 +111,7 @@ def length_of_completion(model, inputs: Tensor, option: Mapping[str, object], sa
         longest += prompt
         longest = longest if most is None else min(longest, most)
     if prompt >= longest:
-        raise ValueError(
-            f"inputs has {prompt} tokens, max_length is {longest}; give more, or max_new_tokens"
-        )
+        raise ValueError(f"inputs has {prompt} tokens, max_length is {longest}; give more, or max_new_tokens")
     return longest - prompt
 
 

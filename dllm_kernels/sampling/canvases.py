@@ -95,9 +95,7 @@ def token_lists(
     )
 
 
-def check_ids(
-    what: str, rows: list[list[int]], vocab_size: int | None, may_be_empty: bool = False
-) -> None:
+def check_ids(what: str, rows: list[list[int]], vocab_size: int | None, may_be_empty: bool = False) -> None:
     """Every row has tokens, unless it `may_be_empty`, and every token is in the vocabulary."""
     for index, row in enumerate(rows):
         if not row and may_be_empty:
