@@ -116,6 +116,7 @@ class DreamSampler(Sampler):
 
     _config = DreamSamplerConfig
     _side = "left"
+    _parity = "dllm_dream"
 
     def sample(
         self,

@@ -73,7 +73,7 @@ class Rounds:
         self.unmask_step = torch.full_like(self.ids, -1)
         self.blocks_of = [self._count_blocks(row) for row in range(count)]
         self.rule = rule_of(job.config, self.blocks_of)
-        self.acceptance = Acceptance(job, self.rule, self.open)
+        self.acceptance = Acceptance(job, self.rule, self.open, self.canvas_end)
         self.blocks = [BlockSteps() for _ in range(count)]
         self.slots = min(job.config.max_batch or count, count)
         self.slot_of: dict[int, int] = {}

@@ -24,7 +24,6 @@ REASONS = {
     "llada_tiny_random_remasking_seed0": RANDOM,
     "llada_tiny_stochastic_transfer_seed0": RANDOM,
     "mask_in_prompt": "a mask in the prompt is an error here: infill fills gaps",
-    "maskgit_plus_unequal_s16_topp0.7": "confidences tied at 1.0: torch.topk promises no order",
 }
 
 
