@@ -99,8 +99,8 @@ class BD3LMSampler(Sampler):
             return sequences[:, :width]
         histories = [result.histories[0][:, :start]]
         for before, after in pairwise(result.histories):
-            block = (int((before[:, start:] == self._mask_id).int().argmax(1).min())) // block_size
-            end = min(start + (block + 1) * block_size, start + new_tokens)
+            block = int((before[:, start:] == self._mask_id).any(0).int().argmax()) // block_size
+            end = start + min((block + 1) * block_size, new_tokens)
             if end <= width:
                 histories.append(after[:, :end])
         return BaseSamplerOutput(sequences[:, :width], histories)
@@ -227,10 +227,10 @@ class FastdLLMDreamSampler(DreamSampler):
         cache, by_threshold = _cache(option), option.alg == "confidence_threshold"
         if by_threshold and option.threshold is None:
             raise ValueError('alg "confidence_threshold" needs threshold')
-        alg = SimpleNamespace(**{**vars(option), "alg": "maskgit_plus" if by_threshold else option.alg})
-        if cache == "none":
-            alg.block_size = None
-        settings = super()._settings(alg, length) | dict(cache=cache)
+        alg = "maskgit_plus" if by_threshold else option.alg
+        block_size = None if cache == "none" else option.block_size
+        plain = SimpleNamespace(**{**vars(option), "alg": alg, "block_size": block_size})
+        settings = super()._settings(plain, length) | dict(cache=cache)
         if by_threshold:
             settings |= dict(threshold=option.threshold, alg_temp=0.0)
         if cache != "none":
