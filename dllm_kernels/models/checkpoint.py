@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from dllm_kernels.models import merged_projections
 from dllm_kernels.models.families import FAMILIES, Family, diffusion_entry, family_of, token_ids
-from dllm_kernels.models.weights import read_json, read_weights, write_json, write_weights
+from dllm_kernels.models.weights import own_storages, read_json, read_weights, write_json, write_weights
 
 EMBEDDED = {"tiny-python": Path(__file__).parents[1] / "assets" / "tiny-python"}
 
@@ -19,12 +20,20 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def load(name: str | Path, device=None, dtype: torch.dtype | None = None, attention: str | None = None):
+def load(
+    name: str | Path,
+    device=None,
+    dtype: torch.dtype | None = None,
+    attention: str | None = None,
+    merge_projections: bool = False,
+):
     """(model, tokenizer) of a checkpoint; the tokenizer is None when the checkpoint has none.
 
     name: "tiny-python", a folder with config.json and safetensors weights, or a hub name "owner/name".
     device: None takes the GPU where there is one. dtype: None is float32 on CPU, bfloat16 elsewhere.
     attention: "block_causal" | "bidirectional" for checkpoints trained for both; None is their first.
+    merge_projections: queries, keys and values as one product without gradients, gate and up as another
+    (`models.merged_projections`); a model whose projections are fused already stays as it is.
     The model is a stock transformers model in eval mode; a weight that is missing, left over or of the wrong
     shape is an error. No code of the checkpoint is run, and its weights are never in memory twice.
     """
@@ -43,6 +52,8 @@ def load(name: str | Path, device=None, dtype: torch.dtype | None = None, attent
     _agree_on_mask(folder, config, tokenizer)
     config.eos_token_id = _end_tokens(folder, config, tokenizer, family)
     model = _empty_model(config, family, device, dtype)
+    if merge_projections:
+        merged_projections.merge_projections(model)
     read_weights(model, folder, layout, family.other_heads)
     return model.eval(), tokenizer
 
@@ -61,7 +72,8 @@ def save(
     entries = None if layout is None else _own_entries(model.config, layout)
     with _written_beside(Path(folder).expanduser().resolve()) as beside, _quiet(logging):
         if entries is None:
-            model.save_pretrained(beside, max_shard_size=max_shard_size)
+            weights = own_storages(model.state_dict())
+            model.save_pretrained(beside, state_dict=weights, max_shard_size=max_shard_size)
         else:
             entries["torch_dtype"] = str(model.dtype).removeprefix("torch.")
             write_json(beside / "config.json", entries)

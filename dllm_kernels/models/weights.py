@@ -86,7 +86,7 @@ def write_weights(model: torch.nn.Module, folder: Path, layout: Layout, max_shar
 
     weights: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in own_storages(model.state_dict()).items():
         if tensor.data_ptr() not in seen:
             weights[layout.own_name(name)] = tensor.contiguous()
             seen.add(tensor.data_ptr())
@@ -96,6 +96,18 @@ def write_weights(model: torch.nn.Module, folder: Path, layout: Layout, max_shar
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / INDEX, index)
+
+
+def own_storages(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`weights`, those that are parts of a storage as tensors that know of no other part.
+
+    Writers copy tensors that share a storage, or keep them in one shard; here nothing is copied.
+    """
+
+    def is_part(tensor) -> bool:
+        return type(tensor) is Tensor and tensor.nbytes < tensor.untyped_storage().nbytes()
+
+    return {name: torch.from_dlpack(w) if is_part(w) else w for name, w in weights.items()}
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, list[int], Callable[[], Tensor]]]:

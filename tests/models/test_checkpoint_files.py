@@ -74,11 +74,11 @@ MEMORY = """
     def private():
         return int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
-    small, large, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    dk.load(small, device="cpu")  # what every load needs once: imports, caches
+    small, large, size, merge = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "merged"
+    dk.load(small, device="cpu", merge_projections=merge)  # what every load needs once: imports, caches
     limit = private() + int(1.5 * size)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    model, _ = dk.load(large, device="cpu")
+    model, _ = dk.load(large, device="cpu", merge_projections=merge)
     try:
         second = torch.empty(size, dtype=torch.uint8)
     except RuntimeError:
@@ -87,7 +87,8 @@ MEMORY = """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts private memory on Linux")
-def test_loading_holds_the_weights_once(model, tmp_path):
+@pytest.mark.parametrize("projections", ["stock", "merged"])
+def test_loading_holds_the_weights_once(model, tmp_path, projections):
     """In a process that may not have one and a half times their size."""
     config = dict(model.config.to_dict(), hidden_size=256, intermediate_size=4096, num_hidden_layers=8)
     config |= dict(head_dim=64)
@@ -95,7 +96,7 @@ def test_loading_holds_the_weights_once(model, tmp_path):
     size = sum(weight.nbytes for weight in large.parameters())
     assert size > 80e6
     dk.save(large, None, tmp_path / "large", layout="llada", max_shard_size="30MB")
-    arguments = [tmp_path / "published", tmp_path / "large", size]
+    arguments = [tmp_path / "published", tmp_path / "large", size, projections]
     command = [sys.executable, "-c", textwrap.dedent(MEMORY), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.stdout == "once\n", done.stderr[-2000:]

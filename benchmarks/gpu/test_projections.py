@@ -1,0 +1,60 @@
+"""A decoder layer on a GPU with its projections merged, and as transformers has it."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from dllm_kernels.models.merged_projections import merge_projections
+
+WARM_UP = 3
+LLADA_8B = dict(hidden_size=4096, intermediate_size=12_288, num_attention_heads=32)
+TINY = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2)
+
+
+def as_one_launch(run, device):
+    """`run` as sampling launches it: replayed from a CUDA graph; on a CPU by itself."""
+    if device == "cpu":
+        return run
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+
+    def replay():
+        graph.replay()
+        return output
+
+    return replay
+
+
+@pytest.mark.parametrize("rows", [32, 256])
+@torch.no_grad()
+def test_merged_projections(compare, pick, device, rows):
+    """All of the layer but its place in a model: `rows` tokens that attend to each other."""
+    rows, dtype = pick(rows, 4), pick(torch.bfloat16, torch.float32)
+    config = LlamaConfig(**pick(LLADA_8B, TINY), attn_implementation="sdpa")
+    with torch.device(device):
+        stock = LlamaDecoderLayer(config, layer_idx=0).to(dtype).eval()
+        angles = LlamaRotaryEmbedding(config)(torch.empty((), dtype=dtype), torch.arange(rows)[None])
+        x = torch.randn(1, rows, config.hidden_size, dtype=dtype)
+    merged = copy.deepcopy(stock)
+    assert merge_projections(merged) == 2
+
+    def launch(layer):
+        return as_one_launch(lambda: layer(x, position_embeddings=angles), device)
+
+    compare(
+        launch(merged),
+        {"seven products": launch(stock)},
+        flops=2 * rows * sum(p.numel() for p in stock.parameters() if p.dim() == 2),
+        bytes=sum(p.nbytes for p in stock.parameters()),
+        tolerance={"atol": 5e-2, "rtol": 5e-2},
+    )

@@ -1,0 +1,211 @@
+"""Projections of one input as one product: queries, keys and values; gate and up.
+
+`merge_projections` lays the weights of such a group one after the other in memory. Every module keeps its
+place, its name and its Parameters, which become row slices of one storage: state_dict, checkpoints and
+optimizers see the stock model. The first module of a group multiplies its input by the rows of all. It leaves
+the others' parts with the input itself: there they find them when they are called with that very tensor, and
+what nobody fetches ends with it.
+
+A module computes by itself, as nn.Linear does, whenever it is not certain that this gives the same: with
+gradients enabled or under autocast, for another input or one that was changed in between, and when weights
+have come to lie elsewhere or are no longer plain Parameters. Compiled code and inference mode do not see
+changes of an input in between, since torch counts none there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Modules of one parent that are called with the same input, in the order of their calls.
+GROUPS = (
+    ("q_proj", "k_proj", "v_proj"),  # Llama, Qwen, Mistral and most others
+    ("query", "key", "value"),  # BERT, RoBERTa
+    ("gate_proj", "up_proj"),
+)
+
+_PARTS = "_dllm_parts"  # of an input: what its projections have still to fetch
+
+
+def merge_projections(model: nn.Module) -> int:
+    """Compute each group of projections in `model` as one product from now on; returns how many there are.
+
+    Groups are found by name (`GROUPS`). One is left alone unless all its modules are plain nn.Linear without
+    hooks, alike in input size, dtype, device and in having a bias, with weights that no other module uses. A
+    model without such groups (its projections are fused already, say) stays as it is. One that is copied, or
+    moved to another dtype or device, has weights in other places: its modules compute by themselves until
+    this is called again. Memory: that of one group besides the model's.
+    """
+    owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    merged = 0
+    for parent in model.modules():
+        for names in GROUPS:
+            group = tuple(parent._modules.get(name) for name in names)
+            if not _is_merged(group):
+                if not _can_merge(group, owners):
+                    continue
+                for module in group:
+                    module.__class__, module.others = MergedLinear, ()
+                group[0].others = group[1:]
+            _lay_together(group)
+            merged += 1
+    return merged
+
+
+class MergedLinear(nn.Linear):
+    """One of a group of nn.Linear that are called with the same input.
+
+    others: of the first one, those that follow it; of these, ().
+    """
+
+    others: tuple[MergedLinear, ...]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]: a slice of the group's product, where there is one."""
+        output = None
+        if not torch.is_grad_enabled():
+            output = _first_part(x, (self, *self.others)) if self.others else _own_part(x, self)
+        return F.linear(x, self.weight, self.bias) if output is None else output
+
+
+# ---- the product and its parts -----------------------------------------------------------------------------
+def _first_part(x: Tensor, group: tuple[MergedLinear, ...]) -> Tensor | None:
+    """The part of the group's first module; the others' are left with `x`."""
+    weights, biases = _parameters(group)
+    as_merged = len(biases) in (0, len(group)) and _are_plain(weights + biases)
+    if not as_merged or _under_autocast(x):
+        return None
+    if torch.compiler.is_compiling():
+        product = torch.ops.dllm_kernels.merged_linear(x, weights, biases)
+    else:
+        product = _merged_product(x, weights, biases)
+    if product is None:
+        return None
+    first, *others = torch.split_with_sizes(product, [module.out_features for module in group], dim=-1)
+    parts = getattr(x, _PARTS, None)
+    if parts is None:
+        parts = {}
+        setattr(x, _PARTS, parts)
+    version = _version(x)
+    for module, part in zip(group[1:], others, strict=True):
+        parts[module] = version, part
+    return first
+
+
+def _own_part(x: Tensor, module: MergedLinear) -> Tensor | None:
+    """The part that was left with `x`, which is `x` as it was then."""
+    parts = getattr(x, _PARTS, None)
+    if parts is None or module not in parts:
+        return None
+    version, part = parts.pop(module)
+    return part if version == _version(x) else None
+
+
+def _version(x: Tensor) -> int | None:
+    """Rises with every change in place; None where changes are not counted."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def _under_autocast(x: Tensor) -> bool:
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def _merged_product(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor | None:
+    """x [..., in] times weights [out_i, in], plus biases [out_i] if any -> [..., sum of out_i].
+
+    None where they do not lie one after the other.
+    """
+    weight, bias = _joined(weights), _joined(biases) if biases else None
+    if weight is None or (biases and bias is None):
+        return None
+    return F.linear(x, weight, bias)
+
+
+# In compiled code, which must not be tied to where the weights lay when it was compiled.
+_library = torch.library.Library("dllm_kernels", "FRAGMENT")
+_library.define("merged_linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
+
+
+@torch.library.impl(_library, "merged_linear", "CompositeExplicitAutograd")
+def _merged_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    product = _merged_product(x, weights, biases)
+    return _separate_products(x, weights, biases) if product is None else product
+
+
+@torch.library.register_fake("dllm_kernels::merged_linear", lib=_library)
+def _separate_products(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    biases = biases or [None] * len(weights)
+    return torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
+
+
+# ---- weights in memory -------------------------------------------------------------------------------------
+def _parameters(group: tuple[nn.Linear, ...]) -> tuple[list[Tensor | None], list[Tensor]]:
+    """Weights (None: computed from others) and biases, of which there may be none."""
+    weights = [module._parameters.get("weight") for module in group]
+    biases = [module._parameters.get("bias") for module in group]
+    return weights, [bias for bias in biases if bias is not None]
+
+
+def _are_plain(parameters: list[Tensor | None]) -> bool:
+    return all(type(parameter) is nn.Parameter for parameter in parameters)
+
+
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    """The tensor whose rows are those of `parts`, if these lie so in the storage of the first."""
+    first, rows = parts[0], 0
+    address, stride, dtype = first.data_ptr(), first.stride(), first.dtype
+    for part in parts:
+        if part.data_ptr() != address or part.stride() != stride or part.dtype != dtype:
+            return None
+        address += part.nbytes
+        rows += part.shape[0]
+    storage = first.untyped_storage()
+    if address > storage.data_ptr() + storage.nbytes() or not first.is_contiguous():
+        return None
+    return first.as_strided((rows, *first.shape[1:]), stride)
+
+
+def _lay_together(group: tuple[nn.Linear, ...]) -> None:
+    """Weights one after the other, and biases, unless they lie so already or differ in kind."""
+    for parts in filter(None, _parameters(group)):
+        if not _are_plain(parts) or len({(part.dtype, part.device, part.shape[1:]) for part in parts}) > 1:
+            continue
+        if _joined(parts) is not None:
+            continue
+        whole = torch.cat([part.detach() for part in parts])
+        for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+            part.data = rows
+        if whole.is_cuda:
+            torch.cuda.empty_cache()  # what became free is in pieces too small for the next group
+
+
+# ---- which groups ------------------------------------------------------------------------------------------
+def _is_merged(group: tuple[nn.Module | None, ...]) -> bool:
+    return all(type(module) is MergedLinear for module in group) and group[0].others == group[1:]
+
+
+def _can_merge(group: tuple[nn.Module | None, ...], owners: Counter) -> bool:
+    """owners: how many modules have the Parameter of this id."""
+    if not all(_is_plain_linear(module) for module in group):
+        return False
+    weights, biases = _parameters(group)
+    return (
+        len({(weight.shape[1], weight.dtype, weight.device) for weight in weights}) == 1
+        and len(biases) in (0, len(group))
+        and _are_plain(weights + biases)
+        and all(owners[id(parameter)] == 1 for parameter in weights + biases)
+    )
+
+
+def _is_plain_linear(module: nn.Module | None) -> bool:
+    """Whether calling it is x · weightᵀ + bias and nothing else: no adapter, quantization or hook."""
+    return (
+        type(module) is nn.Linear
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in vars(module)  # where accelerate puts its own
+    )
