@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from dllm_kernels.models.shared_change import shared_change
 from dllm_kernels.ops.attention import block_attention
 from dllm_kernels.span_mask import SpanMask
 
 NAME = "dllm"
 
 # What to give as attention_mask beside a view: models pass 4-D masks on as they are and make none themselves.
-VIEW_ONLY = torch.empty(0, 0, 0, 0)
+VIEW_ONLY = torch.empty(0, 0, 0, 0, device="cpu")
 
 # What some architectures add to attention scores and the kernels do not have.
 _UNSUPPORTED = ("softcap", "s_aux", "head_mask", "position_bias")
@@ -36,17 +37,23 @@ def enable_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Within this context `model` computes attention with our operators; afterwards as it did before.
 
     The model keeps its projections, positions and mask (causal, padding, 4-D). Models that share the
-    config object switch together, since transformers keeps the choice there.
+    config object switch together, since transformers keeps the choice there. Contexts may be nested and may
+    overlap in several threads: the last to leave restores what the first one found.
     """
-    configs = _configs(model)
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
+    with ExitStack() as switched:
+        for config in _configs(model):
+            switched.enter_context(shared_change(("attention", id(config)), partial(_restored, config)))
             config._attn_implementation_internal = NAME
         yield model
+
+
+@contextmanager
+def _restored(config) -> Iterator[None]:
+    before = config._attn_implementation
+    try:
+        yield
     finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = implementation
+        config._attn_implementation_internal = before
 
 
 def _configs(model: PreTrainedModel) -> list:

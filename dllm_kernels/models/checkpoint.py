@@ -38,9 +38,7 @@ def load(
     shape is an error. No code of the checkpoint is run, and its weights are never in memory twice.
     """
     folder = _folder(name)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    device, dtype = _placement(device, dtype)
     entries = read_json(folder / "config.json")
     try:
         family = family_of(entries.get("model_type"))
@@ -48,7 +46,10 @@ def load(
         _pick_attention(config, entries["model_type"], attention)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    tokenizer = _tokenizer(folder, config, family)
+    try:
+        tokenizer = _tokenizer(folder, config, family)
+    except ValueError as error:
+        raise ValueError(f"the tokenizer of {folder} cannot be read: {error}") from error
     _agree_on_mask(folder, config, tokenizer)
     config.eos_token_id = _end_tokens(folder, config, tokenizer, family)
     model = _empty_model(config, family, device, dtype)
@@ -67,8 +68,15 @@ def save(
     config.json and weight names, for the family's own code. Everything is written beside `folder` and moved
     when it is complete: a checkpoint that was there is replaced, other files stay.
     """
+    from transformers import PreTrainedModel
     from transformers.utils import logging
 
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model is a {type(model).__name__}; dk.save writes transformers models")
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; give one of transformers, or None")
+    if not isinstance(folder, str | Path):
+        raise TypeError(f"folder is a {type(folder).__name__}; it must be a str or a Path")
     entries = None if layout is None else _own_entries(model.config, layout)
     with _written_beside(Path(folder).expanduser().resolve()) as beside, _quiet(logging):
         if entries is None:
@@ -83,6 +91,22 @@ def save(
             write_weights(model, beside, FAMILIES[layout].layouts[0], max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
+
+
+def _placement(device, dtype) -> tuple[torch.device, torch.dtype]:
+    """Where and as what the weights are loaded."""
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}: {error}") from None
+    if device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device is {device}, which cannot hold weights here")
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype!r}; give a floating point torch.dtype")
+    return device, dtype
 
 
 # ---- config.json -------------------------------------------------------------------------------------------

@@ -16,22 +16,32 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from dllm_kernels.models.shared_change import shared_change
 
 _FUNCTIONS: weakref.WeakKeyDictionary[PreTrainedModel, Callable] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
 def compiled(model: PreTrainedModel) -> Iterator[None]:
-    """Within this context the body of `model` is compiled when first called; afterwards it is as it was.
+    """Within this context the body of `model` is compiled where `current` is entered, when first called;
+    calls outside `current`, of other threads too, go to the body as it is. Afterwards it is as it was.
 
-    It is then called with what `current` yields as `dllm_view`. What was compiled serves later contexts too,
+    The body is called with what `current` yields as `dllm_view`. What was compiled serves later contexts too,
     as long as the model lives. ValueError if `model` has no layers that can be taken by themselves, or if one
     of them has a forward of its own (hooks of accelerate, for example), which would be passed over.
     """
+    with shared_change(("compiled", id(model)), partial(_replaced_forwards, model)):
+        yield
+
+
+@contextmanager
+def _replaced_forwards(model: PreTrainedModel) -> Iterator[None]:
     regions = _regions(model)
     own = next((type(region).__name__ for region in regions if "forward" in vars(region)), None)
     if own is not None:
@@ -40,8 +50,14 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
     with ExitStack() as restored:
         for region in regions:
             restored.callback(vars(region).pop, "forward", None)
-            region.forward = function.__get__(region)
+            region.forward = partial(_forward, region, function)
         yield
+
+
+def _forward(region: nn.Module, function: Callable, *args, **kwargs):
+    if _step.view is None:
+        return type(region).forward(region, *args, **kwargs)
+    return function(region, *args, **kwargs)
 
 
 @contextmanager

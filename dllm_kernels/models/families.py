@@ -8,6 +8,7 @@ A row of the table fills in what the checkpoints of a line leave unsaid.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -152,16 +153,19 @@ def diffusion_of(model) -> Diffusion:
 
 def diffusion_entry(config, family: Family) -> dict:
     """The config's "diffusion" entry, filled up from its family's row."""
-    entry = {
-        "attention": family.attention,
-        "shift": family.shift,
-        "chat": dict(family.chat),
-        **(getattr(config, "diffusion", None) or {}),
-    }
+    given = getattr(config, "diffusion", None) or {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"config.diffusion is {given!r}; it must hold entries by name")
+    entry = {"attention": family.attention, "shift": family.shift, "chat": dict(family.chat), **given}
     entry["attention"] = list(entry["attention"])
     for kind in entry["attention"]:
         if kind not in ATTENTION:
             raise ValueError(f"config.diffusion has attention {kind!r}; allowed: {', '.join(ATTENTION)}")
+    size = entry.get("block_size")
+    if size is not None and (type(size) is not int or size < 1):
+        raise ValueError(f"config.diffusion has block_size {size!r}; it must be an integer >= 1")
+    if not isinstance(entry["shift"], bool):
+        raise ValueError(f"config.diffusion has shift {entry['shift']!r}; it must be true or false")
     return entry
 
 
@@ -184,15 +188,22 @@ def _head(model, family: Family) -> tuple[Callable, ...]:
 
 # Models that were seen to be nothing more than a base model and its output embeddings.
 _PLAIN: weakref.WeakSet = weakref.WeakSet()
+_LOOKING = threading.Lock()
 
 
 def _output_embeddings(model):
     """What gives the logits of a model without a row; refuses one that scales or caps on the way."""
+    with _LOOKING:  # another thread's forward would come through the same hooks
+        if model not in _PLAIN:
+            _refuse_more_than_embeddings(model)
+            _PLAIN.add(model)
+    return model.get_output_embeddings()
+
+
+def _refuse_more_than_embeddings(model) -> None:
     import torch
 
     head, seen = model.get_output_embeddings(), {}
-    if model in _PLAIN:
-        return head
     if head is not None:
         hooks = (
             model.base_model.register_forward_hook(lambda _, inputs, output: seen.update(hidden=output[0])),
@@ -211,5 +222,3 @@ def _output_embeddings(model):
             "Sample it as a function of its ids, with the attention that it was trained for: "
             'dk.sample(lambda ids: model(ids).logits, ..., cache="none")'
         )
-    _PLAIN.add(model)
-    return head

@@ -117,7 +117,7 @@ class Acceptance:
         The draw depends on no statistics, so that it is known beforehand, and a step that draws nothing is
         passed over without a forward. Every row draws something in its last step.
         """
-        zeros = torch.zeros(masked.numel(), device=masked.device)
+        zeros = torch.zeros(masked.numel(), dtype=torch.float32, device=masked.device)
         anything = TokenStats(
             torch.full_like(zeros, int(self.job.mask_id == 0), dtype=torch.int64), *[zeros] * 4
         )

@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from dllm_kernels._arguments import kind
 from dllm_kernels.models.attention import VIEW_ONLY, enable_attention, view_not_handed_on
 from dllm_kernels.models.compiled import compiled, current
+from dllm_kernels.models.shared_change import shared_change
 from dllm_kernels.ops.token_stats import TokenStats, linear_token_stats, token_stats
 from dllm_kernels.sampling.views import StepView
 
@@ -62,25 +65,36 @@ class ModelDenoiser:
     @contextmanager
     def ready(self) -> Iterator[None]:
         """No gradients, no dropout, our attention; afterwards everything as it was."""
-        training = [module for module in self.model.modules() if module.training]
+        if self.compile and torch.is_autocast_enabled(self.model.device.type):
+            raise ValueError("compile=True under torch.autocast: convert the model instead, model.bfloat16()")
         body = compiled(self.model) if self.compile else nullcontext()
-        with enable_attention(self.model), torch.no_grad(), body:
-            try:
-                self.model.eval()
-                yield
-            finally:
-                for module in training:
-                    module.training = True
+        quiet = shared_change(("evaluating", id(self.model)), partial(_evaluating, self.model))
+        with enable_attention(self.model), torch.no_grad(), quiet, body:
+            yield
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @dataclass
 class CallableDenoiser:
     """Any function from ids [B, T] to logits [B, T, V], or to an object with `.logits`.
 
-    Rows of equal length go through it together: it never sees padding.
+    Rows of equal length go through it together: it never sees padding. check_vocabulary: called with V,
+    which nobody knows before the first logits.
     """
 
     function: Callable[[Tensor], Tensor]
+    check_vocabulary: Callable[[int], None]
+    vocab_size: int | None = None
 
     def outputs(self, ids: Tensor, view: StepView, places: Tensor) -> tuple[Tensor, int]:
         """As ModelDenoiser.outputs, with one forward for each length among the rows."""
@@ -89,19 +103,33 @@ class CallableDenoiser:
         for length in packing.length.unique().tolist():
             group = (packing.length == length).nonzero()[:, 0]
             canvas = ids[0, packing.offset[group, None] + torch.arange(length, device=ids.device)]
-            logits = self.function(canvas)
-            logits = getattr(logits, "logits", logits)
-            if not isinstance(logits, Tensor) or logits.shape[:2] != canvas.shape or logits.dim() != 3:
-                found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                raise ValueError(
-                    f"model gave {found} for ids {list(canvas.shape)}; it must give logits [B, T, V]"
-                )
+            logits = self.logits_of(canvas)
             here = torch.isin(row, group)
             place = torch.searchsorted(group, row[here])
             rows = logits.new_empty(len(places), logits.shape[2]) if rows is None else rows
             rows[here] = logits[place, position[here]]
             forwards += 1
         return rows, forwards
+
+    def logits_of(self, canvas: Tensor) -> Tensor:
+        """What the function gives for ids [B, T], checked."""
+        shape = canvas.shape  # the function may do with its argument what it likes
+        logits = self.function(canvas)
+        logits = getattr(logits, "logits", logits)
+        fits = isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == shape
+        if not fits or logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"model gave a {kind(logits)} for ids {list(shape)}; it must give logits [B, T, V] in "
+                "float32, bfloat16 or float16"
+            )
+        if logits.is_meta or logits.layout != torch.strided:
+            raise ValueError(f"model gave logits without data: {logits.layout} on {logits.device}")
+        if self.vocab_size is None:
+            self.check_vocabulary(logits.shape[2])
+            self.vocab_size = logits.shape[2]
+        elif self.vocab_size != logits.shape[2]:
+            raise ValueError(f"model gave logits of {logits.shape[2]} ids after {self.vocab_size}")
+        return logits
 
     def logits(self, outputs: Tensor) -> Tensor:
         """They are the logits."""

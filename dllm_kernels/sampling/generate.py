@@ -76,6 +76,8 @@ def infill(
 
 def _rounds(job: Job, canvases: Canvases, on_round, stop_ids: tuple[int, ...] = ()) -> Rounds | DeviceRounds:
     """On a GPU the rounds stay there, unless the host must see or do something in every one."""
+    if on_round is not None and not callable(on_round):
+        raise TypeError(f"on_round is a {type(on_round).__name__}; it must be a function of a Round")
     if job.device.type == "cuda" and on_round is None and serves(job):
         return DeviceRounds(job, canvases, stop_ids)
     return Rounds(job, canvases, on_round, stop_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -67,11 +68,15 @@ class Job:
 
     def check_length(self, canvases: Canvases) -> None:
         """Refuse canvases beyond the model's positions."""
-        longest, row = canvases.end.max(0)
+        self.check_positions(canvases.given, canvases.end)
+
+    def check_positions(self, given: Tensor, end: Tensor) -> None:
+        """`check_length` before there are canvases, whose bounds these are."""
+        longest, row = end.max(0)
         limit = self.diffusion.max_positions
         if limit is not None and longest > limit:
             raise ValueError(
-                f"row {int(row)} needs {int(longest)} positions ({int(canvases.given[row])} of prompt, "
+                f"row {int(row)} needs {int(longest)} positions ({int(given[row])} of prompt, "
                 f"blocks of {self.config.block_size}); the model has {limit}"
             )
 
@@ -104,6 +109,8 @@ class Job:
 
 def prepare(model, tokenizer, config: SampleConfig | None, overrides: dict) -> Job:
     """Check a model against its options; what can be refused is refused here."""
+    if tokenizer is not None and not hasattr(tokenizer, "decode"):
+        raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; give a tokenizer of transformers")
     if config is not None and not isinstance(config, SampleConfig):
         raise TypeError(f"config is a {type(config).__name__}; it must be a dk.SampleConfig")
     if unknown := overrides.keys() - {field.name for field in fields(SampleConfig)}:
@@ -113,6 +120,8 @@ def prepare(model, tokenizer, config: SampleConfig | None, overrides: dict) -> J
         _refuse_wrapper(model)
     elif not hooked:
         raise TypeError(f"model is a {type(model).__name__}; give a transformers model or a callable")
+    if hooked:
+        _check_weights(model)
     diffusion = diffusion_of(model) if hooked else _ANY_CALLABLE
     if config is not None:
         config = replace(config, **overrides)
@@ -129,16 +138,17 @@ def prepare(model, tokenizer, config: SampleConfig | None, overrides: dict) -> J
     if eos_ids is None:
         eos = getattr(tokenizer, "eos_token_id", None)
         eos_ids = diffusion.eos_ids or (() if eos is None else (eos,))
-    _check_vocabulary(
-        diffusion.vocab_size, mask_id=(mask_id,), eos_ids=eos_ids, suppress_tokens=config.suppress_tokens,
-        begin_suppress_tokens=config.begin_suppress_tokens, cfg_keep_tokens=config.cfg_keep_tokens,
+    barred = dict(
+        mask_id=(mask_id,), suppress_tokens=config.suppress_tokens,
+        begin_suppress_tokens=config.begin_suppress_tokens,
     )  # fmt: skip
+    _check_vocabulary(diffusion.vocab_size, eos_ids=eos_ids, cfg_keep_tokens=config.cfg_keep_tokens, **barred)
     if mask_id in eos_ids:
         raise ValueError(f"mask_id {mask_id} is an end token too")
     if hooked:
         denoiser = ModelDenoiser(model, diffusion.head, diffusion.first_position, config.compile)
     else:
-        denoiser = CallableDenoiser(model)
+        denoiser = CallableDenoiser(model, partial(_check_vocabulary, **barred))
     return Job(model, denoiser, diffusion, config, mask_id, eos_ids)
 
 
@@ -164,8 +174,17 @@ def _refuse_wrapper(model) -> None:
         if inner is not None:
             raise ValueError(
                 f"model is a {type(model).__name__} around a {type(inner).__name__}: give the inner model "
-                "(model.get_base_model() or model.module), or a function of ids to use it as it stands"
+                "(model.get_base_model(), .module or ._orig_mod), or a function of ids to use it as "
+                "it stands"
             )
+
+
+def _check_weights(model) -> None:
+    """Attention runs in the model's dtype, on the device of its first weight."""
+    if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"model is {model.dtype}; convert it: model.float(), .bfloat16() or .half()")
+    if next(model.parameters()).is_meta:
+        raise ValueError("model has weights on the meta device: offloaded or never loaded; load them first")
 
 
 def _check_model_options(config: SampleConfig, diffusion: Diffusion, hooked: bool) -> None:

@@ -12,6 +12,8 @@ from dllm_kernels.sampling.rule_options import RULES
 from dllm_kernels.sampling.rules import CONFIDENCES, Rule
 
 CACHES = ("auto", "none", "prefix", "dual", "block")
+_MOST_STEPS = 10**6  # a schedule goes through every one
+_LARGEST, _SMALLEST = 1e38, 1e-37  # of numbers that enter products in float32, and divide there
 SCHEDULES = ("llada", "dllm", "dllm_cosine", "dream")
 
 
@@ -29,6 +31,13 @@ def _number(low: float, high: float = math.inf):
         return float(value)
 
     return check
+
+
+def _temperature(name, value):
+    value = _number(0.0, _LARGEST)(name, value)
+    if 0 < value < _SMALLEST:
+        raise ValueError(f"{name} is {value}; it must be 0, or at least {_SMALLEST:g}")
+    return value
 
 
 def _flag(name, value):
@@ -69,9 +78,9 @@ def _optional(check):
 CHECKS = {
     "max_new_tokens": _integer(1),
     "block_size": _integer(1),
-    "steps": _optional(_integer(1)),
-    "steps_per_block": _optional(_integer(1)),
-    "temperature": _number(0.0),
+    "steps": _optional(_integer(1, _MOST_STEPS)),
+    "steps_per_block": _optional(_integer(1, _MOST_STEPS)),
+    "temperature": _temperature,
     "seed": _integer(0, 2**63 - 1),
     "rule": _optional(_rule),
     "threshold": _optional(_number(-math.inf)),
@@ -82,17 +91,17 @@ CHECKS = {
     "schedule": _one_of(*SCHEDULES),
     "eps": _number(0.0),
     "stochastic": _flag,
-    "alg_temp": _number(0.0),
+    "alg_temp": _temperature,
     "top_p": _optional(_number(0.0, 1.0)),
     "top_k": _optional(_integer(1)),
     "edit_threshold": _optional(_number(-math.inf)),
-    "max_post_steps": _integer(0),
+    "max_post_steps": _integer(0, _MOST_STEPS),
     "kl_threshold": _optional(_number(0.0)),
     "stable_steps": _optional(_integer(1)),
     "cache": _one_of(*CACHES),
     "refresh_every": _optional(_integer(1)),
     "suffix_window": _optional(_integer(0)),
-    "cfg_scale": _number(0.0),
+    "cfg_scale": _number(0.0, _LARGEST),
     "cfg_keep_tokens": _ids,
     "shift": _optional(_flag),
     "suppress_tokens": _ids,

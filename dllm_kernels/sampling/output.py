@@ -49,14 +49,14 @@ def completion_output(
     """Cut the canvases after `stop`; measure and decode the completions."""
     width = int(canvases.stop.max())
     ids, unmask_step = canvases.ids[:, :width].cpu(), unmask_step[:, :width].cpu()
-    position = torch.arange(width)
+    position = torch.arange(width, device="cpu")
     surplus = position >= canvases.stop[:, None]
     ids = ids.masked_fill(surplus, canvases.fill)
     if history is not None:
         history = [canvas[:, :width].cpu().masked_fill(surplus, canvases.fill) for canvas in history]
     unmask_step = unmask_step.masked_fill(surplus, -1)
     completion = (position >= canvases.given[:, None]) & ~surplus
-    ended = completion & torch.isin(ids, torch.tensor(eos_ids, dtype=ids.dtype))
+    ended = completion & torch.isin(ids, torch.tensor(eos_ids, dtype=ids.dtype, device="cpu"))
     first_end = torch.where(ended.any(1), ended.int().argmax(1), canvases.stop)
     lengths = first_end - canvases.given
     texts = None

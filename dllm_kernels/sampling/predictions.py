@@ -20,12 +20,13 @@ class Predictions:
 
     before: [rows, H], with a cache and a shift the output row at start − 1 of each row's active block: it
     predicts position `start`, and later steps of the block do not compute it.
-    last: [slots · block_size, V], the logits of the step before, for rules that compare with them.
+    last: [slots · width, V], the logits of the step before, for rules that compare with them; width is the
+    most positions that a block has.
     """
 
-    def __init__(self, job: Job, rule: Rule, rows: int, slots: int):
+    def __init__(self, job: Job, rule: Rule, rows: int, slots: int, width: int):
         config = job.config
-        self.job, self.rows, self.slots = job, rows, slots
+        self.job, self.rows, self.slots, self.width = job, rows, slots, width
         self.options = dict(
             temperature=config.temperature, seed=config.seed, precision=job.parity.precision,
             confidence_exclude=config.begin_suppress_tokens,
@@ -84,7 +85,7 @@ class Predictions:
         if len(output) < len(row):
             computed, output = output, self.before[rows[row]]
             output[~kept] = computed
-        place = slot[row] * self.job.config.block_size + position - start[row]
+        place = slot[row] * self.width + position - start[row]
         return self._statistics(output, noise_ids, place), forwards
 
     def _outputs(self, canvas, view, row, position, count) -> tuple[Tensor, int]:
@@ -118,8 +119,7 @@ class Predictions:
         if not self.remembers:
             return None
         if self.last is None:
-            size = self.slots * self.job.config.block_size
-            self.last = logits.new_full((size, logits.shape[1]), -torch.inf)
+            self.last = logits.new_full((self.slots * self.width, logits.shape[1]), -torch.inf)
         before = self.last[place]
         self.last[place] = logits
         return before

@@ -29,7 +29,7 @@ class Round:
     """What one round did, as `on_round` gets it.
 
     rows, positions, tokens: int64 [n], what was committed: index of the prompt, position, token id.
-    canvas: int64 [B, T], all canvases as they stand; to read, not to write. forwards: forward passes so far.
+    canvas: int64 [B, T], a copy of all canvases as they stand. forwards: forward passes so far.
     """
 
     rows: Tensor
@@ -77,7 +77,8 @@ class Rounds:
         self.blocks = [BlockSteps() for _ in range(count)]
         self.slots = min(job.config.max_batch or count, count)
         self.slot_of: dict[int, int] = {}
-        self.predictions = Predictions(job, self.rule, count, self.slots)
+        width = min(job.config.block_size, self.ids.shape[1])
+        self.predictions = Predictions(job, self.rule, count, self.slots, width)
         self.pages: RowPages | None = None
         self.frame: Frame | None = None
         self.forwards = 0
@@ -209,7 +210,8 @@ class Rounds:
         """What `on_round` is told, without what lies beyond a row's completion."""
         kept = position < self.stop[row]
         row, position = row[kept], position[kept]
-        canvas = self.ids[:, : int(self.stop.max())]
+        place = torch.arange(int(self.stop.max()), device=self.ids.device)
+        canvas = self.ids[:, : len(place)].masked_fill(place >= self.stop[:, None], self.job.fill)
         return Round(row, position, canvas[row, position], canvas, self.forwards)
 
     def frame_of(self, live: list[int]) -> Frame:

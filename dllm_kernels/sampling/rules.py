@@ -35,6 +35,8 @@ class Rule:
         if self.confidence not in CONFIDENCES:
             raise ValueError(f"confidence is {self.confidence!r}; allowed: {', '.join(CONFIDENCES)}")
         names = _PARAMETERS[self.name]
+        if not isinstance(self.parameters, tuple):
+            raise TypeError(f"parameters is {self.parameters!r}; it must be a tuple of numbers")
         if len(self.parameters) != len(names):
             raise ValueError(f"rule {self.name!r} takes {len(names)} numbers, got {len(self.parameters)}")
         for name, value in zip(names, self.parameters, strict=True):

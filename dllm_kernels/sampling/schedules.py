@@ -48,7 +48,7 @@ _ALPHA = {"linear": lambda t: 1 - t, "cosine": lambda t: 1 - torch.cos(math.pi /
 
 def _dllm_share(j: int, steps: int, alpha: str) -> float:
     """Which part of the masks left step j takes, in float32."""
-    t, s = (torch.tensor((steps - j - k) / steps, dtype=torch.float32) for k in (0, 1))
+    t, s = (torch.tensor((steps - j - k) / steps, dtype=torch.float32, device="cpu") for k in (0, 1))
     alpha_t, alpha_s = _ALPHA[alpha](t), _ALPHA[alpha](s)
     return float(1 - (1 - alpha_s) / (1 - alpha_t))
 
@@ -77,7 +77,7 @@ def dream_quota(masks: int, step: int, steps: int, eps: float = 1e-3) -> int:
 @functools.lru_cache
 def _dream_shares(steps: int, eps: float) -> torch.Tensor:
     """float32 [steps], the part of the masks left that each step takes."""
-    t = torch.linspace(1, eps, steps + 1)
+    t = torch.linspace(1, eps, steps + 1, dtype=torch.float32, device="cpu")
     return 1 - t[1:] / t[:-1]
 
 

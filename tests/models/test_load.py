@@ -108,3 +108,40 @@ def test_a_hub_name_that_cannot_be_fetched(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
     with pytest.raises(ValueError, match="'owner/name' is no folder here, and the hub did not give it"):
         dk.load("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "reason"),
+    [
+        (dict(device="gpu"), ValueError, "device is 'gpu': "),
+        (dict(device="meta"), ValueError, "device is meta, which cannot hold weights"),
+        (dict(dtype=torch.int8), TypeError, "dtype is torch.int8; give a floating point"),
+        (dict(dtype="single"), TypeError, "dtype is 'single'; give a floating point"),
+    ],
+)
+def test_places_and_dtypes_that_cannot_be(options, error, reason):
+    with pytest.raises(error, match=reason):
+        dk.load(GOLDEN, **options)
+
+
+def test_a_tokenizer_that_cannot_be_read(checkpoint):
+    (checkpoint / "tokenizer.json").write_text("{")
+    (checkpoint / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"the tokenizer of .*checkpoint cannot be read"):
+        dk.load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(model=torch.nn.Linear(2, 2)), "model is a Linear; dk.save writes transformers models"),
+        (dict(tokenizer=5), "tokenizer is a int"),
+        (dict(folder=None), "folder is a NoneType"),
+    ],
+    ids=["model", "tokenizer", "folder"],
+)
+def test_what_cannot_be_saved(change, reason, tmp_path):
+    model, _ = dk.load(GOLDEN, device="cpu")
+    with pytest.raises(TypeError, match=reason):
+        dk.save(**{"model": model, "tokenizer": None, "folder": tmp_path / "new", **change})
+    assert not any(tmp_path.iterdir())
