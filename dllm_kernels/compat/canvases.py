@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 
+def check_tokens(name: str, tokens: Tensor) -> None:
+    """Refuse what is not a batch of ids, under the name that it has for the caller."""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{name} is a {type(tokens).__name__}; it must be an int64 Tensor [B, S]")
+    if tokens.dtype not in (torch.int32, torch.int64) or tokens.dim() != 2:
+        raise TypeError(f"{name} must be an int64 Tensor [B, S], got {tokens.dtype} {list(tokens.shape)}")
+
+
 def beside_prompt(prompt: Tensor, given: Tensor, sequences: Tensor, new_tokens: int) -> Tensor:
     """[B, S + new_tokens]: `prompt` as it was, padding included, and the completions behind it.
 
@@ -29,6 +37,37 @@ def stacked(rows: list[list[int]], width: int, fill: int, side: str = "right") -
         start = 0 if side == "right" else width - len(row)
         result[index, start : start + len(row)] = torch.tensor(row, dtype=torch.int64)
     return result
+
+
+def replayed(
+    sequences: Tensor,
+    unmask_step: Tensor,
+    mask_id: int,
+    *,
+    origin: Tensor,
+    block_size: int,
+    quotas: list[int] | None = None,
+    least: int = 1,
+) -> list[Tensor]:
+    """Canvases [B, T] before and after every step of a loop that takes all rows through each block together.
+
+    sequences: int64 [B, T], finished; unmask_step: each row's own forward that wrote a token, −1: given.
+    origin: int64 [B], where blocks count from. quotas: what the steps of a block commit, 0 where that is
+    nothing; None: no step commits nothing. least: fewest steps of a block.
+    """
+    open = unmask_step >= 0
+    block = (torch.arange(sequences.shape[1]) - origin[:, None]).div(block_size, rounding_mode="floor")
+    committing = torch.arange(int(unmask_step.max()) + 1)
+    if quotas is not None:
+        committing = torch.tensor(quotas).nonzero()[:, 0]
+    time, past = torch.full_like(unmask_step, -1), 0
+    for index in block[open].unique().tolist():
+        here = open & (block == index)
+        first = torch.where(here, unmask_step, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
+        step = committing[(unmask_step - first)[here]]
+        time[here] = past + step
+        past += max(int(step.max()) + 1, least)
+    return [sequences.masked_fill(time >= now, mask_id) for now in range(past + 1)]
 
 
 def parity_at_zero(temperature: float, parity: str, otherwise: dict) -> dict:

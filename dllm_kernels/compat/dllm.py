@@ -1,4 +1,4 @@
-"""The samplers of dLLM: MDLM, BD3LM, Dream and its port of Fast-dLLM, with their configs and outputs.
+"""The samplers of dLLM: MDLM, BD3LM, Dream and its ports of Fast-dLLM, with their configs and outputs.
 
 A sampler is made of a model and a tokenizer (anything with mask_token_id, eos_token_id, pad_token_id);
 `scheduler` is None, "linear", "cosine", or an object whose class is named so. Options given to `sample` and
@@ -7,179 +7,45 @@ A sampler is made of a model and a tokenizer (anything with mask_token_id, eos_t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from types import MappingProxyType, SimpleNamespace
+from itertools import pairwise
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 import dllm_kernels as dk
 from dllm_kernels.compat.canvases import confidence_of, stacked
-from dllm_kernels.models.families import diffusion_of
+from dllm_kernels.compat.dllm_configs import (
+    BaseSamplerConfig,
+    BaseSamplerOutput,
+    BD3LMSamplerConfig,
+    DreamSamplerConfig,
+    FastdLLMDreamSamplerConfig,
+    FastdLLMLLaDASamplerConfig,
+    MDLMSamplerConfig,
+)
+from dllm_kernels.compat.dllm_sampler import Sampler, attending, left_of
+from dllm_kernels.compat.hooks import Hook, Hooked, same_logits, same_tokens
+from dllm_kernels.compat.llada import check_steps
+from dllm_kernels.sampling.schedules import dream_schedule
+
+__all__ = [
+    "BD3LMSampler",
+    "BD3LMSamplerConfig",
+    "BaseSamplerConfig",
+    "BaseSamplerOutput",
+    "DreamSampler",
+    "DreamSamplerConfig",
+    "FastdLLMDreamSampler",
+    "FastdLLMDreamSamplerConfig",
+    "FastdLLMLLaDASampler",
+    "FastdLLMLLaDASamplerConfig",
+    "MDLMSampler",
+    "MDLMSamplerConfig",
+]
 
 
-@dataclass
-class BaseSamplerConfig:
-    return_dict: bool = False
-
-
-@dataclass
-class BaseSamplerOutput:
-    """sequences: int64 [B, T]; histories: the canvas at the start and after every round, or None."""
-
-    sequences: Tensor
-    histories: list[Tensor] | None = None
-
-
-@dataclass
-class MDLMSamplerConfig(BaseSamplerConfig):
-    max_new_tokens: int | None = 128
-    max_length: int | None = None
-    block_size: int | None = 128
-    steps: int = 128
-    temperature: float = 0.0
-    remasking: str = "low_confidence"
-    stochastic_transfer: bool = False
-    cfg_scale: float = 0.0
-    cfg_keep_tokens: list[int] | None = None
-    suppress_tokens: list[int] | None = None
-    begin_suppress_tokens: list[int] | None = None
-    right_shift_logits: bool = False
-
-
-@dataclass
-class BD3LMSamplerConfig(BaseSamplerConfig):
-    max_new_tokens: int | None = 128
-    max_length: int | None = None
-    block_size: int = 32
-    steps: int = 128
-    steps_per_block: int | None = None
-    temperature: float = 0.0
-    remasking: str = "low_confidence"
-    stochastic_transfer: bool = False
-    cfg_scale: float = 0.0
-    cfg_keep_tokens: list[int] | None = None
-    right_shift_logits: bool = False
-
-
-@dataclass
-class DreamSamplerConfig(BaseSamplerConfig):
-    max_new_tokens: int | None = 20
-    max_length: int | None = None
-    steps: int = 512
-    eps: float = 1e-3
-    alg: str = "origin"
-    alg_temp: float = 0.0
-    temperature: float = 1.0
-    top_p: float | None = 1.0
-    top_k: int | None = 50
-    stochastic_transfer: bool = False
-    right_shift_logits: bool = True
-    cfg_scale: float = 0.0
-
-
-@dataclass
-class FastdLLMLLaDASamplerConfig(MDLMSamplerConfig):
-    use_cache: str | None = None
-    threshold: float | None = None
-    factor: float | None = None
-
-
-@dataclass
-class _Sampler:
-    """model, tokenizer, scheduler as there. _attention: what the models are sampled with; _side,
-    _filled_with: where and with which of the tokenizer's tokens rows of a batch are filled up."""
-
-    model: object
-    tokenizer: object = None
-    scheduler: object = None
-
-    _config = BaseSamplerConfig
-    _attention = "bidirectional"
-    _side = "right"
-    _filled_with = "eos_token_id"
-    _parity = "dllm_mdlm"
-    _without_parity = MappingProxyType(dict(stop_on_eos=False))
-
-    def sample(self, inputs: list[Tensor | list[int]], config=None, **kwargs) -> BaseSamplerOutput | Tensor:
-        """Prompts and their completions, int64 [B, T], filled up with the end token."""
-        option, prompts = self._settled(config, kwargs), _lists(inputs)
-        if option.right_shift_logits:
-            first = getattr(self.tokenizer, "bos_token_id", None)
-            prompts = [prompt or ([] if first is None else [first]) for prompt in prompts]
-        longest = max(map(len, prompts))
-        new_tokens = option.max_new_tokens or option.max_length - longest
-        settings = self._settings(option, new_tokens)
-        with _attending(self.model, self._attention):
-            output = dk.sample(
-                self.model, prompts, max_new_tokens=new_tokens, history=option.return_dict, **settings
-            )
-        lengths = [len(prompt) + new_tokens for prompt in prompts]
-        start = self._aligned(longest, settings["block_size"])
-        result = self._returned(output, lengths, start + new_tokens, option.return_dict)
-        return self._cut(result, start, settings["block_size"])
-
-    def infill(self, inputs: list[Tensor | list[int]], config=None, **kwargs) -> BaseSamplerOutput | Tensor:
-        """Canvases with their masks filled, int64 [B, T]."""
-        option, canvases = self._settled(config, kwargs), _lists(inputs)
-        lengths = [len(canvas) for canvas in canvases]
-        settings = self._settings(option, max(lengths))
-        with _attending(self.model, self._attention):
-            output = dk.infill(self.model, canvases, history=option.return_dict, **settings)
-        return self._returned(output, lengths, max(lengths), option.return_dict)
-
-    @property
-    def _end_token(self) -> int:
-        eos = getattr(self.tokenizer, "eos_token_id", None)
-        return diffusion_of(self.model).eos_ids[0] if eos is None else eos
-
-    def _settled(self, config, kwargs: dict) -> SimpleNamespace:
-        config = self._config() if config is None else config
-        known = {field.name for field in fields(self._config)}
-        if unknown := kwargs.keys() - known:
-            raise TypeError(f"{min(unknown)!r} is not an option of {self._config.__name__}")
-        return SimpleNamespace(**{**asdict(self._config()), **asdict(config), **kwargs})
-
-    def _settings(self, option: SimpleNamespace, length: int) -> dict:
-        """Options of `dk.sample` for completions, or canvases, of `length`."""
-        exact, size = option.temperature == 0, getattr(option, "block_size", None) or length
-        return dict(
-            temperature=option.temperature, stochastic=option.stochastic_transfer,
-            shift=option.right_shift_logits, block_size=size,
-            steps_per_block=math.ceil(option.steps / math.ceil(length / size)),
-            schedule="dllm_cosine" if _is_cosine(self.scheduler) else "dllm",
-            seed=0 if exact and not option.stochastic_transfer else int(torch.randint(2**62, ())),
-            mask_id=getattr(self.tokenizer, "mask_token_id", None),
-            eos_ids=getattr(self.tokenizer, "eos_token_id", None),
-            **(dict(parity=self._parity) if exact else self._without_parity),
-        )  # fmt: skip
-
-    def _aligned(self, prompt: int, block_size: int) -> int:
-        """Columns that the longest prompt takes."""
-        return prompt
-
-    def _cut(self, result: BaseSamplerOutput | Tensor, start: int, block_size: int):
-        """What is left of completions that begin in column `start`."""
-        return result
-
-    def _returned(self, output, lengths: list[int], width: int, as_object: bool):
-        fill = getattr(self.tokenizer, self._filled_with, None)
-        fill = self._end_token if fill is None else fill
-
-        def shaped(ids: Tensor) -> Tensor:
-            rows = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
-            return stacked(rows, width, fill, self._side)
-
-        sequences = shaped(output.sequences)
-        if not as_object:
-            return sequences
-        return BaseSamplerOutput(sequences, [shaped(canvas) for canvas in output.history])
-
-
-class MDLMSampler(_Sampler):
+class MDLMSampler(Sampler):
     """[MDLM, LLaDA] Blocks of masks behind each prompt, under bidirectional attention."""
 
     _config = MDLMSamplerConfig
@@ -194,7 +60,7 @@ class MDLMSampler(_Sampler):
         )
 
 
-class BD3LMSampler(_Sampler):
+class BD3LMSampler(Sampler):
     """[BD3LM] Block after block under block-causal attention; a batch is filled up on the left, to whole
     blocks, and cut where its last row ends."""
 
@@ -218,73 +84,177 @@ class BD3LMSampler(_Sampler):
             **steps,
         )
 
-    def _cut(self, result, start: int, block_size: int):
-        """Nothing behind the block in which the last row ends; a row that ends earlier goes on till then."""
-        sequences = result.sequences if isinstance(result, BaseSamplerOutput) else result
+    def _returned(self, output, given: list[int], new_tokens: int, block_size: int, option: SimpleNamespace):
+        """Prompts fill whole blocks; canvases end with the block at work, and nothing stands behind the block
+        in which the last row ends: a row that ends earlier goes on till then."""
+        lengths = [length + new_tokens for length in given]
+        start = -(-max(given) // block_size) * block_size
+        result = self._filled(output, given, lengths, start + new_tokens, block_size, option)
+        sequences = result.sequences if option.return_dict else result
         ends = sequences[:, start:] == self._end_token
-        if not bool(ends.any(1).all()):
-            return result
-        blocks = int(ends.int().argmax(1).max()) // block_size + 1
-        width = start + blocks * block_size
-        if isinstance(result, Tensor):
-            return result[:, :width]
-        histories = [canvas[:, :width] for canvas in result.histories]
-        return BaseSamplerOutput(result.sequences[:, :width], histories)
+        width = sequences.shape[1]
+        if self._ends and bool(ends.any(1).all()):
+            width = min(width, start + (int(ends.int().argmax(1).max()) // block_size + 1) * block_size)
+        if not option.return_dict:
+            return sequences[:, :width]
+        histories = [result.histories[0][:, :start]]
+        for before, after in pairwise(result.histories):
+            block = int((before[:, start:] == self._mask_id).any(0).int().argmax()) // block_size
+            end = start + min((block + 1) * block_size, new_tokens)
+            if end <= width:
+                histories.append(after[:, :end])
+        return BaseSamplerOutput(sequences[:, :width], histories)
 
-    def _aligned(self, prompt: int, block_size: int) -> int:
-        return -(-prompt // block_size) * block_size
+    @property
+    def _ends(self) -> bool:
+        """Whether an end token stops a row, which without a tokenizer's none does."""
+        return self.tokenizer is None or getattr(self.tokenizer, "eos_token_id", None) is not None
 
 
-class DreamSampler(_Sampler):
+class DreamSampler(Sampler):
     """[Dream] The whole completion as one block, predictions shifted by one, rows filled up on the left."""
 
     _config = DreamSamplerConfig
     _side = "left"
+    _parity = "dllm_dream"
+
+    def sample(
+        self,
+        inputs: list[Tensor | list[int]],
+        config=None,
+        generation_tokens_hook_func: Hook = same_tokens,
+        generation_logits_hook_func: Hook = same_logits,
+        **kwargs,
+    ) -> BaseSamplerOutput | Tensor:
+        """Prompts and their completions, int64 [B, T]; hooks as in `compat.dream.diffusion_generate`."""
+        if (generation_tokens_hook_func, generation_logits_hook_func) == (same_tokens, same_logits):
+            return super().sample(inputs, config, **kwargs)
+        option = self._settled(config, kwargs)
+        prompts = self._begun(inputs, option)
+        new_tokens = self._new_tokens(option, max(map(len, prompts)))
+        canvases = [prompt + [self._mask_id] * new_tokens for prompt in prompts]
+        return self._hooked(canvases, option, generation_tokens_hook_func, generation_logits_hook_func)
+
+    def infill(
+        self,
+        inputs: list[Tensor | list[int]],
+        config=None,
+        generation_tokens_hook_func: Hook = same_tokens,
+        generation_logits_hook_func: Hook = same_logits,
+        **kwargs,
+    ) -> BaseSamplerOutput | Tensor:
+        """Canvases with their masks filled, int64 [B, T]; hooks as in `sample`."""
+        if (generation_tokens_hook_func, generation_logits_hook_func) == (same_tokens, same_logits):
+            return super().infill(inputs, config, **kwargs)
+        option = self._settled(config, kwargs)
+        canvases = self._begun(inputs, option)
+        return self._hooked(canvases, option, generation_tokens_hook_func, generation_logits_hook_func)
+
+    def _begun(self, inputs, option: SimpleNamespace) -> list[list[int]]:
+        return [row.tolist() if isinstance(row, Tensor) else list(row) for row in inputs]
 
     def _settings(self, option: SimpleNamespace, length: int) -> dict:
         return super()._settings(option, length) | dict(
-            top_p=option.top_p, top_k=option.top_k, alg_temp=option.alg_temp,
+            top_p=option.top_p, top_k=option.top_k, alg_temp=option.alg_temp or 0.0,
             confidence=confidence_of("alg", option.alg, "maskgit_plus", "topk_margin", "entropy"),
-            cfg_scale=option.cfg_scale,
+            cfg_scale=getattr(option, "cfg_scale", 0.0),
         )  # fmt: skip
+
+    def _hooked(self, canvases: list[list[int]], option: SimpleNamespace, tokens: Hook, logits: Hook):
+        lengths = torch.tensor([len(canvas) for canvas in canvases])
+        canvas = stacked(canvases, int(lengths.max()), self._end_token, "left")
+        config = dk.SampleConfig(**self._settings(option, int(lengths.max())))
+        masks = (canvas == self._mask_id).sum(1).tolist()
+        quotas = [config.quotas(count, 1, (row, 0)) for row, count in enumerate(masks)]
+        steps = max(map(len, quotas))
+        due = torch.tensor([row + [0] * (steps - len(row)) for row in quotas])
+        device = self.model.device
+        hooked = Hooked(
+            self.model, tokens, logits, lambda step, masks: due[:, step].to(device), config.acceptance(),
+            self._mask_id, option.right_shift_logits,
+            dict(
+                temperature=config.temperature, seed=config.seed, top_p=config.top_p, top_k=config.top_k,
+                confidence_temperature=config.temperature or 1.0,
+            ),
+            config.cfg_scale, (canvas != self._mask_id).to(device),
+        )  # fmt: skip
+        with attending(self.model, self._attention):
+            histories = hooked.fill(canvas.to(device), lengths.to(device), steps)
+        return BaseSamplerOutput(histories[-1], histories) if option.return_dict else histories[-1]
 
 
 class FastdLLMLLaDASampler(MDLMSampler):
-    """[Fast-dLLM] MDLM with a cache and a threshold or a factor; begin_suppress_tokens are never proposed."""
+    """[Fast-dLLM] MDLM with a cache and a threshold or a factor, which comes first; begin_suppress_tokens are
+    never proposed. Without a cache the end tokens that fill up shorter rows are attended to, as there."""
 
     _config = FastdLLMLLaDASamplerConfig
+    _parity = "dllm_fast_dllm"
+
+    def infill(self, inputs, config=None, **kwargs):
+        raise NotImplementedError("FastdLLMLLaDASampler has no infill; MDLMSampler has")
+
+    def _begun(self, inputs, option: SimpleNamespace) -> list[list[int]]:
+        inputs = [inputs] if isinstance(inputs, Tensor) and inputs.dim() == 1 else inputs
+        rows = [row.tolist() if isinstance(row, Tensor) else row for row in inputs]
+        return super()._begun(rows, option)
+
+    def _new_tokens(self, option: SimpleNamespace, longest: int) -> int:
+        """What max_length leaves the longest prompt, or max_new_tokens."""
+        if option.max_length is not None:
+            return left_of(option.max_length, longest)
+        return super()._new_tokens(option, longest)
 
     def _settings(self, option: SimpleNamespace, length: int) -> dict:
-        if option.threshold is not None and option.factor is not None:
-            raise ValueError("threshold and factor are two rules; give one")
         never = {*(option.suppress_tokens or ()), *(option.begin_suppress_tokens or ())}
         return super()._settings(option, length) | dict(
-            cache=option.use_cache or "none", threshold=option.threshold, factor=option.factor,
+            cache=_cache(option), factor=option.factor,
+            threshold=None if option.factor is not None else option.threshold,
             suppress_tokens=tuple(never), begin_suppress_tokens=(), cfg_scale=0.0, cfg_keep_tokens=(),
         )  # fmt: skip
 
 
-def _lists(inputs) -> list[list[int]]:
-    return [row.tolist() if isinstance(row, Tensor) else list(row) for row in inputs]
+class FastdLLMDreamSampler(DreamSampler):
+    """[Fast-dLLM] Dream with a cache, blocks and a threshold, which without a cache accepts at most what the
+    schedule has due by then. A refresh commits the first token of its block."""
+
+    _config = FastdLLMDreamSamplerConfig
+    _parity = "dllm_fast_dllm_dream"
+
+    def infill(self, inputs, config=None, **kwargs):
+        raise NotImplementedError("FastdLLMDreamSampler has no infill; DreamSampler has")
+
+    def _settings(self, option: SimpleNamespace, length: int) -> dict:
+        cache, by_threshold = _cache(option), option.alg == "confidence_threshold"
+        if by_threshold and option.threshold is None:
+            raise ValueError('alg "confidence_threshold" needs threshold')
+        alg = "maskgit_plus" if by_threshold else option.alg
+        block_size = None if cache == "none" else option.block_size
+        plain = SimpleNamespace(**{**vars(option), "alg": alg, "block_size": block_size})
+        settings = super()._settings(plain, length) | dict(cache=cache)
+        if by_threshold:
+            settings |= dict(threshold=option.threshold, alg_temp=0.0)
+        if cache != "none":
+            check_steps(option.steps, length, settings["block_size"])
+            settings |= dict(schedule="dream", eps=option.eps, stochastic=False)
+        return settings
+
+    def _hooked(self, canvases, option: SimpleNamespace, tokens: Hook, logits: Hook):
+        if _cache(option) != "none" or option.alg == "confidence_threshold":
+            raise NotImplementedError("hooks need use_cache=None, and another alg than a threshold")
+        return super()._hooked(canvases, option, tokens, logits)
+
+    def _returned(self, output, given: list[int], new_tokens: int, block_size: int, option: SimpleNamespace):
+        lengths, steps = [length + new_tokens for length in given], {}
+        if _cache(option) != "none":
+            steps = dict(least=2)
+            if option.alg != "confidence_threshold":
+                of_block = option.steps * block_size // new_tokens
+                steps |= dict(quotas=[1, *dream_schedule(block_size - 1, of_block, option.eps, 1)])
+        width = max(*lengths, option.max_length or 0)
+        return self._filled(output, given, lengths, width, block_size, option, **steps)
 
 
-def _is_cosine(scheduler) -> bool:
-    name = scheduler if isinstance(scheduler, str) else type(scheduler).__name__
-    if scheduler is not None and not name.lower().startswith(("linear", "cosine")):
-        raise NotImplementedError(f"scheduler is {name}; allowed: a linear or a cosine one")
-    return name.lower().startswith("cosine")
-
-
-@contextmanager
-def _attending(model, kind: str) -> Iterator[None]:
-    """Within this context `model` is sampled with this kind of attention."""
-    config = model.config
-    before = getattr(config, "diffusion", None)
-    config.diffusion = {**(before or {}), "attention": [kind]}
-    try:
-        yield
-    finally:
-        if before is None:
-            del config.diffusion
-        else:
-            config.diffusion = before
+def _cache(option: SimpleNamespace) -> str:
+    if option.use_cache not in (None, "none", "prefix", "dual"):
+        raise ValueError(f"use_cache is {option.use_cache!r}; allowed: None, 'none', 'prefix', 'dual'")
+    return option.use_cache or "none"

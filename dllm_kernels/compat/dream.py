@@ -2,135 +2,161 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 import dllm_kernels as dk
-from dllm_kernels.compat.canvases import beside_prompt, confidence_of, parity_at_zero, prompt_lengths
+from dllm_kernels.compat.canvases import (
+    beside_prompt,
+    check_tokens,
+    confidence_of,
+    parity_at_zero,
+    prompt_lengths,
+    replayed,
+)
+from dllm_kernels.compat.hooks import Hooked, same_logits, same_tokens
 from dllm_kernels.models.families import diffusion_of
-
-Hook = Callable[[int | None, Tensor, Tensor | None], Tensor]
+from dllm_kernels.sampling.schedules import dream_quota, dream_schedule
 
 
 @dataclass
-class DreamModelOutput:
+class DreamModelOutput(ModelOutput):
     """sequences: int64 [B, T]; history: those after every step, or None."""
 
-    sequences: Tensor
+    sequences: Tensor | None = None
     history: tuple[Tensor, ...] | None = None
 
 
 def diffusion_generate(
-    model,
-    inputs: Tensor,
-    generation_config=None,
-    *,
-    attention_mask: Tensor | None = None,
-    generation_tokens_hook_func: Hook | None = None,
-    generation_logits_hook_func: Hook | None = None,
-    **kwargs,
+    model, inputs: Tensor | None = None, generation_config=None, **kwargs
 ) -> DreamModelOutput | Tensor:
     """int64 [B, S + new tokens]: `inputs` [B, S] and their completions.
 
-    generation_config, kwargs: max_new_tokens or max_length (20), steps (512), eps (1e-3), alg ("origin",
-    "maskgit_plus", "topk_margin", "entropy" or "confidence_threshold"), alg_temp, temperature (0.0), top_p,
-    top_k, threshold, mask_token_id, output_history, return_dict_in_generate; kwargs come first.
+    generation_config, kwargs: max_new_tokens (20) or max_length, steps (512), eps (1e-3), alg ("origin",
+    "maskgit_plus", "topk_margin" or "entropy"), alg_temp, temperature (0.0), top_p, top_k, mask_token_id,
+    num_return_sequences (1), output_history, return_dict_in_generate; kwargs come first. The other special
+    tokens may be named and change nothing, as there. attention_mask: int [B, S], 0 where `inputs` is padded,
+    at the left where there are hooks.
+
     generation_logits_hook_func(step, x, logits [B, T, V]) returns the logits to use, and
     generation_tokens_hook_func(step, x, logits) the tokens to go on with; it is also called before the first
-    step, with None for step and logits. Hooks see whole canvases, so prompts must be of one length. Steps
-    that commit nothing run no forward and call no hook.
+    step, with None for step and logits. With hooks every step is a forward over whole canvases, without them
+    only those that commit something.
     """
-    option = {**_DEFAULTS, **_set_options(generation_config), **kwargs}
-    if unknown := option.keys() - _DEFAULTS.keys() - {"mask_token_id"}:
-        raise TypeError(f"{min(unknown)!r} is not an option; known: {', '.join(_DEFAULTS)}")
-    new_tokens = option["max_new_tokens"] or option["max_length"] - inputs.shape[1]
-    temperature = option["temperature"] or 0.0
-    common = dict(
-        max_new_tokens=new_tokens, block_size=new_tokens, temperature=temperature, top_p=option["top_p"],
-        top_k=option["top_k"], mask_id=option.get("mask_token_id"), history=option["output_history"],
+    attention_mask = kwargs.pop("attention_mask", None)
+    logits_hook = kwargs.pop("generation_logits_hook_func", None)
+    tokens_hook = kwargs.pop("generation_tokens_hook_func", None)
+    option = read_options(DEFAULTS, generation_config, kwargs)
+    inputs, attention_mask = expanded(inputs, attention_mask, option["num_return_sequences"])
+    new_tokens = length_of_completion(model, inputs, option, "max_length" in kwargs)
+    if logits_hook is not None or tokens_hook is not None:
+        history = _with_hooks(
+            model, inputs, attention_mask, new_tokens, option, tokens_hook or same_tokens,
+            logits_hook or same_logits,
+        )  # fmt: skip
+        return returned(history[-1], history[1:], option)
+    temperature, mask_id = option["temperature"] or 0.0, option["mask_token_id"]
+    output = dk.sample(
+        model, inputs, attention_mask=attention_mask, max_new_tokens=new_tokens, block_size=new_tokens,
+        temperature=temperature, top_p=option["top_p"], top_k=option["top_k"], mask_id=mask_id,
         seed=int(torch.randint(2**62, ())) if temperature > 0 else 0,
         **parity_at_zero(temperature, "dream", dict(schedule="dream", cache="none", stop_on_eos=False)),
         **_rule(option),
     )  # fmt: skip
-    if generation_logits_hook_func is None and generation_tokens_hook_func is None:
-        output = dk.sample(model, inputs, attention_mask=attention_mask, **common)
-    else:
-        hooks = _Hooks(model, generation_tokens_hook_func, generation_logits_hook_func)
-        output = hooks.sample(inputs, attention_mask, common)
-    return returned(inputs, attention_mask, output, new_tokens, option["return_dict_in_generate"])
-
-
-def returned(inputs, attention_mask, output, new_tokens: int, as_object: bool) -> DreamModelOutput | Tensor:
-    """What `diffusion_generate` gives back."""
     given = prompt_lengths(inputs, attention_mask)
     sequences = beside_prompt(inputs, given, output.sequences, new_tokens)
-    if not as_object:
+    unmask_step = beside_prompt(torch.full_like(inputs, -1), given, output.unmask_step, new_tokens)
+    quotas = None
+    if option["alg"] != "origin":
+        quotas = dream_schedule(new_tokens, option["steps"], option["eps"])
+    mask_id = diffusion_of(model).mask_id if mask_id is None else mask_id
+    history = []
+    if option["output_history"]:
+        history = replayed(
+            sequences, unmask_step, mask_id, origin=torch.full_like(given, inputs.shape[1]),
+            block_size=new_tokens, quotas=quotas,
+        )  # fmt: skip
+    return returned(sequences, history[1:], option)
+
+
+def read_options(defaults: Mapping[str, object], config, kwargs: Mapping[str, object]) -> dict:
+    """The defaults, over them what a generation config says, over that `kwargs`."""
+    if unknown := kwargs.keys() - defaults.keys():
+        raise TypeError(f"{min(unknown)!r} is not an option; known: {', '.join(defaults)}")
+    found = {name: getattr(config, name, None) for name in defaults}
+    return {**defaults, **{name: value for name, value in found.items() if value is not None}, **kwargs}
+
+
+def expanded(inputs: Tensor, attention_mask: Tensor | None, times: int) -> tuple[Tensor, Tensor | None]:
+    """Every row so many times in a row."""
+    check_tokens("inputs", inputs)
+    if attention_mask is not None and attention_mask.shape != inputs.shape:
+        raise ValueError(f"attention_mask is {list(attention_mask.shape)}, inputs is {list(inputs.shape)}")
+    if attention_mask is not None:
+        attention_mask = attention_mask.repeat_interleave(times, 0)
+    return inputs.repeat_interleave(times, 0), attention_mask
+
+
+def length_of_completion(model, inputs: Tensor, option: Mapping[str, object], said: bool) -> int:
+    """max_new_tokens; else what max_length leaves, whose default counts new tokens, unless it was `said`."""
+    if option["max_new_tokens"] is not None:
+        return option["max_new_tokens"]
+    prompt, longest = inputs.shape[1], option["max_length"]
+    if not said and longest == DEFAULTS["max_length"]:
+        most = diffusion_of(model).max_positions
+        longest += prompt
+        longest = longest if most is None else min(longest, most)
+    if prompt >= longest:
+        raise ValueError(f"inputs has {prompt} tokens, max_length is {longest}; give more, or max_new_tokens")
+    return longest - prompt
+
+
+def returned(sequences: Tensor, history: list[Tensor], option: Mapping[str, object]):
+    """What `diffusion_generate` gives back."""
+    if not option["return_dict_in_generate"]:
         return sequences
-    history = None
-    if output.history is not None:
-        history = tuple(beside_prompt(inputs, given, canvas, new_tokens) for canvas in output.history[1:])
-    return DreamModelOutput(sequences, history)
+    return DreamModelOutput(sequences, tuple(history) if option["output_history"] else None)
 
 
-_DEFAULTS = dict(
+DEFAULTS = dict(
     max_new_tokens=None, max_length=20, steps=512, eps=1e-3, alg="origin", alg_temp=None, temperature=0.0,
-    top_p=None, top_k=None, threshold=None, output_history=False, return_dict_in_generate=False,
+    top_p=None, top_k=None, mask_token_id=None, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    num_return_sequences=1, output_history=False, return_dict_in_generate=False,
 )  # fmt: skip
 
 
-def _set_options(config) -> dict:
-    """What a generation config says."""
-    found = {name: getattr(config, name, None) for name in (*_DEFAULTS, "mask_token_id")}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _rule(option: dict) -> dict:
+def _rule(option: Mapping[str, object]) -> dict:
     alg, steps, eps = option["alg"], option["steps"], option["eps"]
     if alg == "origin":
         return dict(rule="bernoulli", steps=steps, eps=eps)
-    if alg == "confidence_threshold":
-        return dict(threshold=option["threshold"])
-    confidence = confidence_of("alg", alg, "maskgit_plus", "topk_margin", "entropy")
-    return dict(confidence=confidence, alg_temp=option["alg_temp"] or 0.0, steps=steps, eps=eps)
+    return dict(confidence=_confidence(alg), alg_temp=option["alg_temp"] or 0.0, steps=steps, eps=eps)
 
 
-class _Hooks:
-    """Sampling as a function of ids, so that hooks see whole canvases and logits."""
+def _confidence(alg: str) -> str:
+    return confidence_of("alg", alg, "maskgit_plus", "topk_margin", "entropy")
 
-    def __init__(self, model, tokens: Hook | None, logits: Hook | None):
-        self.model = model
-        self.tokens = tokens or (lambda step, x, logits: x)
-        self.change_logits = logits or (lambda step, x, logits: logits)
-        self.shift = diffusion_of(model).shift
-        self.step, self.logits = 0, None
 
-    def sample(self, inputs: Tensor, attention_mask: Tensor | None, options: dict):
-        if attention_mask is not None and not bool(attention_mask.bool().all()):
-            raise ValueError("hooks need prompts of one length, without padding")
-        diffusion, new_tokens = diffusion_of(self.model), options.pop("max_new_tokens")
-        options["mask_id"] = diffusion.mask_id if options["mask_id"] is None else options["mask_id"]
-        masks = inputs.new_full((len(inputs), new_tokens), options["mask_id"])
-        canvas = self.tokens(None, torch.cat([inputs, masks], dim=1), None)
-        options |= dict(block_size=canvas.shape[1], shift=False, eos_ids=diffusion.eos_ids)
-        training = self.model.training
-        self.model.eval()
-        try:
-            with dk.enable_attention(self.model):
-                return dk.infill(self.forward, canvas, on_round=self.after, **options)
-        finally:
-            self.model.train(training)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Logits [B, T, V], where position i is predicted by row i."""
-        logits = self.model(ids, dllm_mask=dk.SpanMask.full(ids.shape[1]), use_cache=False).logits
-        if self.shift:
-            logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
-        self.logits = self.change_logits(self.step, ids, logits)
-        return self.logits
-
-    def after(self, event) -> None:
-        event.canvas.copy_(self.tokens(self.step, event.canvas, self.logits))
-        self.step += 1
+def _with_hooks(model, inputs, attention_mask, new_tokens, option, tokens_hook, logits_hook) -> list[Tensor]:
+    diffusion, steps, eps = diffusion_of(model), option["steps"], option["eps"]
+    mask_id = diffusion.mask_id if option["mask_token_id"] is None else option["mask_token_id"]
+    temperature = option["temperature"] or 0.0
+    lengths = prompt_lengths(inputs, attention_mask).to(inputs.device) + new_tokens
+    if option["alg"] == "origin":
+        rule = dk.Rule.bernoulli(steps, eps=eps)
+    else:
+        rule = dk.Rule.quota(confidence=_confidence(option["alg"]), alg_temp=option["alg_temp"] or 0.0)
+    hooked = Hooked(
+        model, tokens_hook, logits_hook,
+        lambda step, masks: torch.tensor([dream_quota(int(n), step, steps, eps) for n in masks]),
+        rule, mask_id, diffusion.shift,
+        dict(
+            temperature=temperature, seed=int(torch.randint(2**62, ())) if temperature > 0 else 0,
+            top_p=option["top_p"], top_k=option["top_k"], confidence_temperature=temperature or 1.0,
+        ),
+    )  # fmt: skip
+    masks = inputs.new_full((len(inputs), new_tokens), mask_id)
+    return hooked.fill(torch.cat([inputs, masks], dim=1), lengths, steps)

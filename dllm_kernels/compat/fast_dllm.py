@@ -6,7 +6,13 @@ from torch import Tensor
 
 import dllm_kernels as dk
 from dllm_kernels.compat import dream
-from dllm_kernels.compat.canvases import beside_prompt, confidence_of, parity_at_zero, prompt_lengths
+from dllm_kernels.compat.canvases import (
+    beside_prompt,
+    check_tokens,
+    confidence_of,
+    parity_at_zero,
+    prompt_lengths,
+)
 from dllm_kernels.compat.llada import check_steps
 
 
@@ -67,58 +73,55 @@ def generate_with_dual_cache(
     )  # fmt: skip
 
 
-def diffusion_generate(
-    model,
-    inputs: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    max_new_tokens: int | None = None,
-    max_length: int = 20,
-    steps: int = 512,
-    eps: float = 1e-3,
-    alg: str = "origin",
-    alg_temp: float | None = None,
-    temperature: float = 0.0,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    threshold: float | None = 0.9,
-    block_length: int | None = 32,
-    dual_cache: bool = False,
-    use_cache: bool = True,
-    mask_token_id: int | None = None,
-    return_dict_in_generate: bool = False,
-    output_history: bool = False,
-):
-    """Dream. With a cache every alg but "confidence_threshold" ranks by entropy, as there; without one the
-    completion is one block, and a threshold accepts at most what an even schedule has due by then.
+def diffusion_generate(model, inputs: Tensor | None = None, generation_config=None, **kwargs):
+    """Dream: `inputs` int64 [B, S] completed, with the options of `compat.dream.diffusion_generate` and more.
 
-    inputs: int64 [B, S]; returns as `dllm_kernels.compat.dream.diffusion_generate`.
+    use_cache (True), dual_cache (False): which of the caches. block_length (32): None is one block. alg may
+    also be "confidence_threshold", with threshold (0.9). With a cache every other alg ranks by entropy, as
+    there; without one the completion is one block, and a threshold accepts at most what an even schedule has
+    due by then. Hooks: without a cache, and not with a threshold.
     """
-    by_threshold = alg == "confidence_threshold"
-    if not (use_cache or by_threshold):
-        return dream.diffusion_generate(
-            model, inputs, attention_mask=attention_mask, max_new_tokens=max_new_tokens,
-            max_length=max_length, steps=steps, eps=eps, alg=alg, alg_temp=alg_temp, temperature=temperature,
-            top_p=top_p, top_k=top_k, mask_token_id=mask_token_id,
-            return_dict_in_generate=return_dict_in_generate, output_history=output_history,
-        )  # fmt: skip
-    new_tokens = max_new_tokens or max_length - inputs.shape[1]
-    block_length = block_length if use_cache and block_length else new_tokens
-    check_steps(steps, new_tokens, block_length)
-    rule = dict(threshold=threshold) if by_threshold else dict(confidence="entropy", alg_temp=alg_temp or 0.0)
+    option = dream.read_options(
+        _DREAM_DEFAULTS, generation_config, {k: v for k, v in kwargs.items() if k not in _NOT_OPTIONS}
+    )
+    by_threshold = option["alg"] == "confidence_threshold"
+    if not (option["use_cache"] or by_threshold):
+        more = {name: value for name, value in kwargs.items() if name not in _DREAM_ONLY}
+        return dream.diffusion_generate(model, inputs, generation_config, **more)
+    if hooks := sorted(kwargs.keys() & _HOOKS):
+        raise NotImplementedError(f"{hooks[0]} needs use_cache=False, and another alg than a threshold")
+    inputs, attention_mask = dream.expanded(
+        inputs, kwargs.get("attention_mask"), option["num_return_sequences"]
+    )
+    new_tokens = dream.length_of_completion(model, inputs, option, "max_length" in kwargs)
+    block_length = option["block_length"] if option["use_cache"] and option["block_length"] else new_tokens
+    check_steps(option["steps"], new_tokens, block_length)
+    rule = dict(confidence="entropy", alg_temp=option["alg_temp"] or 0.0)
+    if by_threshold:
+        rule = dict(threshold=option["threshold"])
+    temperature, cache = option["temperature"] or 0.0, "dual" if option["dual_cache"] else "prefix"
     output = dk.sample(
         model, inputs, attention_mask=attention_mask, max_new_tokens=new_tokens, block_size=block_length,
-        steps=steps, schedule="dream", eps=eps, temperature=temperature, top_p=top_p, top_k=top_k,
-        cache="none" if not use_cache else "dual" if dual_cache else "prefix", mask_id=mask_token_id,
-        history=output_history, **rule,
+        steps=option["steps"], schedule="dream", eps=option["eps"], temperature=temperature,
+        top_p=option["top_p"], top_k=option["top_k"], cache=cache if option["use_cache"] else "none",
+        mask_id=option["mask_token_id"], history=option["output_history"], **rule,
         **parity_at_zero(temperature, "fast_dllm_dream", dict(stop_on_eos=False)),
     )  # fmt: skip
-    return dream.returned(inputs, attention_mask, output, new_tokens, return_dict_in_generate)
+    given = prompt_lengths(inputs, attention_mask)
+    history = [beside_prompt(inputs, given, canvas, new_tokens) for canvas in output.history or ()]
+    return dream.returned(beside_prompt(inputs, given, output.sequences, new_tokens), history[1:], option)
+
+
+_DREAM_ONLY = dict(threshold=0.9, block_length=32, dual_cache=False, use_cache=True)
+_DREAM_DEFAULTS = {**dream.DEFAULTS, **_DREAM_ONLY}
+_HOOKS = {"generation_tokens_hook_func", "generation_logits_hook_func"}
+_NOT_OPTIONS = {"attention_mask", *_HOOKS}
 
 
 def _generate(
     cache, model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor
 ):
+    check_tokens("prompt", prompt)
     check_steps(steps, gen_length, block_length)
     output = dk.sample(
         model, prompt, max_new_tokens=gen_length, block_size=block_length, steps=steps, cache=cache,
@@ -128,7 +131,7 @@ def _generate(
         **parity_at_zero(temperature, "fast_dllm", dict(stop_on_eos=False)),
     )  # fmt: skip
     nfe = output.forwards
-    if cache == "dual":
+    if cache != "none":
         nfe += _complete_after_refresh(output, prompt.shape[1], gen_length, block_length)
     given = prompt_lengths(prompt, None)
     return beside_prompt(prompt, given, output.sequences, gen_length), nfe

@@ -5,7 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 import dllm_kernels as dk
-from dllm_kernels.compat.canvases import beside_prompt, confidence_of, parity_at_zero, prompt_lengths
+from dllm_kernels.compat.canvases import (
+    beside_prompt,
+    check_tokens,
+    confidence_of,
+    parity_at_zero,
+    prompt_lengths,
+)
 from dllm_kernels.models.families import diffusion_of
 
 
@@ -25,15 +31,17 @@ def generate(
 ) -> Tensor:
     """int64 [B, S + gen_length]: `prompt` [B, S] and its completions, with no stop at the end token.
 
-    logits_eos_inf, confidence_eos_eot_inf: the end tokens are never proposed, or only with confidence 0.
+    logits_eos_inf: the model's first end token is never proposed. confidence_eos_eot_inf: all of them only
+    with confidence 0.
     """
+    check_tokens("prompt", prompt)
     check_steps(steps, gen_length, block_length)
     eos_ids = diffusion_of(model).eos_ids
     output = dk.sample(
         model, prompt, attention_mask=attention_mask, max_new_tokens=gen_length, block_size=block_length,
         steps=steps, temperature=temperature, cfg_scale=cfg_scale, mask_id=mask_id,
         confidence=confidence_of("remasking", remasking, "low_confidence", "random"),
-        suppress_tokens=eos_ids if logits_eos_inf else (),
+        suppress_tokens=eos_ids[:1] if logits_eos_inf else (),
         begin_suppress_tokens=eos_ids if confidence_eos_eot_inf else (),
         **parity_at_zero(temperature, "llada", dict(cache="none", stop_on_eos=False)),
     )  # fmt: skip

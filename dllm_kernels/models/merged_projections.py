@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dllm_kernels.models.plain_linear import is_plain_linear
+
 # Modules of one parent that are called with the same input, in the order of their calls.
 GROUPS = (
     ("q_proj", "k_proj", "v_proj"),  # Llama, Qwen, Mistral and most others
@@ -190,7 +192,7 @@ def _is_merged(group: tuple[nn.Module | None, ...]) -> bool:
 
 def _can_merge(group: tuple[nn.Module | None, ...], owners: Counter) -> bool:
     """owners: how many modules have the Parameter of this id."""
-    if not all(_is_plain_linear(module) for module in group):
+    if not all(is_plain_linear(module) for module in group):
         return False
     weights, biases = _parameters(group)
     return (
@@ -198,14 +200,4 @@ def _can_merge(group: tuple[nn.Module | None, ...], owners: Counter) -> bool:
         and len(biases) in (0, len(group))
         and _are_plain(weights + biases)
         and all(owners[id(parameter)] == 1 for parameter in weights + biases)
-    )
-
-
-def _is_plain_linear(module: nn.Module | None) -> bool:
-    """Whether calling it is x · weightᵀ + bias and nothing else: no adapter, quantization or hook."""
-    return (
-        type(module) is nn.Linear
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and "forward" not in vars(module)  # where accelerate puts its own
     )

@@ -19,16 +19,19 @@ from dllm_kernels.sampling.rules import Rule
 
 
 class Acceptance:
-    """The rule of one job. open: bool [B, T], what was masked at first, all else is prompt; state: int32
-    [B, T], counters of a rule that needs them."""
+    """The rule of one job. open: bool [B, T], what was masked at first, all else is prompt; ends: int64 [B],
+    the canvases' lengths; state: int32 [B, T], counters of a rule that needs them."""
 
-    def __init__(self, job: Job, rule: Rule, open: Tensor):
-        self.job, self.rule, self.open = job, rule, open
+    def __init__(self, job: Job, rule: Rule, open: Tensor, ends: Tensor):
+        self.job, self.rule, self.open, self.ends = job, rule, open, ends
         self.state = torch.zeros_like(open, dtype=torch.int32) if rule.needs_state else None
         parity = job.parity
         self.start_alone = parity.refresh_commits_start and not job.scheme.exact
         self.within_quota = parity.threshold_within_quota and job.scheme.exact and rule.name == "threshold"
         self.needs_quota = rule.needs_quota or self.within_quota
+        drawn = rule.alg_temp > 0 or rule.confidence == "random"
+        ranked = parity.ranked_by_topk is not None and (rule.name == "quota" or self.within_quota)
+        self.by_topk = ranked and not drawn
 
     def candidates(self, frame: Frame, blocks: list[BlockSteps], canvas: Tensor, masked: Tensor) -> Tensor:
         """bool [B, C], the positions whose statistics the rule needs; masked: those that hold a mask."""
@@ -59,9 +62,9 @@ class Acceptance:
             step=self._index(blocks, step.device) if self.rule.name == "bernoulli" else step.int(),
         )  # fmt: skip
         quota = self._quota(blocks, listed)
+        if self.by_topk:
+            listed = self._taken_by_topk(frame, listed, stats, quota)
         if self.within_quota:
-            most = Rule.quota(confidence=self.rule.confidence)
-            listed = commit_(canvas.clone(), frame.positions(listed), stats, most, quota=quota, **common)
             quota = None
         state = None if self.state is None else self.state[frame.rows]
         accepted = commit_(
@@ -84,6 +87,26 @@ class Acceptance:
             masks = listed.sum(1).tolist()
             quotas = [count - sum(block.quotas) for count, block in zip(masks, blocks, strict=True)]
         return torch.tensor(quotas, dtype=torch.int32, device=listed.device)
+
+    def _taken_by_topk(self, frame: Frame, listed: Tensor, stats: TokenStats, quota: Tensor) -> Tensor:
+        """bool [B, C]: what torch.topk takes of `listed` where it ranks all positions that were computed, in
+        canvases padded to one width. Its order among equals follows from where they stand."""
+        packing, width = frame.view.packing, self.open.shape[1]
+        first, end = packing.first[: len(listed)], self.ends[frame.rows]
+        last = first + packing.length[: len(listed)]
+        pad = width - end if self.job.parity.ranked_by_topk == "left" else torch.zeros_like(end)
+        low = torch.where(first > 0, first + pad, 0).tolist()
+        high = torch.where(last < end, last + pad, width).tolist()
+        surest = {"prob": stats.prob, "margin": stats.margin, "entropy": -stats.entropy}
+        confidence = surest[self.rule.confidence].view_as(listed).masked_fill(~listed, -torch.inf)
+        column = frame.window + pad[:, None]
+        ranked = confidence.new_full((len(listed), width + listed.shape[1]), -torch.inf)
+        ranked = ranked.scatter_(1, column, confidence).cpu()
+        taken = torch.zeros_like(ranked, dtype=torch.bool)
+        for row, most in enumerate(quota.tolist()):
+            some = ranked[row, low[row] : high[row]]
+            taken[row, low[row] + some.topk(min(most, len(some))).indices] = True
+        return listed & taken.to(listed.device).gather(1, column)
 
     def _index(self, blocks: list[BlockSteps], device: torch.device) -> Tensor:
         return torch.tensor([block.index for block in blocks], dtype=torch.int32, device=device)

@@ -51,6 +51,8 @@ def completions(rows: list[list[int]], job) -> Canvases:
     for index, row in enumerate(rows):
         ids[index, : len(row)] = torch.tensor(row, device="cpu")
         ids[index, len(row) : end[index]] = job.mask_id
+    if job.parity.padding_seen:
+        end = end.amax().expand_as(end)
     return Canvases(ids, given, origin, stop, end, job.fill)
 
 
@@ -94,9 +96,11 @@ def token_lists(
     raise TypeError(f"{what} is a {type(given).__name__} of {found}; {_ALLOWED}")
 
 
-def check_ids(what: str, rows: list[list[int]], vocab_size: int | None) -> None:
-    """Every row has tokens, and every token is in the vocabulary."""
+def check_ids(what: str, rows: list[list[int]], vocab_size: int | None, may_be_empty: bool = False) -> None:
+    """Every row has tokens, unless it `may_be_empty`, and every token is in the vocabulary."""
     for index, row in enumerate(rows):
+        if not row and may_be_empty:
+            continue
         if not row:
             raise ValueError(
                 f"{what}[{index}] is empty; it needs a token to start from. For text from nothing use "

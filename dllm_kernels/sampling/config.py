@@ -122,7 +122,8 @@ class SampleConfig:
         steps = self.steps_of_block(blocks) or masks
         alpha = "cosine" if self.schedule == "dllm_cosine" else "linear"
         parity = PARITY.get(self.parity, NONE)
-        if self.schedule == "llada" or (parity.threshold_within_quota and not self.approximate):
+        even = self.schedule == "dream" and rule_name(self) == "threshold" and not self.approximate
+        if self.schedule == "llada" or even:
             quotas = llada_schedule(masks, steps)
         elif self.schedule == "dream":
             alone = int(self.approximate and parity.refresh_commits_start)

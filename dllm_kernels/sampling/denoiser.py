@@ -18,6 +18,7 @@ from torch import Tensor
 from dllm_kernels._arguments import kind
 from dllm_kernels.models.attention import VIEW_ONLY, enable_attention, view_not_handed_on
 from dllm_kernels.models.compiled import compiled, current
+from dllm_kernels.models.plain_linear import is_plain_linear
 from dllm_kernels.models.shared_change import shared_change
 from dllm_kernels.ops.token_stats import TokenStats, linear_token_stats, token_stats
 from dllm_kernels.sampling.views import StepView
@@ -58,7 +59,7 @@ class ModelDenoiser:
     def statistics(self, outputs: Tensor, **options) -> TokenStats:
         """Output rows [M, H] -> their statistics; options: those of `linear_token_stats`."""
         projection = self.head[-1]
-        if _is_plain_linear(projection):
+        if is_plain_linear(projection):
             return linear_token_stats(outputs, projection.weight, projection.bias, **options)
         return token_stats(projection(outputs), **options)
 
@@ -144,13 +145,3 @@ class CallableDenoiser:
         """No gradients."""
         with torch.no_grad():
             yield
-
-
-def _is_plain_linear(projection: Callable[[Tensor], Tensor]) -> bool:
-    """Whether calling it is x · weightᵀ + bias and nothing else: no adapter, quantization or hook."""
-    return (
-        type(projection) is torch.nn.Linear
-        and not projection._forward_hooks
-        and not projection._forward_pre_hooks
-        and "forward" not in vars(projection)  # where accelerate puts its own
-    )

@@ -41,7 +41,7 @@ def sample(
     """
     job = prepare(model, tokenizer, config, overrides)
     rows = _prompt_ids(job, prompts, attention_mask, tokenizer)
-    check_ids("prompts", rows, job.diffusion.vocab_size)
+    check_ids("prompts", rows, job.diffusion.vocab_size, job.parity.empty_prompts)
     for index, row in enumerate(rows):
         if job.mask_id in row:
             raise ValueError(f"prompts[{index}] holds the mask token {job.mask_id}; dk.infill fills gaps")

@@ -21,9 +21,12 @@ class Parity:
     is then short, as left padding to whole blocks has it; the last block ends with the canvas.
     shift_in_window: with a cache, the first position that a step computes is predicted by its own output.
     factor_takes_all: if only the last rank fails the factor rule, it is accepted too.
-    threshold_within_quota: without a cache a threshold accepts at most what an even schedule has due by then.
-    refresh_commits_start: a refresh commits exactly the block's first position. every_block_counts: `steps`
-    are spread over all blocks of the longest canvas, those without masks too.
+    threshold_within_quota: without a cache a threshold accepts at most what the schedule has due by then, an
+    even one in place of "dream". refresh_commits_start: a refresh commits exactly the block's first position.
+    every_block_counts: `steps` are spread over all blocks of the longest canvas, those without masks too.
+    ranked_by_topk: where canvases are padded that torch.topk ranks, whose order among equals is its own.
+    padding_seen: shorter rows are filled up with end tokens that are attended to. empty_prompts: they are
+    completed like others.
     """
 
     fixed: Mapping[str, object] = field(default_factory=dict)
@@ -36,14 +39,19 @@ class Parity:
     threshold_within_quota: bool = False
     refresh_commits_start: bool = False
     every_block_counts: bool = False
+    ranked_by_topk: str | None = None
+    padding_seen: bool = False
+    empty_prompts: bool = False
 
 
 NONE = Parity(mask_in_softmax=False)
 _NO_STOP = dict(stop_on_eos=False)
 
 PARITY = {
-    "llada": Parity(dict(schedule="llada", cache="none", **_NO_STOP)),
-    "llada_fp64": Parity(dict(schedule="llada", cache="none", **_NO_STOP), precision="float64"),
+    "llada": Parity(dict(schedule="llada", cache="none", **_NO_STOP), ranked_by_topk="left"),
+    "llada_fp64": Parity(
+        dict(schedule="llada", cache="none", **_NO_STOP), precision="float64", ranked_by_topk="left"
+    ),
     "fast_dllm": Parity(dict(schedule="llada", **_NO_STOP), precision="float64", factor_takes_all=True),
     "fast_dllm_dream": Parity(
         _NO_STOP,
@@ -51,9 +59,34 @@ PARITY = {
         shift_in_window=True,
         threshold_within_quota=True,
         refresh_commits_start=True,
+        ranked_by_topk="left",
     ),
-    "dllm_mdlm": Parity(_NO_STOP, dict(schedule="dllm"), shift_in_window=True, every_block_counts=True),
-    "dllm_bd3lm": Parity(_NO_STOP, dict(schedule="dllm"), blocks_from_prompt=True),
-    "dream": Parity(dict(schedule="dream", cache="none", **_NO_STOP)),
+    "dllm_mdlm": Parity(
+        _NO_STOP,
+        dict(schedule="dllm"),
+        shift_in_window=True,
+        every_block_counts=True,
+        ranked_by_topk="right",
+        empty_prompts=True,
+    ),
+    "dllm_dream": Parity(_NO_STOP, dict(schedule="dllm"), ranked_by_topk="left", empty_prompts=True),
+    "dllm_bd3lm": Parity(_NO_STOP, dict(schedule="dllm"), blocks_from_prompt=True, empty_prompts=True),
+    "dllm_fast_dllm": Parity(
+        _NO_STOP,
+        dict(schedule="dllm"),
+        shift_in_window=True,
+        every_block_counts=True,
+        padding_seen=True,
+        empty_prompts=True,
+    ),
+    "dllm_fast_dllm_dream": Parity(
+        _NO_STOP,
+        shift_in_window=True,
+        threshold_within_quota=True,
+        refresh_commits_start=True,
+        ranked_by_topk="left",
+        empty_prompts=True,
+    ),
+    "dream": Parity(dict(schedule="dream", cache="none", **_NO_STOP), ranked_by_topk="left"),
     "llada2": Parity(dict(rule="quota_or_threshold")),
 }

@@ -75,7 +75,7 @@ class Rounds:
         self.unmask_step = torch.full_like(self.ids, -1)
         self.blocks_of = [self._count_blocks(row) for row in range(count)]
         self.rule = rule_of(job.config, self.blocks_of)
-        self.acceptance = Acceptance(job, self.rule, self.open)
+        self.acceptance = Acceptance(job, self.rule, self.open, self.canvas_end)
         self.blocks = [BlockSteps() for _ in range(count)]
         self.slots = min(job.config.max_batch or count, count)
         self.slot_of: dict[int, int] = {}
@@ -283,7 +283,7 @@ class Rounds:
     def _count_blocks(self, row: int) -> int:
         """Blocks of a row that hold masks, over which its steps are spread."""
         if self.job.parity.every_block_counts:
-            return -(-int((self.canvas_end - self.origin).max()) // self.job.config.block_size)
+            return -(-int((self.stop - self.origin).max()) // self.job.config.block_size)
         return len(((self._masks(row) - self.origin[row]) // self.job.config.block_size).unique())
 
 

@@ -1,5 +1,6 @@
 """Schedules: how the masks of a block are spread over its steps, as a list of quotas."""
 
+import functools
 import math
 
 import numpy as np
@@ -55,19 +56,29 @@ def _dllm_share(j: int, steps: int, alpha: str) -> float:
 def dream_schedule(masks: int, steps: int, eps: float = 1e-3, first: int = 0) -> list[int]:
     """Quotas of Dream: int(remaining·(1 − s/t)), t = linspace(1, eps, S+1); the last step takes all.
 
-    Counted for each row by itself (the original takes the mean of the batch). Quotas may be 0. first: where
-    to begin, for masks that are left when so many steps are over.
+    Counted for each row by itself (the original takes the mean of the batch), in float32 as there. Quotas may
+    be 0. first: where to begin, for masks that are left when so many steps are over.
     """
     _check(masks, steps)
     if not 0 < eps < 1:
         raise ValueError(f"eps is {eps}; it must lie between 0 and 1")
-    t = torch.linspace(1, eps, steps + 1, dtype=torch.float32, device="cpu")
     quotas, remaining = [], masks
-    for j in range(min(first, steps - 1), steps):
-        quota = int(remaining * float(1 - t[j + 1] / t[j])) if j < steps - 1 else remaining
-        remaining -= quota
-        quotas.append(quota)
+    for step in range(min(first, steps - 1), steps):
+        quotas.append(dream_quota(remaining, step, steps, eps))
+        remaining -= quotas[-1]
     return quotas
+
+
+def dream_quota(masks: int, step: int, steps: int, eps: float = 1e-3) -> int:
+    """What one step of `dream_schedule` takes of the masks that are left."""
+    return int(masks * _dream_shares(steps, eps)[step]) if step < steps - 1 else masks
+
+
+@functools.lru_cache
+def _dream_shares(steps: int, eps: float) -> torch.Tensor:
+    """float32 [steps], the part of the masks left that each step takes."""
+    t = torch.linspace(1, eps, steps + 1, dtype=torch.float32, device="cpu")
+    return 1 - t[1:] / t[:-1]
 
 
 def _check(masks: int, steps: int) -> None:

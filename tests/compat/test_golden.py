@@ -24,8 +24,6 @@ REASONS = {
     "llada_tiny_random_remasking_seed0": RANDOM,
     "llada_tiny_stochastic_transfer_seed0": RANDOM,
     "mask_in_prompt": "a mask in the prompt is an error here: infill fills gaps",
-    "none_unequal_b8_s16": "the original attends to padding",
-    "maskgit_plus_unequal_s16_topp0.7": "confidences tied at 1.0: torch.topk promises no order",
 }
 
 
@@ -47,8 +45,41 @@ def cases(group: str) -> list:
 
 def options(case, *left_out):
     """The settings of a case, without the special tokens and what only describes the recording."""
-    described = {"mask_id", "eos_id", "pad_id", "bos_id", "softmax_dtype", "cache", "scheduler", *left_out}
-    return {name: value for name, value in case["settings"].items() if name not in described}
+    described = {"mask_id", "eos_id", "pad_id", "bos_id", "softmax_dtype", "cache", "scheduler", "hook"}
+    return {name: value for name, value in case["settings"].items() if name not in described | {*left_out}}
+
+
+def rolled_by_the_step(step, x, logits):
+    return logits.roll(step, -1) * 0.5
+
+
+def last_token_is_11(step, x, logits):
+    if step is None:
+        x[:, -1] = 11
+    return x
+
+
+HOOKS = {
+    None: {},
+    "logits rolled by the step": dict(generation_logits_hook_func=rolled_by_the_step),
+    "last token is 11": dict(generation_tokens_hook_func=last_token_is_11),
+}
+
+
+def hooks(case):
+    """The hooks that a case was recorded with."""
+    return HOOKS[case["settings"].get("hook")]
+
+
+def assert_as_recorded(found, case):
+    """Tokens, and where they were recorded the canvases of every step."""
+    history = None
+    if not isinstance(found, torch.Tensor):
+        history = found.history if isinstance(found, dream.DreamModelOutput) else found.histories
+        found = found.sequences
+    assert found.tolist() == case["output_ids"]
+    if "histories" in case:
+        assert [canvas.tolist() for canvas in history] == case["histories"]
 
 
 @pytest.mark.parametrize("case", cases("llada_generate"))
@@ -93,8 +124,23 @@ def test_dream(case):
     settings = options(case, "attention_mask")
     mask = case["settings"].get("attention_mask")
     mask = None if mask is None else torch.tensor(mask)
-    found = dream.diffusion_generate(model, prompt, attention_mask=mask, **settings)
-    assert found.tolist() == case["output_ids"]
+    found = dream.diffusion_generate(model, prompt, attention_mask=mask, **settings, **hooks(case))
+    assert_as_recorded(found, case)
+
+
+@pytest.mark.parametrize("case", cases("llada2"))
+def test_llada2(case):
+    """LLaDA2's generate returns the completion alone, up to its first end token."""
+    settings, (prompt,) = case["settings"], case["prompt_ids"]
+    model = dk.load(GOLDEN / "models" / case["model"], device="cpu", attention="block_causal")[0]
+    new_tokens = settings["gen_length"]
+    output = dk.sample(
+        model, [prompt], parity="llada2", threshold=settings["threshold"], max_new_tokens=new_tokens,
+        block_size=settings["block_length"], mask_id=MASK, eos_ids=settings["eos_id"],
+        steps_per_block=min(settings["steps"], new_tokens // settings.get("minimal_topk", 1)),
+    )  # fmt: skip
+    end = len(prompt) + min(int(output.lengths) + 1, new_tokens)
+    assert output.sequences[:, len(prompt) : end].tolist() == case["output_ids"]
 
 
 SAMPLERS = {
@@ -103,6 +149,7 @@ SAMPLERS = {
     "dllm_bd3lm": dllm.BD3LMSampler,
     "dllm_dream": dllm.DreamSampler,
     "dllm_fastdllm_llada": dllm.FastdLLMLLaDASampler,
+    "dllm_fastdllm_dream": dllm.FastdLLMDreamSampler,
 }
 
 
@@ -121,4 +168,4 @@ def test_dllm(group, case):
     sampler = SAMPLERS[group](loaded(case["model"]), special, scheduler=case["settings"]["scheduler"])
     fills = group == "dllm_infill" or any(MASK in row for row in case["prompt_ids"])
     generate = sampler.infill if fills else sampler.sample
-    assert generate(case["prompt_ids"], **options(case)).tolist() == case["output_ids"]
+    assert_as_recorded(generate(case["prompt_ids"], **options(case), **hooks(case)), case)

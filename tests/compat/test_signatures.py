@@ -131,6 +131,73 @@ def test_dream_hooks_see_and_change_every_step(model, prompt):
     ).all()
 
 
+def test_hooks_see_every_step_of_padded_prompts(model):
+    """[Dream] Steps that commit nothing call the hooks too; a shorter row's tokens are those of it alone."""
+    (long, short), steps = prompts_of(6, 2), []
+    padded = torch.tensor([long, [EOS] * 4 + short])
+    real = torch.tensor([[1] * 6, [0] * 4 + [1] * 2])
+    options = dict(max_new_tokens=8, steps=12, alg="entropy")
+
+    def watched(step, x, logits):
+        steps.append(step)
+        return x
+
+    hooked = dream.diffusion_generate(
+        model, padded, attention_mask=real, generation_tokens_hook_func=watched, **options
+    )
+    plain = dream.diffusion_generate(model, padded, attention_mask=real, **options)
+    assert torch.equal(hooked, plain) and steps == [None, *range(12)]
+
+
+def test_dream_counts_its_length_as_there(model):
+    """The default max_length is one of new tokens; one that is given counts the prompt."""
+    prompt = torch.tensor(prompts_of(6))
+    lengths = [
+        dream.diffusion_generate(model, prompt, alg="entropy", steps=4, **options).shape
+        for options in (dict(), dict(max_length=20), dict(num_return_sequences=3, max_new_tokens=4))
+    ]
+    assert lengths == [(1, 26), (1, 20), (3, 10)]
+    config = SimpleNamespace(max_length=16, steps=2, alg="entropy")
+    assert dream.diffusion_generate(model, prompt, config).shape == (1, 16)
+    assert fast_dllm.diffusion_generate(model, prompt, config, block_length=5).shape == (1, 16)
+    with pytest.raises(ValueError, match="inputs has 6 tokens, max_length is 6"):
+        dream.diffusion_generate(model, prompt, max_length=6)
+
+
+def test_bad_input_is_named(model, prompt):
+    for generate in (llada.generate, fast_dllm.generate, fast_dllm.generate_with_dual_cache):
+        with pytest.raises(TypeError, match=r"prompt must be an int64 Tensor \[B, S\], got torch.float32"):
+            generate(model, prompt.float(), mask_id=MASK)
+    for generate in (dream.diffusion_generate, fast_dllm.diffusion_generate):
+        with pytest.raises(TypeError, match=r"inputs must be an int64 Tensor \[B, S\]"):
+            generate(model, prompt[0], alg="entropy", max_new_tokens=8)
+        with pytest.raises(TypeError, match="inputs is a NoneType"):
+            generate(model, alg="entropy", max_new_tokens=8)
+        with pytest.raises(ValueError, match=r"attention_mask is \[1, 6\], inputs is \[2, 6\]"):
+            generate(model, prompt, alg="entropy", max_new_tokens=8, attention_mask=torch.ones(1, 6))
+    with pytest.raises(NotImplementedError, match="alg is 'confidence_threshold'"):
+        dream.diffusion_generate(model, prompt, alg="confidence_threshold")
+    with pytest.raises(NotImplementedError, match="generation_logits_hook_func needs use_cache=False"):
+        fast_dllm.diffusion_generate(model, prompt, alg="entropy", generation_logits_hook_func=lambda *_: 0)
+    with pytest.raises(NotImplementedError, match="alg is 'origin'"):
+        dllm.DreamSampler(model).sample([[1]], temperature=0.0)
+    with pytest.raises(ValueError, match="use_cache is 'block'"):
+        dllm.FastdLLMLLaDASampler(model).sample([[1]], use_cache="block")
+    with pytest.raises(ValueError, match='"confidence_threshold" needs threshold'):
+        dllm.FastdLLMDreamSampler(model).sample([[1]], alg="confidence_threshold", temperature=0.0)
+    with pytest.raises(ValueError, match="max_length is 4; the longest prompt has 6"):
+        dllm.MDLMSampler(model).sample(prompt, max_new_tokens=None, max_length=4)
+    with pytest.raises(ValueError, match="max_new_tokens and max_length are None"):
+        dllm.BD3LMSampler(model).sample(prompt, max_new_tokens=None)
+
+
+def test_a_model_completes_nothing(model):
+    """[dLLM] An empty prompt is a canvas of masks."""
+    for sampler in (dllm.MDLMSampler(model), dllm.BD3LMSampler(model)):
+        found = sampler.sample([[], [1, 2]], max_new_tokens=8, block_size=4, steps=8)
+        assert not (found == MASK).any()
+
+
 def test_dllm_samplers_return_tensors_or_objects(model):
     prompts = prompts_of(5, 9)
     sampler = dllm.MDLMSampler(model)

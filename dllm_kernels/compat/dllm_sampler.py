@@ -1,0 +1,156 @@
+"""What dLLM's samplers share: from their options and tokenizers to those of `dk.sample`, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType, SimpleNamespace
+
+import torch
+from torch import Tensor
+
+import dllm_kernels as dk
+from dllm_kernels.compat.canvases import replayed, stacked
+from dllm_kernels.compat.dllm_configs import BaseSamplerConfig, BaseSamplerOutput
+from dllm_kernels.models.families import diffusion_of
+
+
+@dataclass
+class Sampler:
+    """model, tokenizer, scheduler as there. _attention: what the models are sampled with; _side,
+    _filled_with: where and with which of the tokenizer's tokens rows of a batch are filled up."""
+
+    model: object
+    tokenizer: object = None
+    scheduler: object = None
+
+    _config = BaseSamplerConfig
+    _attention = "bidirectional"
+    _side = "right"
+    _filled_with = "eos_token_id"
+    _parity = "dllm_mdlm"
+    _without_parity = MappingProxyType(dict(stop_on_eos=False))
+
+    def sample(self, inputs: list[Tensor | list[int]], config=None, **kwargs) -> BaseSamplerOutput | Tensor:
+        """Prompts and their completions, int64 [B, T], filled up with the end token."""
+        option = self._settled(config, kwargs)
+        prompts = self._begun(inputs, option)
+        longest = max(map(len, prompts))
+        new_tokens = self._new_tokens(option, longest)
+        settings = self._settings(option, new_tokens)
+        with attending(self.model, self._attention):
+            output = dk.sample(self.model, prompts, max_new_tokens=new_tokens, **settings)
+        given = [len(prompt) for prompt in prompts]
+        return self._returned(output, given, new_tokens, settings["block_size"], option)
+
+    def infill(self, inputs: list[Tensor | list[int]], config=None, **kwargs) -> BaseSamplerOutput | Tensor:
+        """Canvases with their masks filled, int64 [B, T]."""
+        option = self._settled(config, kwargs)
+        canvases = self._begun(inputs, option)
+        length = max(1, *map(len, canvases))
+        settings = self._settings(option, length)
+        with attending(self.model, self._attention):
+            output = dk.infill(self.model, canvases, **settings)
+        lengths = [len(canvas) for canvas in canvases]
+        return self._filled(output, [0] * len(lengths), lengths, length, settings["block_size"], option)
+
+    @property
+    def _end_token(self) -> int:
+        eos = getattr(self.tokenizer, "eos_token_id", None)
+        return diffusion_of(self.model).eos_ids[0] if eos is None else eos
+
+    @property
+    def _mask_id(self) -> int:
+        mask_id = getattr(self.tokenizer, "mask_token_id", None)
+        return diffusion_of(self.model).mask_id if mask_id is None else mask_id
+
+    def _settled(self, config, kwargs: dict) -> SimpleNamespace:
+        config = self._config() if config is None else config
+        known = {field.name for field in fields(self._config)}
+        if unknown := kwargs.keys() - known:
+            raise TypeError(f"{min(unknown)!r} is not an option of {self._config.__name__}")
+        return SimpleNamespace(**{**asdict(self._config()), **asdict(config), **kwargs})
+
+    def _settings(self, option: SimpleNamespace, length: int) -> dict:
+        """Options of `dk.sample` for completions, or canvases, of `length`."""
+        exact, size = option.temperature == 0, getattr(option, "block_size", None) or length
+        return dict(
+            temperature=option.temperature, stochastic=option.stochastic_transfer,
+            shift=option.right_shift_logits, block_size=size,
+            steps_per_block=math.ceil(option.steps / math.ceil(length / size)),
+            schedule="dllm_cosine" if _is_cosine(self.scheduler) else "dllm",
+            seed=0 if exact and not option.stochastic_transfer else int(torch.randint(2**62, ())),
+            mask_id=self._mask_id,
+            eos_ids=getattr(self.tokenizer, "eos_token_id", None),
+            **(dict(parity=self._parity) if exact else self._without_parity),
+        )  # fmt: skip
+
+    def _begun(self, inputs, option: SimpleNamespace) -> list[list[int]]:
+        """Rows of ids. Where predictions are shifted, an empty list begins with the first token."""
+        first = getattr(self.tokenizer, "bos_token_id", None)
+        begin = [first] if option.right_shift_logits and first is not None else []
+        return [row.tolist() if isinstance(row, Tensor) else list(row) or begin for row in inputs]
+
+    def _new_tokens(self, option: SimpleNamespace, longest: int) -> int:
+        """max_new_tokens, or what max_length leaves the longest prompt."""
+        new_tokens = option.max_new_tokens
+        if not new_tokens and option.max_length is None:
+            raise ValueError("max_new_tokens and max_length are None; give one of them")
+        return new_tokens or left_of(option.max_length, longest)
+
+    def _returned(self, output, given: list[int], new_tokens: int, block_size: int, option: SimpleNamespace):
+        """What `sample` gives back. given: lengths of the prompts."""
+        lengths = [length + new_tokens for length in given]
+        return self._filled(output, given, lengths, max(lengths), block_size, option)
+
+    def _filled(self, output, origin, lengths, width, block_size, option, **steps):
+        """sequences [B, width] and, if asked for, the canvases of a loop over blocks from `origin` on."""
+        fill = getattr(self.tokenizer, self._filled_with, None)
+        fill = self._end_token if fill is None else fill
+
+        def shaped(ids: Tensor, fill: int) -> Tensor:
+            rows = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
+            return stacked(rows, width, fill, self._side)
+
+        sequences = shaped(output.sequences, fill)
+        if not option.return_dict:
+            return sequences
+        start = torch.tensor(origin)
+        if self._side == "left":
+            start += width - torch.tensor(lengths)
+        histories = replayed(
+            sequences, shaped(output.unmask_step, -1), self._mask_id, origin=start, block_size=block_size,
+            **steps,
+        )  # fmt: skip
+        return BaseSamplerOutput(sequences, histories)
+
+
+def left_of(max_length: int, longest: int) -> int:
+    """New tokens that the longest prompt leaves."""
+    if max_length <= longest:
+        raise ValueError(f"max_length is {max_length}; the longest prompt has {longest} tokens already")
+    return max_length - longest
+
+
+def _is_cosine(scheduler) -> bool:
+    name = scheduler if isinstance(scheduler, str) else type(scheduler).__name__
+    if scheduler is not None and not name.lower().startswith(("linear", "cosine")):
+        raise NotImplementedError(f"scheduler is {name}; allowed: a linear or a cosine one")
+    return name.lower().startswith("cosine")
+
+
+@contextmanager
+def attending(model, kind: str) -> Iterator[None]:
+    """Within this context `model` is sampled with this kind of attention."""
+    config = model.config
+    before = getattr(config, "diffusion", None)
+    config.diffusion = {**(before or {}), "attention": [kind]}
+    try:
+        yield
+    finally:
+        if before is None:
+            del config.diffusion
+        else:
+            config.diffusion = before

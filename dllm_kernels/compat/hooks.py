@@ -1,0 +1,95 @@
+"""Sampling with hooks: the plain loop over whole canvases, where hooks see ids and logits of every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import dllm_kernels as dk
+from dllm_kernels.models.families import diffusion_of
+
+Hook = Callable[[int | None, Tensor, Tensor | None], Tensor]
+
+
+def same_tokens(step: int | None, x: Tensor, logits: Tensor | None) -> Tensor:
+    """A tokens hook that changes nothing."""
+    return x
+
+
+def same_logits(step: int, x: Tensor, logits: Tensor) -> Tensor:
+    """A logits hook that changes nothing."""
+    return logits
+
+
+@dataclass
+class Hooked:
+    """A model, its hooks and what a step does.
+
+    logits(step, x, logits [B, T, V]) returns the logits to use, where position i is predicted by row i, and
+    tokens(step, x, logits) the tokens to go on with; it is also called before the first step, with None for
+    step and logits. quotas(step, masks int64 [B]) says how many tokens each row commits. statistics: options
+    of `dk.token_stats`. hidden: bool [B, T], what guidance takes away.
+    """
+
+    model: torch.nn.Module
+    tokens: Hook
+    logits: Hook
+    quotas: Callable[[int, Tensor], Tensor]
+    rule: dk.Rule
+    mask_id: int
+    shift: bool
+    statistics: dict = field(default_factory=dict)
+    cfg_scale: float = 0.0
+    hidden: Tensor | None = None
+
+    def fill(self, canvas: Tensor, lengths: Tensor, steps: int) -> list[Tensor]:
+        """Canvases [B, T], padded at the left to `lengths` [B], before and after every step."""
+        training = [module for module in self.model.modules() if module.training]
+        try:
+            self.model.eval()
+            with dk.enable_attention(self.model), torch.no_grad():
+                canvas = self.tokens(None, canvas, None)
+                history = [canvas.clone()]
+                for step in range(steps):
+                    canvas = self.step(step, canvas, lengths)
+                    history.append(canvas.clone())
+        finally:
+            for module in training:
+                module.training = True
+        return history
+
+    def step(self, step: int, canvas: Tensor, lengths: Tensor) -> Tensor:
+        """One forward and one commit."""
+        rows, width = canvas.shape
+        logits = self.logits(step, canvas, self._predicted(canvas, lengths))
+        column = torch.arange(width, device=canvas.device).expand(rows, -1)
+        masked = (canvas == self.mask_id) & (column >= width - lengths[:, None])
+        row = torch.arange(rows, device=canvas.device)[:, None].expand(-1, width)
+        noise_ids = torch.stack([row, column, torch.full_like(row, step)], dim=-1).int()
+        stats = dk.token_stats(
+            logits.flatten(0, 1), noise_ids=noise_ids.flatten(0, 1), proposal_exclude=(self.mask_id,),
+            **self.statistics,
+        )  # fmt: skip
+        dk.commit_(
+            canvas, column.masked_fill(~masked, -1).int(), stats, self.rule, mask_id=self.mask_id,
+            quota=self.quotas(step, masked.sum(1)).int(), step=step, seed=self.statistics.get("seed", 0),
+        )  # fmt: skip
+        return self.tokens(step, canvas, logits)
+
+    def _predicted(self, canvas: Tensor, lengths: Tensor) -> Tensor:
+        """Logits [B, T, V], where position i is predicted by row i."""
+        logits = self._logits(canvas, lengths)
+        if self.cfg_scale:
+            without = self._logits(canvas.masked_fill(self.hidden, self.mask_id), lengths)
+            logits = without + (self.cfg_scale + 1) * (logits - without)
+        return torch.cat([logits[:, :1], logits[:, :-1]], dim=1) if self.shift else logits
+
+    def _logits(self, canvas: Tensor, lengths: Tensor) -> Tensor:
+        width = canvas.shape[1]
+        position = (torch.arange(width, device=canvas.device) - (width - lengths)[:, None]).clamp(min=0)
+        mask = dk.SpanMask.full(width, lengths=lengths, padding_side="left")
+        first = diffusion_of(self.model).first_position
+        return self.model(canvas, position_ids=position + first, dllm_mask=mask, use_cache=False).logits
