@@ -9,19 +9,25 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dllm_kernels as dk
 from benchmarks import loops
+from dllm_kernels.models.merged_projections import merge_projections
 from dllm_kernels.sampling.block_rounds import BlockRounds
 from dllm_kernels.sampling.canvases import completions
 from dllm_kernels.sampling.job import prepare
 from dllm_kernels.sampling.refreshed_rounds import RefreshedRounds
 
 BLOCK = 32
+LAYERS = {  # merged projections, compiled
+    "stock": (False, False),
+    "compiled": (False, True),
+    "merged-compiled": (True, True),
+}
 CACHES = {"block": "block_causal", "dual": "bidirectional"}
 LLADA_8B = dict(hidden=4096, intermediate=12_288, layers=32, heads=32, vocabulary=126_464)
 TINY = dict(hidden=32, intermediate=64, layers=2, heads=2, vocabulary=120)
 
 
 @functools.lru_cache(maxsize=1)  # one of them fills a good part of a GPU
-def random_model(device: str, smoke: bool, attention: str = "block_causal") -> LlamaForCausalLM:
+def random_model(device: str, smoke: bool, attention: str, merged: bool = False) -> LlamaForCausalLM:
     """bfloat16 (a smoke run: tiny, float32)."""
     shape = TINY if smoke else LLADA_8B
     config = LlamaConfig(
@@ -42,7 +48,10 @@ def random_model(device: str, smoke: bool, attention: str = "block_causal") -> L
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM(config)
-    return loops.see_both_ways(model.to(torch.float32 if smoke else torch.bfloat16).eval())
+    model = loops.see_both_ways(model.to(torch.float32 if smoke else torch.bfloat16).eval())
+    if merged:
+        merge_projections(model)
+    return model
 
 
 def random_prompt(model, length: int) -> list[int]:
@@ -54,10 +63,12 @@ def parameter_bytes(model) -> int:
     return sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
 
 
-def test_step(compare, pick, smoke, device):
+@pytest.mark.parametrize("layers", LAYERS)
+def test_step(compare, pick, smoke, device, layers):
     """One denoising step of one row with `length` tokens before its block: ours is one launch."""
-    model, length = random_model(device, smoke), pick(1184, 2 * BLOCK)
-    job = prepare(model, None, None, dict(max_new_tokens=BLOCK, steps_per_block=10**6))
+    merged, compile = LAYERS[layers]
+    model, length = random_model(device, smoke, "block_causal", merged), pick(1184, 2 * BLOCK)
+    job = prepare(model, None, None, dict(max_new_tokens=BLOCK, steps_per_block=10**6, compile=compile))
     prompt = random_prompt(model, length)
     canvas = torch.tensor([prompt + [job.mask_id] * BLOCK], device=device)
     rounds = BlockRounds(job, completions([prompt], job))
@@ -73,10 +84,12 @@ def test_step(compare, pick, smoke, device):
         )
 
 
-def test_dual_step(compare, pick, smoke, device):
+@pytest.mark.parametrize("layers", LAYERS)
+def test_dual_step(compare, pick, smoke, device, layers):
     """The same with a dual cache: two launches, and two flags that the host waits for."""
-    model, length = random_model(device, smoke, "bidirectional"), pick(1184, 2 * BLOCK)
-    job = prepare(model, None, None, dict(max_new_tokens=BLOCK, cache="dual", threshold=1.0))
+    merged, compile = LAYERS[layers]
+    model, length = random_model(device, smoke, "bidirectional", merged), pick(1184, 2 * BLOCK)
+    job = prepare(model, None, None, dict(max_new_tokens=BLOCK, cache="dual", threshold=1.0, compile=compile))
     prompt = random_prompt(model, length)
     canvas = torch.tensor([prompt + [job.mask_id] * BLOCK], device=device)
     rounds = RefreshedRounds(job, completions([prompt], job))
