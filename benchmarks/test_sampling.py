@@ -63,8 +63,8 @@ def peer_loops(request, kind: str, model, new_tokens: int) -> dict:
 
 @pytest.mark.parametrize(
     "cache, compile",
-    [("none", False), ("none", True), ("dual", False)],
-    ids=["none", "none-compiled", "dual"],
+    [("none", False), ("none", True), ("dual", False), ("dual", True)],
+    ids=["none", "none-compiled", "dual", "dual-compiled"],
 )
 def test_sampling_bidirectional(compare, pick, smoke, request, cache, compile):
     model = random_model("bidirectional", smoke)

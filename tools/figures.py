@@ -38,6 +38,7 @@ HEADLINES = {
     ("sampling", "sampling_bidirectional[none]"): "128 tokens from a 58M-parameter model, exact",
     ("sampling", "sampling_bidirectional[none-compiled]"): "the same compiled",
     ("sampling", "sampling_bidirectional[dual]"): "the same with the dual cache, approximate",
+    ("sampling", "sampling_bidirectional[dual-compiled]"): "the same compiled",
     ("sampling", "sampling_block_causal"): "the same block-causal, exact",
     ("sampling", "sampling_tiny_python[eager]"): "384 tokens of code from the embedded model, threshold 0.9",
     ("sampling", "sampling_tiny_python[compiled]"): "the same compiled",
