@@ -75,6 +75,11 @@ def parity_at_zero(temperature: float, parity: str, otherwise: dict) -> dict:
     return dict(parity=parity) if temperature == 0 else otherwise
 
 
+def drawn_seed(draws: object) -> int:
+    """Where anything is drawn, a seed from torch's generator, with which others draw."""
+    return int(torch.randint(2**62, ())) if draws else 0
+
+
 CONFIDENCE = {
     "low_confidence": "prob",
     "random": "random",

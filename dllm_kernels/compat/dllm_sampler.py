@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import dllm_kernels as dk
-from dllm_kernels.compat.canvases import replayed, stacked
+from dllm_kernels.compat.canvases import drawn_seed, replayed, stacked
 from dllm_kernels.compat.dllm_configs import BaseSamplerConfig, BaseSamplerOutput
 from dllm_kernels.models.families import diffusion_of
 
@@ -81,7 +81,7 @@ class Sampler:
             shift=option.right_shift_logits, block_size=size,
             steps_per_block=math.ceil(option.steps / math.ceil(length / size)),
             schedule="dllm_cosine" if _is_cosine(self.scheduler) else "dllm",
-            seed=0 if exact and not option.stochastic_transfer else int(torch.randint(2**62, ())),
+            seed=drawn_seed(not exact or option.stochastic_transfer or _draws_positions(option)),
             mask_id=self._mask_id,
             eos_ids=getattr(self.tokenizer, "eos_token_id", None),
             **(dict(parity=self._parity) if exact else self._without_parity),
@@ -132,6 +132,10 @@ def left_of(max_length: int, longest: int) -> int:
     if max_length <= longest:
         raise ValueError(f"max_length is {max_length}; the longest prompt has {longest} tokens already")
     return max_length - longest
+
+
+def _draws_positions(option: SimpleNamespace) -> bool:
+    return getattr(option, "remasking", None) == "random" or bool(getattr(option, "alg_temp", None))
 
 
 def _is_cosine(scheduler) -> bool:

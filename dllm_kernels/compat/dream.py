@@ -14,6 +14,7 @@ from dllm_kernels.compat.canvases import (
     beside_prompt,
     check_tokens,
     confidence_of,
+    drawn_seed,
     parity_at_zero,
     prompt_lengths,
     replayed,
@@ -63,7 +64,7 @@ def diffusion_generate(
     output = dk.sample(
         model, inputs, attention_mask=attention_mask, max_new_tokens=new_tokens, block_size=new_tokens,
         temperature=temperature, top_p=option["top_p"], top_k=option["top_k"], mask_id=mask_id,
-        seed=int(torch.randint(2**62, ())) if temperature > 0 else 0,
+        seed=drawn_seed(_draws(option)),
         **parity_at_zero(temperature, "dream", dict(schedule="dream", cache="none", stop_on_eos=False)),
         **_rule(option),
     )  # fmt: skip
@@ -129,6 +130,10 @@ DEFAULTS = dict(
 )  # fmt: skip
 
 
+def _draws(option: Mapping[str, object]) -> bool:
+    return bool(option["temperature"] or option["alg_temp"]) or option["alg"] == "origin"
+
+
 def _rule(option: Mapping[str, object]) -> dict:
     alg, steps, eps = option["alg"], option["steps"], option["eps"]
     if alg == "origin":
@@ -154,7 +159,7 @@ def _with_hooks(model, inputs, attention_mask, new_tokens, option, tokens_hook, 
         lambda step, masks: torch.tensor([dream_quota(int(n), step, steps, eps) for n in masks]),
         rule, mask_id, diffusion.shift,
         dict(
-            temperature=temperature, seed=int(torch.randint(2**62, ())) if temperature > 0 else 0,
+            temperature=temperature, seed=drawn_seed(_draws(option)),
             top_p=option["top_p"], top_k=option["top_k"], confidence_temperature=temperature or 1.0,
         ),
     )  # fmt: skip

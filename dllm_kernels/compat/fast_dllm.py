@@ -10,6 +10,7 @@ from dllm_kernels.compat.canvases import (
     beside_prompt,
     check_tokens,
     confidence_of,
+    drawn_seed,
     parity_at_zero,
     prompt_lengths,
 )
@@ -104,7 +105,8 @@ def diffusion_generate(model, inputs: Tensor | None = None, generation_config=No
         model, inputs, attention_mask=attention_mask, max_new_tokens=new_tokens, block_size=block_length,
         steps=option["steps"], schedule="dream", eps=option["eps"], temperature=temperature,
         top_p=option["top_p"], top_k=option["top_k"], cache=cache if option["use_cache"] else "none",
-        mask_id=option["mask_token_id"], history=option["output_history"], **rule,
+        mask_id=option["mask_token_id"], history=option["output_history"],
+        seed=drawn_seed(temperature or option["alg_temp"]), **rule,
         **parity_at_zero(temperature, "fast_dllm_dream", dict(stop_on_eos=False)),
     )  # fmt: skip
     given = prompt_lengths(inputs, attention_mask)
@@ -125,7 +127,8 @@ def _generate(
     check_steps(steps, gen_length, block_length)
     output = dk.sample(
         model, prompt, max_new_tokens=gen_length, block_size=block_length, steps=steps, cache=cache,
-        temperature=temperature, mask_id=mask_id, factor=factor,
+        temperature=temperature, seed=drawn_seed(temperature or remasking == "random"), mask_id=mask_id,
+        factor=factor,
         threshold=None if factor is not None else threshold,
         confidence=confidence_of("remasking", remasking, "low_confidence", "random"),
         **parity_at_zero(temperature, "fast_dllm", dict(stop_on_eos=False)),

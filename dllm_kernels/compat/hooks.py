@@ -10,6 +10,7 @@ from torch import Tensor
 
 import dllm_kernels as dk
 from dllm_kernels.models.families import diffusion_of
+from dllm_kernels.sampling.denoiser import ModelDenoiser
 
 Hook = Callable[[int | None, Tensor, Tensor | None], Tensor]
 
@@ -47,18 +48,12 @@ class Hooked:
 
     def fill(self, canvas: Tensor, lengths: Tensor, steps: int) -> list[Tensor]:
         """Canvases [B, T], padded at the left to `lengths` [B], before and after every step."""
-        training = [module for module in self.model.modules() if module.training]
-        try:
-            self.model.eval()
-            with dk.enable_attention(self.model), torch.no_grad():
-                canvas = self.tokens(None, canvas, None)
-                history = [canvas.clone()]
-                for step in range(steps):
-                    canvas = self.step(step, canvas, lengths)
-                    history.append(canvas.clone())
-        finally:
-            for module in training:
-                module.training = True
+        with ModelDenoiser(self.model, head=()).ready():
+            canvas = self.tokens(None, canvas, None)
+            history = [canvas.clone()]
+            for step in range(steps):
+                canvas = self.step(step, canvas, lengths)
+                history.append(canvas.clone())
         return history
 
     def step(self, step: int, canvas: Tensor, lengths: Tensor) -> Tensor:

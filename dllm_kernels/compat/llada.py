@@ -9,6 +9,7 @@ from dllm_kernels.compat.canvases import (
     beside_prompt,
     check_tokens,
     confidence_of,
+    drawn_seed,
     parity_at_zero,
     prompt_lengths,
 )
@@ -39,7 +40,8 @@ def generate(
     eos_ids = diffusion_of(model).eos_ids
     output = dk.sample(
         model, prompt, attention_mask=attention_mask, max_new_tokens=gen_length, block_size=block_length,
-        steps=steps, temperature=temperature, cfg_scale=cfg_scale, mask_id=mask_id,
+        steps=steps, temperature=temperature, seed=drawn_seed(temperature or remasking == "random"),
+        cfg_scale=cfg_scale, mask_id=mask_id,
         confidence=confidence_of("remasking", remasking, "low_confidence", "random"),
         suppress_tokens=eos_ids[:1] if logits_eos_inf else (),
         begin_suppress_tokens=eos_ids if confidence_eos_eot_inf else (),

@@ -226,3 +226,34 @@ def test_dllm_samplers_leave_the_model_as_it_was():
     before = dict(model.config.diffusion)
     dllm.BD3LMSampler(model).sample(prompts_of(5), max_new_tokens=8, block_size=8, steps=8)
     assert model.config.diffusion == before
+
+
+SEEDED = {
+    "llada": lambda model, ids: llada.generate(
+        model, ids, steps=8, gen_length=16, block_length=8, temperature=1.0, mask_id=MASK
+    ),
+    "llada, random": lambda model, ids: llada.generate(
+        model, ids, steps=8, gen_length=16, block_length=8, remasking="random", mask_id=MASK
+    ),
+    "fast_dllm": lambda model, ids: fast_dllm.generate_with_dual_cache(
+        model, ids, steps=8, gen_length=16, block_length=8, temperature=1.0, mask_id=MASK
+    )[0],
+    "dllm, random": lambda model, ids: dllm.MDLMSampler(model).sample(
+        [*ids], max_new_tokens=16, steps=8, block_size=8, remasking="random"
+    ),
+    "dream": lambda model, ids: dream.diffusion_generate(model, ids, max_new_tokens=16, steps=8),
+}
+
+
+@pytest.mark.parametrize("generate", SEEDED.values(), ids=SEEDED)
+def test_what_is_drawn_follows_torchs_seed(generate, model, prompt):
+    """The same seed, the same tokens; without one every call draws anew, as from the originals."""
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(generate(model, prompt))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    torch.manual_seed(1)
+    assert torch.equal(generate(model, prompt), found[0])
+    assert not torch.equal(generate(model, prompt), found[0])
