@@ -9,8 +9,10 @@ Environment variables:
   DLLM_LIB_DIR     where an in-place build puts the libraries (default: dllm_kernels/lib)
 """
 
+import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / os.environ.get("DLLM_BUILD_DIR", "build")
+UNREADABLE = frozenset('"$;<>\\`|') | set(map(chr, range(32)))  # separators of CMake, Ninja and the shell
 
 
 def torch_root() -> Path:
@@ -49,6 +52,14 @@ def tool(name: str) -> str:
     if path is None:
         raise SystemExit(f"{name} is missing: pip install {name}, then pip install --no-build-isolation .")
     return path
+
+
+def check_paths(*paths: Path | str) -> None:
+    """Raise SystemExit if a path that goes into build files holds a character that they cannot quote."""
+    for path in map(str, paths):
+        if found := sorted(UNREADABLE.intersection(path)):
+            characters = " ".join(repr(character) for character in found)
+            raise SystemExit(f"CMake and Ninja cannot build with {characters} in a path; rename {path!r}")
 
 
 def run(*command: str) -> None:
@@ -77,10 +88,14 @@ class CMakeBuild(build_ext):
     """Builds with CMake, then copies the libraries into dllm_kernels/lib of the source tree or the wheel."""
 
     def run(self) -> None:
-        options = {
+        paths = {
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
             "DLLM_TORCH_ROOT": torch_root(),
             "Python_EXECUTABLE": sys.executable,
+        }
+        check_paths(ROOT, BUILD, tool("cmake"), *paths.values())
+        options = {
+            **paths,
             "DLLM_CUDA": os.environ.get("DLLM_CUDA", "AUTO"),
             "DLLM_CUDA_ARCHS": os.environ.get("DLLM_CUDA_ARCHS", ""),
             "DLLM_SANITIZE": os.environ.get("DLLM_SANITIZE", ""),
@@ -90,10 +105,9 @@ class CMakeBuild(build_ext):
         command = [tool("cmake"), "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", "--log-level=NOTICE"]
         run(*command, *define)
         run(tool("cmake"), "--build", str(BUILD), *(["--target", target] if target else []))
-        built = [Path(line) for line in (BUILD / "libraries.txt").read_text().split()]
-        self.install(
-            [path for path in built if target in (None, path.name.split(".")[0])], partial=bool(target)
-        )
+        names = (BUILD / "libraries.txt").read_text().splitlines()
+        built = [BUILD / "lib" / name for name in names if target in (None, name.split(".")[0])]
+        self.install(built, partial=bool(target))
 
     def install(self, built: list[Path], partial: bool) -> None:
         folder = Path(self.build_lib) / "dllm_kernels" / "lib"
@@ -101,12 +115,19 @@ class CMakeBuild(build_ext):
             folder = ROOT / os.environ.get("DLLM_LIB_DIR", "dllm_kernels/lib")
         folder.mkdir(parents=True, exist_ok=True)
         if not partial:
-            built = [*built, BUILD / "build_info.json"]
+            built = [*built, self.build_info()]
             for stale in {path.name for path in folder.glob("_C*.so")} - {path.name for path in built}:
                 (folder / stale).unlink()
         for path in built:  # renamed into place: a process that has the old one mapped keeps it
             shutil.copy2(path, folder / f"{path.name}.new")
             os.replace(folder / f"{path.name}.new", folder / path.name)
+
+    def build_info(self) -> Path:
+        """What CMake wrote, with the hash of the sources."""
+        hashing, path = runpy.run_path(str(ROOT / "cmake" / "source_hash.py")), BUILD / "build_info.json"
+        info = json.loads(path.read_text()) | {hashing["NAME"]: hashing["source_hash"]()}
+        path.write_text(json.dumps(info, indent=2) + "\n")
+        return path
 
     def get_outputs(self) -> list[str]:
         return [str(path) for path in (Path(self.build_lib) / "dllm_kernels" / "lib").glob("*")]

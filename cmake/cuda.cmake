@@ -8,6 +8,12 @@ set(DLLM_CUDA_ARCHS_BUILT "")
 
 # Reports in `why` what is wrong with the nvcc of this machine; empty when it works.
 function(dllm_check_nvcc why)
+  foreach(path "${CMAKE_SOURCE_DIR}" "${CMAKE_BINARY_DIR}" "${DLLM_TORCH_ROOT}")
+    if(path MATCHES "[',]")
+      set(${why} "nvcc reads no path with ' or a comma: ${path}" PARENT_SCOPE)
+      return()
+    endif()
+  endforeach()
   find_program(DLLM_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin)
   if(NOT DLLM_NVCC)
     set(${why} "nvcc was not found (install the CUDA toolkit, or put nvcc on PATH)" PARENT_SCOPE)

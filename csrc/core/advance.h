@@ -14,6 +14,7 @@
 namespace dllm {
 
 constexpr int kMaxStopIds = 16;
+constexpr int32_t kLastStep = INT32_MAX;  // where counts of steps stay
 
 // Tensors of B rows; C = block_size, Q = queries. Ranges of positions are half-open.
 struct AdvanceParams {
@@ -45,7 +46,7 @@ DLLM_HOST_DEVICE int llada_quota(int masks, int steps, int step) {
   return step < steps ? masks / steps + (step < masks % steps) : masks;
 }
 
-// One row of AdvanceParams.
+// One row of AdvanceParams: positions inside the canvas, counts not negative.
 struct BlockRow {
   int given, stop, canvas_end;
   int block_start, cached, q_length, block_masks, step, block_step;
@@ -71,7 +72,7 @@ struct BlockScan {
 // block are still to be counted.
 DLLM_HOST_DEVICE BlockRow advanced(BlockRow row, const BlockScan& scan, int block_size) {
   if (row.finished()) return row;
-  if (row.denoised()) row.step++, row.block_step++;
+  if (row.denoised()) row.step += row.step < kLastStep, row.block_step += row.block_step < kLastStep;
   const int computed = row.cached + row.q_length, end = row.block_end(block_size);
   if (row.cached < row.block_start) row.cached = computed < row.block_start ? computed : row.block_start;
   if (scan.first_stop < scan.first_mask) {
@@ -80,6 +81,7 @@ DLLM_HOST_DEVICE BlockRow advanced(BlockRow row, const BlockScan& scan, int bloc
     row.block_start = scan.next_mask < row.stop ? scan.next_mask / block_size * block_size : row.canvas_end;
     row.block_step = 0;
   }
+  if (row.cached > row.block_start && !row.finished()) row.cached = row.block_start;  // what follows changes
   return row;
 }
 
@@ -121,16 +123,11 @@ DLLM_HOST_DEVICE BlockRow block_row(const AdvanceParams& p, int64_t b) {
   const auto inside = [&](int32_t position) {
     return position < 0 ? 0 : position > p.canvas_length ? p.canvas_length : position;
   };
+  const auto count = [](int32_t value) { return value < 0 ? 0 : value; };
   const int end = inside(p.canvas_end[b]), stop = inside(p.stop[b]);
-  return {inside(p.given[b]),
-          stop < end ? stop : end,
-          end,
-          inside(p.block_start[b]),
-          inside(p.cached[b]),
-          inside(p.q_lengths[b]),
-          p.block_masks[b],
-          p.step[b],
-          p.block_step[b]};
+  return {inside(p.given[b]),       stop < end ? stop : end, end,
+          inside(p.block_start[b]), inside(p.cached[b]),     inside(p.q_lengths[b]),
+          count(p.block_masks[b]),  count(p.step[b]),        count(p.block_step[b])};
 }
 
 DLLM_HOST_DEVICE void store_row(const AdvanceParams& p, int64_t b, const BlockRow& row,

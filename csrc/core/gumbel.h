@@ -2,7 +2,7 @@
 // IEEE multiplications and additions in a fixed order, never contracted to fused ones. Device code gets
 // that from ExactFloat; host files that include this are compiled with -ffp-contract=off.
 //
-// `Lanes` is the arithmetic: OneLane below, or the vectors of csrc/cpu/philox_lanes.h.
+// `Lanes` is the arithmetic: OneLane below, or the vectors of csrc/cpu/gumbel_noise.cpp.
 #pragma once
 
 #include <cstdint>

@@ -6,7 +6,8 @@ namespace dllm::cpu {
 namespace {
 
 template <class Id>
-void advance_rows(const AdvanceParams& p) {
+std::vector<BlockRow> moved(const AdvanceParams& p) {
+  std::vector<BlockRow> rows(p.batch);
   const int64_t* stop_ids = p.stop_ids;
   for (int64_t b = 0; b < p.batch; b++) {
     const Id* canvas = static_cast<const Id*>(p.canvas) + b * p.canvas_stride;
@@ -21,20 +22,26 @@ void advance_rows(const AdvanceParams& p) {
     const int end = last.block_end(p.block_size);
     const BlockScan scan{first(last.block_start, end, is_mask), first(last.completion(), end, is_stop),
                          first(end, last.stop, is_mask)};
-    BlockRow row = advanced(last, scan, p.block_size);
+    BlockRow& row = rows[b] = advanced(last, scan, p.block_size);
     if (row.block_step == 0 && !row.finished())
       row.block_masks = static_cast<int>(
           std::count_if(canvas + row.block_start, canvas + row.block_end(p.block_size), is_mask));
-    const BlockView view = block_view(row, p.block_size, p.queries);
-    store_row(p, b, row, view);
-    for (int i = 0; i < p.queries; i++) write_view(p, b, row, view, i);
   }
+  return rows;
 }
 
 }  // namespace
 
-void advance(const AdvanceParams& p) {
-  p.canvas_is_int64 ? advance_rows<int64_t>(p) : advance_rows<int32_t>(p);
+std::vector<BlockRow> advanced_rows(const AdvanceParams& p) {
+  return p.canvas_is_int64 ? moved<int64_t>(p) : moved<int32_t>(p);
+}
+
+void store_rows(const AdvanceParams& p, const std::vector<BlockRow>& rows) {
+  for (int64_t b = 0; b < p.batch; b++) {
+    const BlockView view = block_view(rows[b], p.block_size, p.queries);
+    store_row(p, b, rows[b], view);
+    for (int i = 0; i < p.queries; i++) write_view(p, b, rows[b], view, i);
+  }
 }
 
 }  // namespace dllm::cpu

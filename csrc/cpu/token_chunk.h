@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/gumbel_noise.h"
 #include "cpu/logits_chunk.h"
@@ -57,7 +58,7 @@ void propose(TokenState<Real>& state, const float* scores, float highest, int32_
 
 // fetch(i) is called for every vector: it may prefetch what comes next.
 template <class Fetch>
-void add_exponentials(TokenState<float>& state, const float* x, int count, const Fetch& fetch) {
+void add_exponentials(TokenState<float>& state, const float* x, int count, float, const Fetch& fetch) {
   constexpr float kLog2e = 1.44269504f, kLn2 = 0.69314718f;
   // Below 2^−126 an exponential is under every rounding of the sum; the bound keeps −inf out of products.
   const Floats lowest = broadcast(-126.0f);
@@ -85,20 +86,20 @@ void add_exponentials(TokenState<float>& state, const float* x, int count, const
 }
 
 template <class Fetch>
-void add_exponentials(TokenState<double>& state, const float* x, int count, const Fetch&) {
+void add_exponentials(TokenState<double>& state, const float* x, int count, double scale, const Fetch&) {
   for (int i = 0; i < count; i++) {
     if (x[i] == -kInfinity) continue;
-    const double shifted = x[i] - state.max, e = std::exp(shifted);
+    const double shifted = x[i] * scale - state.max, e = std::exp(shifted);
     state.sum += e;
     state.weighted += e * shifted;
   }
 }
 
 template <class Real>
-void add_top_two(TokenState<Real>& state, TopTwo top) {
+void add_top_two(TokenState<Real>& state, TopTwo top, Real scale) {
   TokenState<Real> chunk;
-  chunk.max = top.first;
-  chunk.second = top.second;
+  chunk.max = top.first * scale;
+  chunk.second = top.second * scale;
   merge(state, chunk);
 }
 
@@ -109,7 +110,7 @@ void add_chunk(PartState<Real>& part, const TokenStatsParams& p, int64_t visited
   TokenState<Real>& state = part.state;
   const int whole = padded(count);
   IdsInChunk(p.suppress, first, count).bar(x, first);
-  if (p.cuts) apply(p.cuts[visited], p.confidence_scale, first, count, x);
+  if (p.cuts) apply(p.cuts[visited], static_cast<float>(p.confidence_scale), first, count, x);
 
   const IdsInChunk unproposed(p.proposal_exclude, first, count);
   if (p.temperature > 0 || !unproposed.empty()) {
@@ -126,10 +127,13 @@ void add_chunk(PartState<Real>& part, const TokenStatsParams& p, int64_t visited
   }
 
   IdsInChunk(p.confidence_exclude, first, count).bar(x, first);
-  scale_chunk(p.confidence_scale, count, x);
-  if (state.token >= first) part.x = x[state.token - first];
-  if (p.confidence_scale != 1 || bound > state.second) add_top_two(state, top_two(x, whole));
-  if (state.max > -kInfinity) add_exponentials(state, x, whole, fetch);
+  // A double is scaled where it is used: x has room for no more than a float.
+  Real scale = 1;
+  if constexpr (std::is_same_v<Real, double>) scale = p.confidence_scale;
+  else scale_chunk(static_cast<float>(p.confidence_scale), count, x);
+  if (state.token >= first) part.x = x[state.token - first] * scale;
+  if (p.confidence_scale != 1 || bound > state.second) add_top_two(state, top_two(x, whole), scale);
+  if (state.max > -kInfinity) add_exponentials(state, x, whole, scale, fetch);
 }
 
 }  // namespace dllm::cpu::DLLM_ISA

@@ -13,12 +13,12 @@ struct Softmax {
   double max = -HUGE_VAL, sum = 0;
 
   // Returns by how much the exponentials so far shrink.
-  double raise_max(const float* x, int count) {
+  double raise_max(const float* x, int count, double factor) {
     Floats highest = broadcast(-kInfinity);
     for (int i = 0; i < padded(count); i += kLanes)
       highest = select(load(x + i) > highest, load(x + i), highest);
     double to = max;
-    for (int lane = 0; lane < kLanes; lane++) to = highest[lane] > to ? highest[lane] : to;
+    for (int lane = 0; lane < kLanes; lane++) to = highest[lane] * factor > to ? highest[lane] * factor : to;
     const double scale = to > max ? std::exp(max - to) : 1;
     sum *= scale;
     max = to;
@@ -36,12 +36,12 @@ DLLM_SIMD double total(Floats v) {
 
 class Divergence {
  public:
-  // A chunk of x and y, padded with −inf.
-  void add(const float* x, const float* y, int count, bool float64) {
-    const double scale = p_.raise_max(x, count);
-    q_.raise_max(y, count);
+  // A chunk of x and y, padded with −inf. factor: what they are still to be multiplied with, as doubles.
+  void add(const float* x, const float* y, int count, bool float64, double factor) {
+    const double scale = p_.raise_max(x, count, factor);
+    q_.raise_max(y, count, factor);
     cross_ = scale > 0 ? cross_ * scale : 0;
-    float64 ? add_doubles(x, y, count) : add_floats(x, y, count);
+    float64 ? add_doubles(x, y, count, factor) : add_floats(x, y, count);
   }
 
   // Infinite where q is 0 and p is not, and where a row has no finite logit.
@@ -69,12 +69,12 @@ class Divergence {
     cross_ += total(cross);
   }
 
-  void add_doubles(const float* x, const float* y, int count) {
+  void add_doubles(const float* x, const float* y, int count, double factor) {
     for (int i = 0; i < count; i++) {
-      const double e = std::exp(x[i] - p_.shift());
+      const double vx = x[i] * factor, vy = y[i] * factor, e = std::exp(vx - p_.shift());
       p_.sum += e;
-      q_.sum += std::exp(y[i] - q_.shift());
-      if (e > 0) cross_ += e * (static_cast<double>(x[i]) - y[i]);
+      q_.sum += std::exp(vy - q_.shift());
+      if (e > 0) cross_ += e * (vx - vy);
     }
   }
 
@@ -87,7 +87,7 @@ void load_distribution(const TokenDivergenceParams& p, const LogitsView& logits,
   load_chunk(logits, logits.offset(row) + first, count, x);
   IdsInChunk(p.suppress, first, count).bar(x, first);
   IdsInChunk(p.confidence_exclude, first, count).bar(x, first);
-  scale_chunk(p.confidence_scale, count, x);
+  if (!p.float64) scale_chunk(static_cast<float>(p.confidence_scale), count, x);
 }
 
 }  // namespace
@@ -100,7 +100,7 @@ void token_divergence(const TokenDivergenceParams& p, long begin, long end) {
       const int count = p.vocabulary - first < kChunkIds ? p.vocabulary - first : kChunkIds;
       load_distribution(p, p.logits, row, first, count, x);
       load_distribution(p, p.previous, row, first, count, y);
-      divergence.add(x, y, count, p.float64);
+      divergence.add(x, y, count, p.float64, p.float64 ? p.confidence_scale : 1);
     }
     if (p.float64) static_cast<double*>(p.divergence)[row] = divergence.value();
     else static_cast<float*>(p.divergence)[row] = static_cast<float>(divergence.value());

@@ -8,7 +8,7 @@ namespace dllm::cpu {
 struct TokenDivergenceParams {
   LogitsView logits, previous;
   int32_t vocabulary;
-  float confidence_scale;                 // 1 / confidence temperature
+  double confidence_scale;                // 1 / confidence temperature
   TokenIds suppress, confidence_exclude;  // left out of both
   bool float64;
   void* divergence;  // [rows], float or double

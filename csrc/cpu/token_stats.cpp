@@ -59,7 +59,7 @@ Cut row_cut(const TokenCutParams& p, int64_t visited) {
     const int count = p.vocabulary - first < kChunkIds ? p.vocabulary - first : kChunkIds;
     load_chunk(p.logits, p.logits.offset(p.row(visited)) + first, count, x);
     IdsInChunk(p.suppress, first, count).bar(x, first);
-    scale_chunk(p.confidence_scale, count, x);
+    scale_chunk(static_cast<float>(p.confidence_scale), count, x);
     filter.add(x, count, first);
   }
   Cut cut = filter.cut();

@@ -39,7 +39,7 @@ struct TokenStatsParams {
   float temperature;            // > 0 adds temperature · Gumbel noise to the score
   uint64_t seed;                // key of the noise
   const int32_t* noise_ids;     // [rows, 3]: sequence, position, step; null: (0, row, 0)
-  float confidence_scale;       // 1 / confidence temperature
+  double confidence_scale;      // 1 / confidence temperature; statistics in float take it in float
   TokenIds suppress;            // −inf before both
   TokenIds proposal_exclude;    // barred from the proposal only
   TokenIds confidence_exclude;  // left out of the softmax only

@@ -5,18 +5,51 @@
 
 #include <climits>
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <utility>
 
 namespace dllm::cuda {
 
-constexpr size_t kDefaultSharedBytes = 48 * 1024;  // more has to be asked for, kernel by kernel
+// Raises `limit` of `kernel` on the current device to all the dynamic shared memory that a CTA can have there
+// beside the kernel's own variables, which count too. Without it the sum of both may be 48 KiB at most.
+inline cudaError_t raise_shared_limit(const void* kernel, int device, size_t& limit) {
+  int most = 0;
+  cudaError_t status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaFuncAttributes attributes{};
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status != cudaSuccess) return status;
+  const int dynamic = most - static_cast<int>(attributes.sharedSizeBytes);
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic);
+  if (status == cudaSuccess) limit = dynamic;
+  return status;
+}
+
+// Lets launches of `kernel` on the current device have `bytes` of dynamic shared memory. The limit is raised
+// once for each kernel and device, so that threads which launch one kernel with different sizes agree.
+inline cudaError_t allow_shared_memory(const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> limits;
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const std::lock_guard lock(mutex);
+  auto known = limits.find({kernel, device});
+  if (known == limits.end()) {
+    size_t limit = 0;
+    status = raise_shared_limit(kernel, device, limit);
+    if (status != cudaSuccess) return status;
+    known = limits.insert({{kernel, device}, limit}).first;
+  }
+  return bytes <= known->second ? cudaSuccess : cudaErrorLaunchOutOfResources;
+}
 
 // One CTA of `threads` threads and `shared_bytes` of dynamic shared memory for each cell of `grid`.
 template <class... Parameters>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
                           cudaStream_t stream, const Parameters&... arguments) {
-  if (shared_bytes > kDefaultSharedBytes) {
-    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                    static_cast<int>(shared_bytes));
+  if (shared_bytes > 0) {
+    const cudaError_t status = allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
     if (status != cudaSuccess) return status;
   }
   cudaLaunchConfig_t config{};

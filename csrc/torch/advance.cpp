@@ -20,7 +20,9 @@ void advance_cpu(Tensor canvas, Tensor given, Tensor stop, Tensor canvas_end, Te
   const char* op = "advance_";
   const AdvanceParams p = advance_params(op, canvas, rows, mask_id, quota_total, stop_ids);
   check_contents(op, p);
-  cpu::advance(p);
+  const std::vector<BlockRow> moved = cpu::advanced_rows(p);
+  check_cached(op, p, moved);
+  cpu::store_rows(p, moved);
 }
 
 }  // namespace

@@ -6,11 +6,11 @@
 #include <vector>
 
 #include "core/advance.h"
-#include "torch/checks.h"
+#include "torch/overlap.h"
 
 namespace dllm {
 
-constexpr int64_t kMaxCanvasLength = 1 << 30;  // positions and a block further fit 32 bits
+constexpr int64_t kMaxCanvasLength = 1 << 29;  // the sum of any three positions fits 32 bits
 
 // int32, contiguous, as many entries as `sizes` say, on the device of canvas.
 inline int32_t* row_data(const char* op, const char* name, const Tensor& tensor, const Tensor& canvas,
@@ -86,6 +86,24 @@ inline AdvanceParams advance_params(const char* op, const Tensor& canvas, const 
   p.write_positions = row_data(op, "write_positions", rows.write_positions, canvas, {batch, queries});
   p.cache_spans = row_data(op, "cache_spans", rows.cache_spans, canvas, {batch, 1, 1, 2});
   p.fresh_spans = row_data(op, "fresh_spans", rows.fresh_spans, canvas, {batch, queries, 1, 2});
+  check_written(op,
+                {{"block_start", rows.block_start},
+                 {"cached", rows.cached},
+                 {"q_lengths", rows.q_lengths},
+                 {"block_masks", rows.block_masks},
+                 {"step", rows.step},
+                 {"block_step", rows.block_step},
+                 {"quota", rows.quota},
+                 {"candidates", rows.candidates},
+                 {"query_positions", rows.query_positions},
+                 {"write_positions", rows.write_positions},
+                 {"cache_spans", rows.cache_spans},
+                 {"fresh_spans", rows.fresh_spans}},
+                {{"canvas", canvas},
+                 {"given", rows.given},
+                 {"stop", rows.stop},
+                 {"canvas_end", rows.canvas_end},
+                 {"steps", rows.steps}});
   return p;
 }
 

@@ -16,8 +16,8 @@ void advance_cuda(Tensor canvas, Tensor given, Tensor stop, Tensor canvas_end, T
   const AdvanceTensors rows{
       given, stop,       canvas_end, steps,      block_start,     cached,          q_lengths,   block_masks,
       step,  block_step, quota,      candidates, query_positions, write_positions, cache_spans, fresh_spans};
-  const OnDeviceOf device(canvas);
   const AdvanceParams p = advance_params("advance_", canvas, rows, mask_id, quota_total, stop_ids);
+  const OnDeviceOf device(canvas);
   if (debugging()) {
     HostCopies host;
     AdvanceParams copy = p;
@@ -26,6 +26,10 @@ void advance_cuda(Tensor canvas, Tensor given, Tensor stop, Tensor canvas_end, T
     copy.block_start = const_cast<int32_t*>(host.of(block_start));
     copy.cached = const_cast<int32_t*>(host.of(cached));
     copy.q_lengths = const_cast<int32_t*>(host.of(q_lengths));
+    copy.steps = host.of(steps);
+    copy.block_masks = const_cast<int32_t*>(host.of(block_masks));
+    copy.step = const_cast<int32_t*>(host.of(step));
+    copy.block_step = const_cast<int32_t*>(host.of(block_step));
     check_contents("advance_", copy);
   }
   check_launch("advance_", cuda::launch_advance(p, device.stream()));

@@ -42,8 +42,8 @@ std::tuple<Tensor, Tensor, Tensor> block_attention_backward_cuda(
     const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k,
     const Tensor& v, const Tensor& out, const Tensor& lse, const std::optional<Tensor>& spans, double scale) {
   const char* op = "block_attention_backward";
-  const OnDeviceOf device(q);
   const BackwardTensors tensors(op, with_aligned_rows, grad_out, grad_lse, q, k, v, out, lse, spans, scale);
+  const OnDeviceOf device(q);
   BlockAttentionBackwardParams p;
   tensors.fill(p);
 

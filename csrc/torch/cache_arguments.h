@@ -3,6 +3,7 @@
 #pragma once
 
 #include "torch/attention_arguments.h"
+#include "torch/overlap.h"
 
 namespace dllm {
 
@@ -90,13 +91,6 @@ struct CachedAttentionTensors {
   }
 };
 
-// What is written to one slot does not appear in another, as in a cache that was expanded.
-inline void check_slots_apart(const char* op, const char* name, const Tensor& cache) {
-  for (int64_t dim = 0; dim < 3; dim++)
-    check(cache.size(dim) <= 1 || cache.stride(dim) != 0, op, ": ", name, " must not be expanded, but its ",
-          "stride is 0 in dimension ", dim);
-}
-
 // The arguments of kv_write_ as kernels read them.
 struct KvWriteTensors {
   Tensor cache_k, cache_v, k, v, page_table, positions;
@@ -118,8 +112,8 @@ struct KvWriteTensors {
     check_size(op, "positions", positions, 0, key.size(0), "the batch size of k");
     check_size(op, "positions", positions, 1, key.size(2), "the tokens of k");
     for (int64_t dim = 0; dim < 3; dim++) check_int(op, "every size of k", key.size(dim));
-    check_slots_apart(op, "cache_k", cache_k);
-    check_slots_apart(op, "cache_v", cache_v);
+    check_written(op, {{"cache_k", cache_k}, {"cache_v", cache_v}},
+                  {{"k", key}, {"v", value}, {"page_table", page_table}, {"positions", positions}});
     k = with_contiguous_rows(key);
     v = with_contiguous_rows(value);
     this->page_table = torch::stable::contiguous(page_table);

@@ -38,9 +38,24 @@ inline const char* dtype_name(ScalarType type) {
   }
 }
 
+// torch's stable ABI throws for dtypes that it does not know; no operator takes them.
+inline ScalarType dtype_of(const Tensor& tensor) {
+  try {
+    return tensor.scalar_type();
+  } catch (const std::exception&) {
+    return ScalarType::Undefined;
+  }
+}
+
 inline std::string shape_text(const Tensor& tensor) {
   std::string text = "[";
   for (int64_t i = 0; i < tensor.dim(); i++) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + "]";
+}
+
+inline std::string strides_text(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); i++) text += (i ? ", " : "") + std::to_string(tensor.stride(i));
   return text + "]";
 }
 
@@ -66,10 +81,10 @@ inline void check_dtype(const char* op, const char* name, const Tensor& tensor,
                         std::initializer_list<ScalarType> allowed) {
   std::string names;
   for (const ScalarType type : allowed) {
-    if (tensor.scalar_type() == type) return;
+    if (dtype_of(tensor) == type) return;
     names += (names.empty() ? "" : " or ") + std::string(dtype_name(type));
   }
-  check(false, op, ": ", name, " must be ", names, ", got ", dtype_name(tensor.scalar_type()));
+  check(false, op, ": ", name, " must be ", names, ", got ", dtype_name(dtype_of(tensor)));
 }
 
 inline void check_float(const char* op, const char* name, const Tensor& tensor) {
@@ -78,8 +93,8 @@ inline void check_float(const char* op, const char* name, const Tensor& tensor) 
 
 inline void check_same_dtype(const char* op, const char* name, const Tensor& tensor, const char* other_name,
                              const Tensor& other) {
-  check(tensor.scalar_type() == other.scalar_type(), op, ": ", name, " must have the dtype of ", other_name,
-        " (", dtype_name(other.scalar_type()), "), got ", dtype_name(tensor.scalar_type()));
+  check(dtype_of(tensor) == dtype_of(other), op, ": ", name, " must have the dtype of ", other_name, " (",
+        dtype_name(dtype_of(other)), "), got ", dtype_name(dtype_of(tensor)));
 }
 
 inline void check_same_device(const char* op, const char* name, const Tensor& tensor, const char* other_name,

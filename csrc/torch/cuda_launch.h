@@ -14,7 +14,8 @@
 
 namespace dllm {
 
-// Launches go to the device of a tensor while this exists.
+// Launches go to the device of a tensor while this exists. The tensor is known to be on a GPU where all
+// others are on its device: the arguments are checked before.
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& tensor)

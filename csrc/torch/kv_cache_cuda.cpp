@@ -57,8 +57,8 @@ std::tuple<Tensor, Tensor> cached_block_attention_cuda(const Tensor& q, const Te
 void kv_write_cuda(Tensor cache_k, Tensor cache_v, const Tensor& k, const Tensor& v, const Tensor& page_table,
                    const Tensor& positions) {
   const char* op = "kv_write_";
-  const OnDeviceOf device(cache_k);
   const KvWriteTensors tensors(op, cache_k, cache_v, k, v, page_table, positions);
+  const OnDeviceOf device(cache_k);
   const KvWriteParams p = tensors.params();
   if (debugging()) {
     HostCopies host;

@@ -27,11 +27,11 @@ TokenStatsTensors linear_token_stats(Tensor hidden, Tensor weight, std::optional
                                      std::vector<int64_t> confidence_exclude, double confidence_temperature,
                                      bool float64) {
   constexpr const char* op = "linear_token_stats";
-  const OnDeviceOf device(hidden);
   check_product(op, hidden, weight, bias);
   const auto vocabulary = static_cast<int32_t>(weight.size(0));
   const int64_t rows = check_int(op, "the rows of hidden", hidden.numel() / hidden.size(-1));
   const auto ids = checked_noise_ids(op, noise_ids, "hidden", hidden, rows);
+  const OnDeviceOf device(hidden);
   const TokenStatsOptions options(op, vocabulary, temperature, seed, suppress_tokens, proposal_exclude,
                                   confidence_exclude, confidence_temperature, float64);
   const Tensor dense_hidden = torch::stable::contiguous(hidden);

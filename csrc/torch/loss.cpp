@@ -102,8 +102,8 @@ std::tuple<Tensor, Tensor> diffusion_cross_entropy_gradient_(const Tensor& logit
                                                              const std::vector<int64_t>& suppress_tokens) {
   const char* op = "diffusion_cross_entropy_gradient_";
   check_dtype(op, "logits", logits, {ScalarType::Float, ScalarType::Double});
-  check_writable_logits(op, logits);
   const CrossEntropyTensors tensors(op, logits, targets, weights, suppress_tokens);
+  check_writable_logits(op, logits, targets, weights);
   Tensor ce = tensors.per_row();
   cpu::CrossEntropyParams p = tensors.params();
   const Tensor chunk_max = new_tensor(logits, {tensors.rows.rows, p.chunks()}, tensors.real);

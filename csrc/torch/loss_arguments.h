@@ -9,6 +9,7 @@
 #include "torch/checks.h"
 #include "torch/contents.h"
 #include "torch/logits_arguments.h"
+#include "torch/overlap.h"
 
 namespace dllm {
 
@@ -76,9 +77,11 @@ inline Tensor checked_logsumexp(const char* op, const CrossEntropyArguments& arg
 }
 
 // Of diffusion_cross_entropy_gradient_, which writes over the logits.
-inline void check_writable_logits(const char* op, const Tensor& logits) {
+inline void check_writable_logits(const char* op, const Tensor& logits, const Tensor& targets,
+                                  const Tensor& weights) {
   check_dims(op, "logits", logits, 2, "[rows, vocabulary]");
   check(logits.stride(1) == 1, op, ": the rows of logits must be contiguous, got stride ", logits.stride(1));
+  check_written(op, {{"logits", logits}}, {{"targets", targets}, {"weights", weights}});
 }
 
 }  // namespace dllm

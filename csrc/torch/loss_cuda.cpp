@@ -29,8 +29,8 @@ cuda::CrossEntropyParams params(const char* op, const CrossEntropyArguments& arg
 std::tuple<Tensor, Tensor, Tensor> diffusion_cross_entropy(Tensor logits, Tensor targets, Tensor weights,
                                                            std::vector<int64_t> suppress_tokens) {
   constexpr const char* op = "diffusion_cross_entropy";
-  const OnDeviceOf device(logits);
   const CrossEntropyArguments arguments(op, logits, targets, weights, suppress_tokens);
+  const OnDeviceOf device(logits);
   cuda::CrossEntropyParams p = params(op, arguments);
   Tensor loss = arguments.scalar(), ce = arguments.per_row(), logsumexp = arguments.per_row();
   p.loss = loss.data_ptr(), p.ce = ce.data_ptr(), p.logsumexp = logsumexp.data_ptr();
@@ -41,8 +41,8 @@ std::tuple<Tensor, Tensor, Tensor> diffusion_cross_entropy(Tensor logits, Tensor
 Tensor diffusion_cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor weights,
                                         Tensor logsumexp, std::vector<int64_t> suppress_tokens) {
   constexpr const char* op = "diffusion_cross_entropy_backward";
-  const OnDeviceOf device(logits);
   const CrossEntropyArguments arguments(op, logits, targets, weights, suppress_tokens);
+  const OnDeviceOf device(logits);
   const Tensor lse = checked_logsumexp(op, arguments, logits, grad_loss, logsumexp);
   const Tensor factor = torch::stable::to(grad_loss, arguments.real);
   const auto sizes = logits.sizes();
@@ -56,11 +56,11 @@ Tensor diffusion_cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor 
 std::tuple<Tensor, Tensor> diffusion_cross_entropy_gradient_(Tensor logits, Tensor targets, Tensor weights,
                                                              std::vector<int64_t> suppress_tokens) {
   constexpr const char* op = "diffusion_cross_entropy_gradient_";
-  const OnDeviceOf device(logits);
   // float16 has no room for gradients that loss scaling has not reached.
   check_dtype(op, "logits", logits, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Double});
-  check_writable_logits(op, logits);
   const CrossEntropyArguments arguments(op, logits, targets, weights, suppress_tokens);
+  const OnDeviceOf device(logits);
+  check_writable_logits(op, logits, targets, weights);
   cuda::CrossEntropyParams p = params(op, arguments);
   Tensor loss = arguments.scalar(), ce = arguments.per_row();
   p.loss = loss.data_ptr(), p.ce = ce.data_ptr();

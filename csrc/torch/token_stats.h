@@ -23,19 +23,21 @@ inline int32_t lowest_allowed(const char* op, const std::vector<int32_t>& suppre
   return id;
 }
 
-inline float confidence_scale(const char* op, double confidence_temperature) {
+// 1 / confidence_temperature; float kernels round it.
+inline double confidence_scale(const char* op, double confidence_temperature) {
   check(std::isfinite(confidence_temperature) && confidence_temperature > 0, op,
         ": confidence_temperature must be a finite number > 0, got ", confidence_temperature);
   const auto scale = static_cast<float>(1 / confidence_temperature);
   check(std::isfinite(scale) && scale > 0, op,
         ": confidence_temperature and its inverse must lie within the ", "range of float32, got ",
         confidence_temperature);
-  return scale;
+  return 1 / confidence_temperature;
 }
 
 // What is asked of every row.
 struct TokenStatsOptions {
-  float temperature, confidence_scale;
+  float temperature;
+  double confidence_scale;
   uint64_t seed;
   std::vector<int32_t> suppress, proposal_exclude, confidence_exclude;
   int32_t fallback;
@@ -76,7 +78,7 @@ void fill(Params& p, const TokenStatsOptions& options, int32_t vocabulary, const
   p.float64 = options.float64;
   p.temperature = options.temperature;
   p.seed = options.seed;
-  p.confidence_scale = options.confidence_scale;
+  p.confidence_scale = static_cast<decltype(p.confidence_scale)>(options.confidence_scale);
   p.fallback = options.fallback;
   p.token = static_cast<int64_t*>(token.data_ptr());
   p.prob = prob.data_ptr(), p.margin = margin.data_ptr();
@@ -136,7 +138,7 @@ struct TokenFilterOptions {
 struct TokenDivergenceArguments {
   LogitsRows rows, previous;
   std::vector<int32_t> suppress, confidence_exclude;
-  float scale;
+  double scale;
 
   TokenDivergenceArguments(const char* op, const Tensor& logits, const Tensor& previous,
                            const std::vector<int64_t>& suppress_tokens,

@@ -21,8 +21,8 @@ Tensor commit_rows(const CommitArguments& arguments, const Tensor& canvas, const
 }
 
 Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tensor margin, Tensor entropy,
-               std::string rule, std::vector<double> parameters, bool strict, std::string confidence,
-               double alg_temp, int64_t mask_id, std::optional<Tensor> quota, std::optional<Tensor> step,
+               int64_t rule, std::vector<double> parameters, bool strict, int64_t confidence, double alg_temp,
+               int64_t mask_id, std::optional<Tensor> quota, std::optional<Tensor> step,
                std::optional<Tensor> sequence_ids, int64_t seed, std::optional<Tensor> progress,
                std::optional<Tensor> divergence, std::optional<Tensor> state) {
   constexpr const char* op = "commit_";
@@ -30,6 +30,13 @@ Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tenso
                                   mask_id, quota, step, sequence_ids, seed, progress, state);
   const CommitStats stats =
       checked_stats(op, arguments.rule, canvas, positions, token, prob, margin, entropy, divergence);
+  check_commit_memory(op, canvas, progress, state, quota, step, sequence_ids,
+                      {{"positions", positions},
+                       {"stats.token", token},
+                       {"stats.prob", prob},
+                       {"stats.margin", margin},
+                       {"stats.entropy", entropy},
+                       {"stats.divergence", divergence}});
   const Tensor listed = torch::stable::contiguous(positions);
   const auto* data = static_cast<const int32_t*>(listed.data_ptr());
   check_candidates(op, data, canvas.size(0), positions.size(1), canvas.size(1));
@@ -42,11 +49,10 @@ Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tenso
   return commit_rows(arguments, canvas, data, positions.size(1), stats);
 }
 
-Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rule,
-               std::vector<double> parameters, bool strict, std::string confidence, double alg_temp,
-               int64_t mask_id, std::optional<Tensor> quota, std::optional<Tensor> step,
-               std::optional<Tensor> sequence_ids, int64_t seed, std::optional<Tensor> progress,
-               double temperature, std::vector<int64_t> suppress_tokens,
+Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, int64_t rule, std::vector<double> parameters,
+               bool strict, int64_t confidence, double alg_temp, int64_t mask_id, std::optional<Tensor> quota,
+               std::optional<Tensor> step, std::optional<Tensor> sequence_ids, int64_t seed,
+               std::optional<Tensor> progress, double temperature, std::vector<int64_t> suppress_tokens,
                std::vector<int64_t> proposal_exclude, std::vector<int64_t> confidence_exclude,
                double confidence_temperature, bool float64, std::optional<double> top_p,
                std::optional<int64_t> top_k) {
@@ -56,6 +62,8 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
   const CommitArguments arguments(op, canvas, acceptance, mask_id, quota, step, sequence_ids, seed, progress,
                                   std::nullopt);
   const auto starts = checked_starts(op, canvas, logits, block_start);
+  check_commit_memory(op, canvas, progress, std::nullopt, quota, step, sequence_ids,
+                      {{"logits", logits}, {"block_start", block_start}});
   check_quotas(op, int32_data(arguments.quota), canvas.size(0));
   const LogitsRows rows(op, logits);
   bar_mask(op, mask_id, rows.vocabulary, suppress_tokens, proposal_exclude);
@@ -85,24 +93,50 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rul
   return commit_rows(arguments, canvas, positions.data(), block, {token, prob, margin, entropy, {}});
 }
 
+// A line for each rule: its name and those of its numbers.
+std::string rules() {
+  std::string text;
+  for (const RuleSignature& rule : kRules) {
+    text += rule.name;
+    for (const RuleParameter& parameter : rule.parameters)
+      if (parameter.name) text += std::string(" ") + parameter.name;
+    text += "\n";
+  }
+  return text;
+}
+
+std::string confidences() {
+  std::string text;
+  for (const char* name : kConfidenceNames) text += std::string(name) + "\n";
+  return text;
+}
+
 }  // namespace
 }  // namespace dllm
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dllm_kernels, m) {
+  // What the numbers `rule` and `confidence` stand for, in their order.
+  m.def("rules() -> str");
+  m.def("confidences() -> str");
   m.def(
       "commit_(Tensor(a!) canvas, Tensor positions, Tensor token, Tensor prob, Tensor margin, Tensor "
       "entropy, "
-      "str rule, float[] parameters, bool strict, str confidence, float alg_temp, int mask_id, "
+      "int rule, float[] parameters, bool strict, int confidence, float alg_temp, int mask_id, "
       "Tensor? quota=None, Tensor? step=None, Tensor? sequence_ids=None, int seed=0, "
       "Tensor(b!)? progress=None, Tensor? divergence=None, Tensor(c!)? state=None) -> Tensor accepted");
   m.def(
       "unmask_(Tensor(a!) canvas, Tensor logits, Tensor block_start, "
-      "str rule, float[] parameters, bool strict, str confidence, float alg_temp, int mask_id, "
+      "int rule, float[] parameters, bool strict, int confidence, float alg_temp, int mask_id, "
       "Tensor? quota=None, Tensor? step=None, Tensor? sequence_ids=None, int seed=0, "
       "Tensor(b!)? progress=None, float temperature=0.0, int[] suppress_tokens=[], int[] "
       "proposal_exclude=[], "
       "int[] confidence_exclude=[], float confidence_temperature=1.0, bool float64=False, "
       "float? top_p=None, int? top_k=None) -> Tensor accepted");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dllm_kernels, CompositeExplicitAutograd, m) {
+  m.impl("rules", TORCH_BOX(&dllm::rules));
+  m.impl("confidences", TORCH_BOX(&dllm::confidences));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dllm_kernels, CPU, m) {

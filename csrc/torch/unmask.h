@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/commit_params.h"
+#include "torch/overlap.h"
 #include "torch/token_stats.h"
 
 namespace dllm {
@@ -18,26 +19,27 @@ struct CommitStats {
   std::optional<Tensor> divergence;
 };
 
-// The place of `name` in `table`; `name_of` an entry.
+// Strings in a schema are never freed by torch's stable ABI, so that rules and confidences are numbers
+// there: places in their tables.
 template <class Table, class Name>
-int name_index(const char* op, const char* argument, const std::string& name, const Table& table,
-               Name name_of) {
+int checked_place(const char* op, const char* argument, int64_t place, const Table& table, Name name_of) {
+  if (place >= 0 && place < static_cast<int64_t>(std::size(table))) return static_cast<int>(place);
   std::string allowed;
-  for (const auto& entry : table) {
-    if (name == name_of(entry)) return static_cast<int>(&entry - table);
-    allowed += (allowed.empty() ? "" : ", ") + std::string(name_of(entry));
-  }
-  check(false, op, ": ", argument, " is '", name, "'; allowed: ", allowed);
+  for (const auto& entry : table)
+    allowed += (allowed.empty() ? "" : ", ") + std::to_string(&entry - table) + " (" + name_of(entry) + ")";
+  check(false, op, ": ", argument, " is ", place, "; allowed: ", allowed);
   return 0;
 }
 
 inline const RuleSignature& signature(const Rule& rule) { return kRules[static_cast<int>(rule.name)]; }
 
-inline Rule make_rule(const char* op, const std::string& name, const std::vector<double>& parameters,
-                      bool strict, const std::string& confidence, double alg_temp) {
-  const int rule_index = name_index(op, "rule", name, kRules, [](const RuleSignature& r) { return r.name; });
-  const int kind = name_index(op, "confidence", confidence, kConfidenceNames, std::identity());
-  Rule rule{static_cast<RuleName>(rule_index), {}, strict, static_cast<Confidence>(kind), alg_temp};
+inline Rule make_rule(const char* op, int64_t place, const std::vector<double>& parameters, bool strict,
+                      int64_t confidence, double alg_temp) {
+  const int rule_place =
+      checked_place(op, "rule", place, kRules, [](const RuleSignature& r) { return r.name; });
+  const int kind = checked_place(op, "confidence", confidence, kConfidenceNames, std::identity());
+  Rule rule{static_cast<RuleName>(rule_place), {}, strict, static_cast<Confidence>(kind), alg_temp};
+  const char* name = signature(rule).name;
 
   const RuleParameter* expected = signature(rule).parameters;
   size_t count = 0;
@@ -124,11 +126,9 @@ inline void bar_mask(const char* op, int64_t mask_id, int32_t vocabulary,
     suppress_tokens.push_back(mask_id);
 }
 
-// Rows of a canvas, or of what lies beside it, are written in place.
-inline void check_writable_rows(const char* op, const char* name, const Tensor& tensor) {
+// Rows of a canvas, or of what lies beside it.
+inline void check_contiguous_rows(const char* op, const char* name, const Tensor& tensor) {
   check(tensor.size(1) <= 1 || tensor.stride(1) == 1, op, ": ", name, " must be contiguous along its length");
-  check(tensor.size(0) <= 1 || tensor.stride(0) >= tensor.size(1), op, ": rows of ", name,
-        " must not overlap");
 }
 
 // Rules that judge more than one step's logits of masked positions.
@@ -155,7 +155,7 @@ struct CommitArguments {
     check_dtype(op, "canvas", canvas, {ScalarType::Long, ScalarType::Int});
     check_int(op, "the rows of canvas", canvas.size(0));
     check_int(op, "the length of canvas", canvas.size(1));
-    check_writable_rows(op, "canvas", canvas);
+    check_contiguous_rows(op, "canvas", canvas);
     check_int(op, "mask_id", mask_id);
     this->quota = per_row(op, "quota", quota, canvas);
     this->step = per_row(op, "step", step, canvas);
@@ -180,10 +180,19 @@ struct CommitArguments {
       check_same_device(op, "state", *state, "canvas", canvas);
       check(state->dim() == 2 && state->size(0) == canvas.size(0) && state->size(1) == canvas.size(1), op,
             ": state must have the shape of canvas (", shape_text(canvas), "), got ", shape_text(*state));
-      check_writable_rows(op, "state", *state);
+      check_contiguous_rows(op, "state", *state);
     }
   }
 };
+
+// Of commit_ and unmask_; `others` is what one of them reads besides.
+inline void check_commit_memory(const char* op, const Tensor& canvas, const std::optional<Tensor>& progress,
+                                const std::optional<Tensor>& state, const std::optional<Tensor>& quota,
+                                const std::optional<Tensor>& step, const std::optional<Tensor>& sequence_ids,
+                                std::vector<Argument> others) {
+  others.insert(others.end(), {{"quota", quota}, {"step", step}, {"sequence_ids", sequence_ids}});
+  check_written(op, {{"canvas", canvas}, {"progress", progress}, {"state", state}}, others);
+}
 
 // For the kernels of either device; the caller adds where the candidates are.
 inline CommitParams commit_params(const CommitArguments& arguments, const Tensor& canvas, int64_t candidates,

@@ -48,9 +48,9 @@ TokenStatsTensors token_stats(Tensor logits, double temperature, int64_t seed,
                               double confidence_temperature, bool float64, std::optional<double> top_p,
                               std::optional<int64_t> top_k) {
   constexpr const char* op = "token_stats";
-  const OnDeviceOf device(logits);
   const LogitsRows rows(op, logits);
   const auto ids = checked_noise_ids(op, noise_ids, "logits", logits, rows.rows);
+  const OnDeviceOf device(logits);
   const TokenStatsOptions options(op, rows.vocabulary, temperature, seed, suppress_tokens, proposal_exclude,
                                   confidence_exclude, confidence_temperature, float64);
   return launch_token_stats(op, device, rows, leading_shape(logits), {}, int32_data(ids), options,
@@ -61,16 +61,16 @@ Tensor token_divergence(Tensor logits, Tensor previous, std::vector<int64_t> sup
                         std::vector<int64_t> confidence_exclude, double confidence_temperature,
                         bool float64) {
   constexpr const char* op = "token_stats";
-  const OnDeviceOf device(logits);
   const TokenDivergenceArguments arguments(op, logits, previous, suppress_tokens, confidence_exclude,
                                            confidence_temperature);
+  const OnDeviceOf device(logits);
   Tensor divergence =
       new_tensor(logits, leading_shape(logits), float64 ? ScalarType::Double : ScalarType::Float);
   const cuda::TokenDivergenceParams p{logits_view(arguments.rows),
                                       logits_view(arguments.previous),
                                       arguments.rows.rows,
                                       arguments.rows.vocabulary,
-                                      arguments.scale,
+                                      static_cast<float>(arguments.scale),
                                       listed_ids(op, "suppress_tokens", arguments.suppress),
                                       listed_ids(op, "confidence_exclude", arguments.confidence_exclude),
                                       float64,
@@ -94,16 +94,23 @@ Tensor commit_rows(const char* op, const OnDeviceOf& device, const CommitArgumen
 }
 
 Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tensor margin, Tensor entropy,
-               std::string rule, std::vector<double> parameters, bool strict, std::string confidence,
-               double alg_temp, int64_t mask_id, std::optional<Tensor> quota, std::optional<Tensor> step,
+               int64_t rule, std::vector<double> parameters, bool strict, int64_t confidence, double alg_temp,
+               int64_t mask_id, std::optional<Tensor> quota, std::optional<Tensor> step,
                std::optional<Tensor> sequence_ids, int64_t seed, std::optional<Tensor> progress,
                std::optional<Tensor> divergence, std::optional<Tensor> state) {
   constexpr const char* op = "commit_";
-  const OnDeviceOf device(canvas);
   const CommitArguments arguments(op, canvas, make_rule(op, rule, parameters, strict, confidence, alg_temp),
                                   mask_id, quota, step, sequence_ids, seed, progress, state);
   const CommitStats stats =
       checked_stats(op, arguments.rule, canvas, positions, token, prob, margin, entropy, divergence);
+  const OnDeviceOf device(canvas);
+  check_commit_memory(op, canvas, progress, state, quota, step, sequence_ids,
+                      {{"positions", positions},
+                       {"stats.token", token},
+                       {"stats.prob", prob},
+                       {"stats.margin", margin},
+                       {"stats.entropy", entropy},
+                       {"stats.divergence", divergence}});
   const Tensor listed = torch::stable::contiguous(positions);
   if (debugging()) {
     HostCopies host;
@@ -114,21 +121,22 @@ Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tenso
                      positions.size(1), stats);
 }
 
-Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, std::string rule,
-               std::vector<double> parameters, bool strict, std::string confidence, double alg_temp,
-               int64_t mask_id, std::optional<Tensor> quota, std::optional<Tensor> step,
-               std::optional<Tensor> sequence_ids, int64_t seed, std::optional<Tensor> progress,
-               double temperature, std::vector<int64_t> suppress_tokens,
+Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, int64_t rule, std::vector<double> parameters,
+               bool strict, int64_t confidence, double alg_temp, int64_t mask_id, std::optional<Tensor> quota,
+               std::optional<Tensor> step, std::optional<Tensor> sequence_ids, int64_t seed,
+               std::optional<Tensor> progress, double temperature, std::vector<int64_t> suppress_tokens,
                std::vector<int64_t> proposal_exclude, std::vector<int64_t> confidence_exclude,
                double confidence_temperature, bool float64, std::optional<double> top_p,
                std::optional<int64_t> top_k) {
   constexpr const char* op = "unmask_";
-  const OnDeviceOf device(canvas);
   const Rule acceptance = make_rule(op, rule, parameters, strict, confidence, alg_temp);
   check_block_rule(op, acceptance);
   const CommitArguments arguments(op, canvas, acceptance, mask_id, quota, step, sequence_ids, seed, progress,
                                   std::nullopt);
   const Tensor starts = checked_starts(op, canvas, logits, block_start);
+  const OnDeviceOf device(canvas);
+  check_commit_memory(op, canvas, progress, std::nullopt, quota, step, sequence_ids,
+                      {{"logits", logits}, {"block_start", block_start}});
   const LogitsRows rows(op, logits);
   bar_mask(op, mask_id, rows.vocabulary, suppress_tokens, proposal_exclude);
   const TokenStatsOptions options(op, rows.vocabulary, temperature, seed, suppress_tokens, proposal_exclude,

@@ -34,8 +34,8 @@ void plan_splits(SplitParams& p) {
   // A row with fewer live queries may be split more often.
   const int fewest_rows = (a.q_lengths ? 1 : a.q_len) * group;
   const int key_tiles = tiles(static_cast<int64_t>(a.table_length) * a.page_size) + tiles(a.q_len);
-  p.max_splits = split_count(key_tiles, a.kv_heads, fewest_rows);
-  p.partial_rows = partial_rows(p.max_splits, a.kv_heads, static_cast<int64_t>(a.q_len) * group);
+  p.max_splits = split_count(a.head_dim, key_tiles, a.kv_heads, fewest_rows);
+  p.partial_rows = partial_rows(a.head_dim, p.max_splits, a.kv_heads, static_cast<int64_t>(a.q_len) * group);
 }
 
 cudaError_t launch_cached_attention(const SplitParams& p, cudaStream_t stream) {

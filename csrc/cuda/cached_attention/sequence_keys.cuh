@@ -53,7 +53,7 @@ __device__ inline SequenceKeys sequence_keys(const CachedAttentionParams& p, int
   keys.first_cached = begin < end ? begin / kCachedKeys * kCachedKeys : 0;
   keys.cached_tiles = begin < end ? (end - keys.first_cached + kCachedKeys - 1) / kCachedKeys : 0;
   keys.tiles = keys.cached_tiles + (keys.live + kCachedKeys - 1) / kCachedKeys;
-  keys.splits = split_count(keys.tiles, p.kv_heads, keys.live * (p.q_heads / p.kv_heads));
+  keys.splits = split_count(p.head_dim, keys.tiles, p.kv_heads, keys.live * (p.q_heads / p.kv_heads));
   return keys;
 }
 

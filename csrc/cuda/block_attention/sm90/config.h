@@ -24,6 +24,7 @@ struct ForwardTiles {
   static constexpr int kStages = 2;
   static constexpr size_t kSharedBytes = kPanelAlignment + 2 * kDim * (kQueries + 2 * kStages * kKeys);
   static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+  static_assert(can_divide_registers(kProducerRegisters, kConsumerRegisters, kConsumers));
 };
 static_assert(ForwardTiles<128>::kSharedBytes + kSmallStatics <= kMaxSharedBytes);
 
@@ -37,6 +38,7 @@ struct QueryGradientTiles {
   static constexpr int kStages = 4;
   static constexpr size_t kSharedBytes = kPanelAlignment + 2 * kDim * (2 * kQueries + 2 * kStages * kKeys);
   static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+  static_assert(can_divide_registers(kProducerRegisters, kConsumerRegisters, kConsumers));
 };
 static_assert(QueryGradientTiles<128>::kSharedBytes + kSmallStatics <= kMaxSharedBytes);
 
@@ -54,6 +56,7 @@ struct KeyGradientTiles {
   static constexpr size_t kSharedBytes = kPanelAlignment + 2 * kDim * (2 * kKeys + 2 * kStages * kQueries);
   static constexpr size_t kStaticBytes = 8 * 1024;  // terms and visible keys of every stage besides
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  static_assert(can_divide_registers(kProducerRegisters, kConsumerRegisters, kConsumers));
 };
 static_assert(KeyGradientTiles<128>::kSharedBytes + KeyGradientTiles<128>::kStaticBytes <= kMaxSharedBytes);
 
