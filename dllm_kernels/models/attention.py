@@ -3,33 +3,51 @@
 A forward of a model on "dllm" says what its queries see in one of three ways:
 - `dllm_view=StepView(...)` (sampling): the view attends, and reads and writes cached keys and values;
 - `dllm_mask=SpanMask(...)` (training, full forwards): the same spans in every layer;
-- neither: the model's own mask, whatever it means (causal, padding, sliding window, packed, 4-D).
+- neither: the model's own mask (causal, padding, sliding window, packed, 4-D), and that of its training if
+  the model is marked for diffusion (model_masks.py).
 With the first two, sliding-window layers see the spans cut to their window, and `attention_mask` is not read.
 """
 
 from __future__ import annotations
 
-import weakref
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from dllm_kernels.models.families import FAMILIES, is_masked_lm
+from dllm_kernels.models.model_masks import (
+    NAME,
+    UNKNOWN_PATTERN,
+    span_mask_interface,
+    spans_of_4d,
+    trained_kind,
+    unknown_pattern,
+)
 from dllm_kernels.models.shared_change import shared_change
+from dllm_kernels.models.wrappers import unwrapped
 from dllm_kernels.ops.attention import block_attention
-from dllm_kernels.span_mask import SpanMask
-
-NAME = "dllm"
+from dllm_kernels.span_mask import SpanMask, trusted_mask
 
 # What to give as attention_mask beside a view: models pass 4-D masks on as they are and make none themselves.
 VIEW_ONLY = torch.empty(0, 0, 0, 0, device="cpu")
 
+_PROBE = "dllm_probe"
+
 # What some architectures add to attention scores and the kernels do not have.
 _UNSUPPORTED = ("softcap", "s_aux", "head_mask", "position_bias")
+
+# What to do with a model that cannot attend as ours does.
+AS_A_FUNCTION = (
+    "Sample it as a function of its ids, under its own mask: "
+    'dk.sample(lambda ids: model(ids).logits, ..., cache="none")'
+)
 
 
 @contextmanager
@@ -58,6 +76,7 @@ def _restored(config) -> Iterator[None]:
 
 def _configs(model: PreTrainedModel) -> list:
     """The distinct configs of `model` and its submodels; an error if one cannot be hooked."""
+    model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model is a {type(model).__name__}; our attention hooks into transformers models. "
@@ -69,11 +88,96 @@ def _configs(model: PreTrainedModel) -> list:
             if not module._can_set_attn_implementation():
                 raise ValueError(
                     f"the attention of {type(module).__name__} cannot be hooked: it does not go through "
-                    "transformers' AttentionInterface. Sample it as a function of its ids, under its own "
-                    'mask, with cache="none": dk.sample(lambda ids: model(ids).logits, ..., cache="none")'
+                    f"transformers' AttentionInterface. {AS_A_FUNCTION}"
                 )
             configs[id(module.config)] = module.config
     return list(configs.values())
+
+
+def see_as_trained(model: PreTrainedModel) -> None:
+    """Let a direct call of `model` see what its config's "diffusion" entry says it was trained to see.
+
+    Bidirectional decoders get transformers' own `config.is_causal = False`, which config.json keeps, and stay
+    on their attention implementation unless it ignores that. Block-causal models go to ours, or to "eager" if
+    their attention has more than ours (soft caps, sinks, wider heads).
+    """
+    config = model.config
+    vars(config).pop("is_causal", None)
+    if sees_whole_rows(model):
+        config.is_causal = False
+    if not model._can_set_attn_implementation():
+        if config._attn_implementation == "sdpa":
+            config._attn_implementation_internal = "eager"  # which adds a mask in every layer
+    elif trained_kind(config)[0] == "block_causal" or not _hands_on_is_causal(model):
+        model.set_attn_implementation(NAME)
+    if config.model_type not in FAMILIES and trained_kind(config) not in _NO_TOKEN_AHEAD:
+        _check_looks_ahead(model)
+
+
+def sees_whole_rows(model: PreTrainedModel) -> bool:
+    """Return whether `model` is a decoder that was trained with bidirectional attention."""
+    return trained_kind(model.config) == ("bidirectional", 1) and not is_masked_lm(model)
+
+
+def _hands_on_is_causal(model: PreTrainedModel) -> bool:
+    """Return whether `is_causal=False` reaches the first attention layer: as argument, as a mask, or because
+    the layer is an encoder's. The forward ends there."""
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(_PROBE)
+        with torch.no_grad():
+            model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device))
+    except _Reached as reached:
+        return reached.bidirectional
+    except Exception:  # a forward that needs more than ids
+        return False
+    finally:
+        model.set_attn_implementation(before)
+    return False
+
+
+class _Reached(Exception):
+    """Ends a forward in its first attention."""
+
+    def __init__(self, bidirectional: bool):
+        self.bidirectional = bidirectional
+
+
+def _probe(module, query, key, value, attention_mask, is_causal: bool | None = None, **_):
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    raise _Reached(attention_mask is not None or not causal)
+
+
+# Kinds of training for which two tokens tell nothing: blocks of one, and of a size that is not known.
+_NO_TOKEN_AHEAD = (("block_causal", 1), ("block_causal", None))
+
+
+def _check_looks_ahead(model: PreTrainedModel) -> None:
+    """Leave our attention to "eager" where `model` asks for more than ours has, and warn if its first token
+    does not see the second: some architectures are causal whatever mask they are given."""
+    ahead = _looks_ahead(model)
+    if ahead is None and model.config._attn_implementation == NAME:
+        model.set_attn_implementation("eager")
+        ahead = _looks_ahead(model)
+    if ahead is False:
+        warnings.warn(
+            f"{type(model).__name__} computes causal logits when it is called directly, whatever the "
+            "diffusion entry of its config says: in transformers its tokens see none after them",
+            stacklevel=4,
+        )
+
+
+def _looks_ahead(model: PreTrainedModel) -> bool | None:
+    """Return whether the output of a row's first token changes with its second; None if the forward fails."""
+    ids = torch.tensor([[0, 0], [0, 1]], device=model.device)
+    try:
+        with torch.no_grad():
+            first, second = model.base_model(input_ids=ids)[0][:, 0]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return None
+    return not torch.equal(first, second)
 
 
 def attention(
@@ -81,7 +185,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | ModelMask | None,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -93,116 +197,102 @@ def attention(
     if module.training and dropout > 0:
         raise ValueError(
             f"attention dropout is {dropout}, and this attention has none: load the model with "
-            "attention_dropout=0.0 (GPT-2: attn_pdrop, BERT: attention_probs_dropout_prob)"
+            "attention_dropout=0.0 (GPT-2: attn_pdrop, BERT: attention_probs_dropout_prob), or train it on "
+            'model.set_attn_implementation("sdpa")'
         )
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} uses {name}, which this attention does not have")
+            raise ValueError(
+                f"{type(module).__name__} uses {name}, which this attention does not have; "
+                'model.set_attn_implementation("eager") has it'
+            )
+    if dllm_view is None and _forward.by_view:
+        raise ValueError(view_not_handed_on(type(module).__name__))
+    width = value.shape[3]
+    query, key, value, scaling = _of_one_width(query, key, value, scaling)
     if dllm_view is not None:
-        output = dllm_view.attend(module.layer_idx, query, key, value, scaling, sliding_window)
+        output = dllm_view.attend(
+            getattr(module, "layer_idx", None), query, key, value, scaling, sliding_window
+        )
     else:
         if dllm_mask is None:
             mask = _own_mask(module, attention_mask, query, key)
         elif sliding_window is None:
             mask = dllm_mask
         else:
-            mask = _windowed(dllm_mask, kwargs.get("position_ids"), sliding_window)
+            mask = windowed(dllm_mask, kwargs.get("position_ids"), sliding_window)
         output = block_attention(query, key, value, mask, scale=scaling)
-    return output.transpose(1, 2), None
+    output = output.transpose(1, 2)
+    return output if output.shape[3] == width else output[..., :width].contiguous(), None
+
+
+def _of_one_width(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+) -> tuple[Tensor, Tensor, Tensor, float | None]:
+    """Heads padded with zeros to one width that the kernels have (latent attention has narrower values), and
+    the scale of the original width."""
+    widths = query.shape[3], value.shape[3]
+    padded = -(-max(widths) // 8) * 8
+    if widths == (padded, padded):
+        return query, key, value, scaling
+    heads = (torch.nn.functional.pad(part, (0, padded - part.shape[3])) for part in (query, key, value))
+    return *heads, query.shape[3] ** -0.5 if scaling is None else scaling
+
+
+class _Forward(threading.local):
+    """The forward that runs in this thread: whether all its attention is to come through a view."""
+
+    by_view: bool = False
+
+
+_forward = _Forward()
+
+
+@contextmanager
+def attention_by_view() -> Iterator[None]:
+    """Within this context, of this thread, attention that no view reaches is an error."""
+    _forward.by_view = True
+    try:
+        yield
+    finally:
+        _forward.by_view = False
 
 
 def view_not_handed_on(what: str) -> str:
-    """What to say when a model does not pass its keywords on to its attention."""
-    return (
-        f"the view did not reach the attention of {what}, which does not hand its keywords on; sample it as "
-        "a function of its ids, under its own mask: "
-        'dk.sample(lambda ids: model(ids).logits, ..., cache="none")'
+    """Say that a model does not pass its keywords on to its attention."""
+    return f"the view did not reach the attention of {what}, which does not hand its keywords on"
+
+
+def _own_mask(module, attention_mask: Tensor | None, query: Tensor, key: Tensor) -> SpanMask | None:
+    """The spans of the mask that the model made itself or was given."""
+    queries, keys = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        if not getattr(module, "is_causal", False) or queries == 1:
+            return None
+        spans = span_mask_interface(
+            batch_size=len(query), q_length=queries, kv_length=keys, q_offset=keys - queries,
+            mask_function=causal_mask_function, config=getattr(module, "config", None), device=query.device,
+        )  # fmt: skip
+        return trusted_mask(spans[:, 0], keys)
+    name = type(module).__name__
+    if attention_mask.shape == VIEW_ONLY.shape:
+        raise ValueError(f"{view_not_handed_on(name)}. {AS_A_FUNCTION}")
+    if attention_mask.shape == UNKNOWN_PATTERN.shape:
+        raise ValueError(unknown_pattern(name))
+    if attention_mask.dim() == 5:
+        return trusted_mask(attention_mask[:, 0], keys)
+    if attention_mask.dim() == 4 and _fits(attention_mask, len(query), queries, keys):
+        return trusted_mask(spans_of_4d(attention_mask, keys), keys)
+    raise ValueError(
+        f"attention_mask is {list(attention_mask.shape)}; allowed: [B, S] or [B, 1, Sq, Sk] = "
+        f"[{len(query)}, 1, {queries}, {keys}]"
     )
 
 
-class ModelMask:
-    """A model's own mask as transformers describes it; becomes spans when a layer first asks for them."""
-
-    def __init__(
-        self, *, q_length, kv_length, mask_function, q_offset=0, kv_offset=0, attention_mask=None, **more
-    ):
-        self.arguments = dict(
-            q_length=q_length, kv_length=kv_length, mask_function=mask_function, q_offset=q_offset,
-            kv_offset=kv_offset, attention_mask=attention_mask,
-        )  # fmt: skip
-        self.more = {name: more[name] for name in ("batch_size", "use_vmap", "device") if name in more}
-        self.function, self.kv_length = mask_function, kv_length
-        self.padding = None if attention_mask is None else attention_mask[:, kv_offset:][:, :kv_length]
-        self.query = torch.arange(q_length, device=more.get("device")) + q_offset - kv_offset
-
-    @cached_property
-    def spans(self) -> SpanMask:
-        """The mask over keys 0..kv_length-1."""
-        keys = self._real_keys()
-        if keys is None or self.function not in (causal_mask_function, bidirectional_mask_function):
-            dense = sdpa_mask(**self.arguments, **self.more, allow_is_causal_skip=False)
-            return SpanMask.from_dense(dense[:, 0])
-        start, end = (bound[:, None].expand(-1, len(self.query)) for bound in keys)
-        if self.function is causal_mask_function:
-            end = torch.minimum(end, self.query + 1).maximum(start)
-        spans = torch.stack([start, end], dim=-1)[:, :, None]
-        spans = spans.masked_fill((start >= end)[..., None, None], 0)
-        return SpanMask(spans.int(), self.kv_length)
-
-    def _real_keys(self) -> tuple[Tensor, Tensor] | None:
-        """First and last + 1 of each row's unpadded keys, [B] or [1]; None where they have holes."""
-        if self.padding is None:
-            bound = self.query.new_zeros(1)
-            return bound, bound + self.kv_length
-        real = torch.nn.functional.pad(self.padding.bool(), (0, self.kv_length - self.padding.shape[1]))
-        start = real.int().argmax(1)
-        end = start + real.sum(1)
-        index = torch.arange(self.kv_length, device=real.device)
-        whole = (index >= start[:, None]) & (index < end[:, None])
-        return (start, end) if torch.equal(whole, real) else None
-
-
-def _own_mask(module, attention_mask, query: Tensor, key: Tensor) -> SpanMask | None:
-    """The spans of the mask that the model made itself or was given."""
-    if isinstance(attention_mask, ModelMask):
-        return attention_mask.spans
-    if attention_mask is None:
-        queries, keys = query.shape[2], key.shape[2]
-        if getattr(module, "is_causal", False) and queries > 1:
-            return ModelMask(
-                q_length=queries, kv_length=keys, q_offset=keys - queries,
-                mask_function=causal_mask_function, device=query.device,
-            ).spans  # fmt: skip
-        return None
-    if attention_mask.shape == VIEW_ONLY.shape:
-        raise ValueError(view_not_handed_on(type(module).__name__))
-    if attention_mask.dim() == 4:
-        return _spans_of_4d(attention_mask, key.shape[2])
-    raise ValueError(f"attention_mask is {list(attention_mask.shape)}; allowed: [B, S] or [B, 1, Sq, Sk]")
-
-
-def _spans_of_4d(mask: Tensor, keys: int) -> SpanMask:
-    """The spans of a boolean (True = visible) or additive (0 or -inf) mask [B, 1, Sq, >= keys]."""
-    known = _LAST_4D.get("mask", lambda: None)() is mask and _LAST_4D["key"] == (mask._version, keys)
-    if not known:
-        if mask.shape[1] != 1:
-            raise ValueError(f"attention_mask is {list(mask.shape)}; a mask per head cannot be kept as spans")
-        visible = mask[:, 0, :, :keys]
-        if visible.dtype != torch.bool:
-            hidden = visible < 0.5 * torch.finfo(visible.dtype).min
-            if not (hidden | (visible == 0)).all():
-                raise ValueError(
-                    "attention_mask adds values other than 0 and -inf: a bias cannot be kept as spans; "
-                    "run this model with its own attention"
-                )
-            visible = ~hidden
-        spans = SpanMask.from_dense(visible)
-        _LAST_4D.update(mask=weakref.ref(mask), key=(mask._version, keys), spans=spans)
-    return _LAST_4D["spans"]
-
-
-# All layers of one forward share one mask; the latest is kept so that it is converted once.
-_LAST_4D: dict = {}
+def _fits(mask: Tensor, batch: int, queries: int, keys: int) -> bool:
+    """Return whether a 4-D mask is of these sizes; those of static caches may have more columns."""
+    rows, _, height, width = mask.shape
+    return rows in (1, batch) and height == queries and width >= keys
 
 
 def within_window(spans: Tensor, query: Tensor, key: Tensor, window: int) -> Tensor:
@@ -222,20 +312,26 @@ def within_window(spans: Tensor, query: Tensor, key: Tensor, window: int) -> Ten
     return cut.gather(2, order[..., None].expand_as(cut)).int()
 
 
-def _windowed(mask: SpanMask, position_ids: Tensor | None, window: int) -> SpanMask:
-    """`mask` cut to a sliding window; kept with the mask, for the other layers."""
+def windowed(mask: SpanMask, position_ids: Tensor | None, window: int) -> SpanMask:
+    """Return `mask` cut to a sliding window, and keep it with the mask for the other layers.
+
+    position_ids: int64 [B or 1, S], of queries and keys alike; None, from models that do not hand them on:
+    those of an earlier call, else 0, 1, 2, ...
+    """
     kept = mask.__dict__.setdefault("_windowed", {})
-    if window not in kept:
-        position = position_ids
-        if position is None:
-            position = torch.arange(mask.kv_len, device=mask.spans.device)[None]
+    positions, cut = kept.get(window, (None, None))
+    if cut is None or (position_ids is not None and position_ids is not positions):
+        positions = position_ids
+        if positions is None:
+            positions = torch.arange(mask.kv_len, device=mask.spans.device)[None]
         if mask.spans.shape[1] != mask.kv_len:
             raise ValueError("a sliding window needs as many queries as keys in dllm_mask")
-        batch = max(mask.spans.shape[0], position.shape[0])
-        spans = mask.spans.expand(batch, -1, -1, -1)
-        kept[window] = SpanMask(within_window(spans, position, position, window), mask.kv_len)
-    return kept[window]
+        spans = mask.spans.expand(max(mask.spans.shape[0], positions.shape[0]), -1, -1, -1)
+        cut = trusted_mask(within_window(spans, positions, positions, window), mask.kv_len)
+        kept[window] = position_ids, cut
+    return cut
 
 
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, ModelMask)
+AttentionInterface.register(_PROBE, _probe)
+AttentionMaskInterface.register(_PROBE, sdpa_mask)

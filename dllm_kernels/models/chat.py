@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+
+from dllm_kernels.models.text import check_text, check_token_count
 
 
-def chat_ids(prompts, tokenizer, options: Mapping[str, object] | None = None) -> list[list[int]]:
-    """One list of ids per conversation, up to where the reply begins.
+def chat_ids(
+    prompts, tokenizer, options: Mapping[str, object] | None = None, limit: int | None = None
+) -> list[list[int]]:
+    """Return one list of ids per conversation, up to where the reply begins.
 
     prompts: text or a list of texts, each a user's first message; or a conversation, which is a list of
     messages {"role": ..., "content": ...}; or a list of conversations. A reply that ends one is continued.
-    options: what the family's template is given (`Diffusion.chat`).
+    options: what the family's template is given (`Diffusion.chat`). limit: the model's positions; a message
+    that is longer raises ValueError before the template is filled in.
     """
     if tokenizer is None:
         raise ValueError("chat=True needs tokenizer=, which holds the chat template")
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError("chat=True, but the tokenizer has no chat template; set tokenizer.chat_template")
+    conversations = _conversations(prompts)
+    for index, conversation in enumerate(conversations):
+        for text in _texts(conversation):
+            check_text(f"prompts[{index}]", text)
+            check_token_count(f"prompts[{index}]", text, tokenizer, limit)
     return [
         _ids(index, conversation, tokenizer, options or {})
-        for index, conversation in enumerate(_conversations(prompts))
+        for index, conversation in enumerate(conversations)
     ]
+
+
+def _texts(messages) -> Iterator[str]:
+    """Every str in the values of messages, however deep."""
+    if isinstance(messages, str):
+        yield messages
+    elif isinstance(messages, Mapping | Sequence) and not isinstance(messages, bytes):
+        for value in messages.values() if isinstance(messages, Mapping) else messages:
+            yield from _texts(value)
 
 
 def _conversations(prompts) -> list[list[Mapping]]:

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from dllm_kernels.models import merged_projections
-from dllm_kernels.models.families import FAMILIES, Family, diffusion_entry, family_of, token_ids
-from dllm_kernels.models.weights import own_storages, read_json, read_weights, write_json, write_weights
+from dllm_kernels.models.adapters import base_name, is_adapter, merge_adapter_into, own_tokenizer
+from dllm_kernels.models.attention import see_as_trained, sees_whole_rows
+from dllm_kernels.models.checkpoint_files import ADAPTER, read_json, stored_tensors, write_json
+from dllm_kernels.models.config_json import check_tokens, own_entries, read_config
+from dllm_kernels.models.empty_models import empty_model, model_class, skeleton
+from dllm_kernels.models.families import Family, family_of, token_ids
+from dllm_kernels.models.savable import refuse_unsavable
+from dllm_kernels.models.staging import CONFIG, interrupted_save, recover, staged
+from dllm_kernels.models.tokenizer_files import FILES, read_tokenizer
+from dllm_kernels.models.weights import fill_weights, own_storages, plan_weights, write_weights
 
 EMBEDDED = {"tiny-python": Path(__file__).parents[1] / "assets" / "tiny-python"}
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+GENERATION = "generation_config.json"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MODEL_FILES = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|" + re.escape(GENERATION)
+)
+_ALL_FILES = re.compile("|".join((_MODEL_FILES.pattern, *map(re.escape, FILES))))
+_SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -26,36 +41,71 @@ def load(
     dtype: torch.dtype | None = None,
     attention: str | None = None,
     merge_projections: bool = False,
+    base: str | Path | None = None,
 ):
     """(model, tokenizer) of a checkpoint; the tokenizer is None when the checkpoint has none.
 
-    name: "tiny-python", a folder with config.json and safetensors weights, or a hub name "owner/name".
+    name: "tiny-python", a folder with config.json and safetensors weights, or a hub name "owner/name". A
+    folder with a peft adapter gives its base model with the adapter merged in.
     device: None takes the GPU where there is one. dtype: None is float32 on CPU, bfloat16 elsewhere.
     attention: "block_causal" | "bidirectional" for checkpoints trained for both; None is their first.
     merge_projections: queries, keys and values as one product without gradients, gate and up as another
     (`models.merged_projections`); a model whose projections are fused already stays as it is.
-    The model is a stock transformers model in eval mode; a weight that is missing, left over or of the wrong
-    shape is an error. No code of the checkpoint is run, and its weights are never in memory twice.
+    base: the base model of an adapter, in place of the one that its adapter_config.json names.
+    The model is a stock transformers model in eval mode. Called directly it sees what it was trained to see
+    (`attention.see_as_trained`). A weight that is missing, left over or of the wrong shape is an error. No
+    code of the checkpoint is run, and its weights are never in memory twice.
     """
-    folder = _folder(name)
+    folder = checkpoint_folder(name)
     device, dtype = _placement(device, dtype)
-    entries = read_json(folder / "config.json")
-    try:
-        family = family_of(entries.get("model_type"))
-        config, layout = _config(entries, family)
-        _pick_attention(config, entries["model_type"], attention)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    try:
-        tokenizer = _tokenizer(folder, config, family)
-    except ValueError as error:
-        raise ValueError(f"the tokenizer of {folder} cannot be read: {error}") from error
-    _agree_on_mask(folder, config, tokenizer)
+    model, tokenizer = read_checkpoint(folder, device, dtype, attention, merge_projections, base=base)
+    see_as_trained(model)
+    found = str(name) not in EMBEDDED and Path(name).expanduser().is_dir()
+    model.name_or_path = str(folder.resolve() if found else name)  # of which peft says that it is the base
+    return model, tokenizer
+
+
+def read_checkpoint(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    merge_projections: bool = False,
+    trained: bool = True,
+    base: str | Path | None = None,
+):
+    """Return (model, tokenizer) of a folder, the model in eval mode and with its own mask.
+
+    trained: False also reads checkpoints that were not trained for diffusion; their config's "diffusion"
+    entry then lists no attention.
+    """
+    if is_adapter(folder):
+        model, tokenizer = _read_adapted(folder, base, device, dtype, attention, trained)
+        if merge_projections:
+            merged_projections.merge_projections(model)
+        return model, tokenizer
+    if base is not None:
+        raise ValueError(f"base is {str(base)!r}, but {folder} is a whole model and no adapter")
+    version = _version(folder)
+    with _named(folder):
+        entries, family, config, layout = _read_config(folder)
+        if trained:
+            _pick_attention(config, entries["model_type"], attention)
+    tokenizer = read_tokenizer(folder, config, family.tokenizer)
+    config.mask_token_id = _mask_token(folder, config, tokenizer)
     config.eos_token_id = _end_tokens(folder, config, tokenizer, family)
-    model = _empty_model(config, family, device, dtype)
-    if merge_projections:
-        merged_projections.merge_projections(model)
-    read_weights(model, folder, layout, family.other_heads)
+    with _named(folder):
+        stored = stored_tensors(folder)
+        kind = model_class(config, family.masked_lm, entries.get("architectures"))
+        expected = skeleton(kind, config, dtype, sum(math.prod(tensor.shape) for tensor in stored.values()))
+        plan = plan_weights(expected, stored, layout, family.other_heads)
+        model = empty_model(kind, config, device, dtype)
+        _complete(model.config, config)
+        if merge_projections:
+            merged_projections.merge_projections(model)
+        fill_weights(model, plan, stored)
+    if _version(folder) != version:
+        raise ValueError(f"{folder} was replaced while it was read; load it again")
     return model.eval(), tokenizer
 
 
@@ -68,78 +118,115 @@ def save(
     config.json and weight names, for the family's own code. Everything is written beside `folder` and moved
     when it is complete: a checkpoint that was there is replaced, other files stay.
     """
-    from transformers import PreTrainedModel
     from transformers.utils import logging
 
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model is a {type(model).__name__}; dk.save writes transformers models")
+    refuse_unsavable(model)
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; give one of transformers, or None")
     if not isinstance(folder, str | Path):
         raise TypeError(f"folder is a {type(folder).__name__}; it must be a str or a Path")
-    entries = None if layout is None else _own_entries(model.config, layout)
-    with _written_beside(Path(folder).expanduser().resolve()) as beside, _quiet(logging):
-        if entries is None:
+    own = None if layout is None else own_entries(model.config, layout)
+    if folder == "":
+        raise ValueError("folder is empty; give the path of a folder ('.' is the current one)")
+    _check_shard_size(max_shard_size)
+    folder = Path(folder).expanduser().resolve()
+    _mask_token(folder, model.config, tokenizer)
+    stale = _MODEL_FILES if tokenizer is None else _ALL_FILES
+    with staged(folder, stale) as beside, _quiet(logging), _named_disk(folder):
+        if own is None:
             weights = own_storages(model.state_dict())
-            model.save_pretrained(beside, state_dict=weights, max_shard_size=max_shard_size)
+            with _saved_by_any_process(model):
+                model.save_pretrained(beside, state_dict=weights, max_shard_size=max_shard_size)
+            if sees_whole_rows(model):  # for plain transformers, if the model was not loaded but marked
+                write_json(beside / CONFIG, {**read_json(beside / CONFIG), "is_causal": False})
         else:
+            entries, written = own
             entries["torch_dtype"] = str(model.dtype).removeprefix("torch.")
-            write_json(beside / "config.json", entries)
+            write_json(beside / CONFIG, entries)
             special = {key: entries.get(key) for key in ("bos_token_id", "pad_token_id", "mask_token_id")}
             ends = list(token_ids(model.config.eos_token_id)) or None
-            write_json(beside / "generation_config.json", {**special, "eos_token_id": ends})
-            write_weights(model, beside, FAMILIES[layout].layouts[0], max_shard_size)
+            write_json(beside / GENERATION, {**special, "eos_token_id": ends})
+            write_weights(model, beside, written, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
+
+
+@contextmanager
+def _saved_by_any_process(model) -> Iterator[None]:
+    """Let save_pretrained write in every process: where torch.distributed runs, only that of rank 0 would."""
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
+    try:
+        yield
+    finally:
+        del model.should_save_on_this_rank
+
+
+def load_tokenizer(name: str | Path):
+    """Return the tokenizer that `load` gives, without reading weights; None if there is none."""
+    folder = checkpoint_folder(name)
+    if is_adapter(folder):
+        found = own_tokenizer(folder, None, None)
+        return load_tokenizer(base_name(folder)) if found is None else found
+    with _named(folder):
+        _, family, config, _ = _read_config(folder)
+    return read_tokenizer(folder, config, family.tokenizer)
+
+
+def _read_config(folder: Path):
+    """Return config.json's entries, their family, the stock config and the layout."""
+    entries = read_json(folder / CONFIG)
+    family = family_of(entries.get("model_type"), entries.get("architectures"))
+    return entries, family, *read_config(entries, family)
+
+
+def _read_adapted(
+    folder: Path,
+    base: str | Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str | None,
+    trained: bool,
+):
+    """Return (model, tokenizer) of an adapter's base model with the adapter merged in."""
+    name = base_name(folder, base)
+    try:
+        of_base = checkpoint_folder(name)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{folder} is an adapter of {name!r}, which is not found ({error}); give base="
+        ) from error
+    if of_base.resolve() == folder.resolve():
+        raise ValueError(f"{folder} is an adapter that names itself as its base model; give base=")
+    model, tokenizer = read_checkpoint(of_base, device, dtype, attention, trained=trained)
+    merge_adapter_into(model, folder)
+    tokenizer = own_tokenizer(folder, model.config, tokenizer)
+    model.config.mask_token_id = _mask_token(folder, model.config, tokenizer)
+    return model, tokenizer
 
 
 def _placement(device, dtype) -> tuple[torch.device, torch.dtype]:
     """Where and as what the weights are loaded."""
     try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, TypeError) as error:
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        place = torch.device(device)
+        if place.type != "meta":
+            torch.empty(0, device=place)
+    except Exception as error:  # whatever a backend that is not there raises
         raise ValueError(f"device is {device!r}: {error}") from None
-    if device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device is {device}, which cannot hold weights here")
+    if isinstance(device, bool) or place.type == "meta":
+        raise ValueError(f"device is {place}, which cannot hold weights")
     if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
     dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype is {dtype!r}; give a floating point torch.dtype")
-    return device, dtype
+    if dtype not in _DTYPES:
+        raise TypeError(
+            f"dtype is {dtype!r}; give a floating point torch.dtype: {', '.join(map(str, _DTYPES))}"
+        )
+    return place, dtype
 
 
-# ---- config.json -------------------------------------------------------------------------------------------
-# What it says of files and software, not of the model.
-_NOT_OF_THE_MODEL = {
-    "model_type", "architectures", "auto_map", "transformers_version", "_name_or_path", "dtype",
-    "torch_dtype", "attn_implementation", "_attn_implementation",
-}  # fmt: skip
-
-
-def _config(entries: dict, family: Family):
-    """The stock transformers config, its "diffusion" entry complete, and the layout of the weights."""
-    import transformers
-    from huggingface_hub.errors import StrictDataclassError
-
-    if entries.get("quantization_config"):
-        raise ValueError("config.json has a quantization_config; quantized weights are not read")
-    layout = None
-    if family.layouts:
-        layout = next((layout for layout in family.layouts if not layout.misfits(entries)), None)
-        if layout is None:
-            misfits = "; ".join(family.layouts[0].misfits(entries))
-            raise ValueError(f"transformers' {family.architecture} does not run this config.json: {misfits}")
-        entries = layout.stock_entries(entries)
-    entries = {key: value for key, value in entries.items() if key not in _NOT_OF_THE_MODEL}
-    try:
-        config = transformers.CONFIG_MAPPING[family.architecture].from_dict(entries)
-    except StrictDataclassError as error:
-        raise ValueError(f"config.json: {error}") from None
-    config.diffusion = diffusion_entry(config, family)
-    return config, layout
-
-
+# ---- what the files say together ---------------------------------------------------------------------------
 def _pick_attention(config, model_type: str, attention: str | None) -> None:
     """Put the kind of attention that was asked for first."""
     kinds = config.diffusion["attention"]
@@ -155,48 +242,23 @@ def _pick_attention(config, model_type: str, attention: str | None) -> None:
     config.diffusion["attention"] = [attention, *(kind for kind in kinds if kind != attention)]
 
 
-def _own_entries(config, name: str) -> dict | None:
-    """The config.json of a model in a family's own layout; None where that is the stock one.
-
-    Read back it must give the same config: what the layout has no word for is refused.
-    """
-    architecture = config.model_type
-    fitting = [name for name, family in FAMILIES.items() if family.architecture == architecture]
-    if name not in fitting:
-        raise ValueError(f"layout is {name!r}; a {architecture} model can be written as {', '.join(fitting)}")
-    family = FAMILIES[name]
-    if not family.layouts:
-        return None
-    entry = diffusion_entry(config, family)
-    if entry["shift"] != family.shift or entry["attention"][0] not in family.attention:
-        raise ValueError(
-            f"layout {name!r} means attention {' or '.join(family.attention)} and shift={family.shift}; this "
-            f"model has {entry['attention'][0]} and shift={entry['shift']}"
-        )
-    layout, ends = family.layouts[0], token_ids(config.eos_token_id)
-    stock = {**config.to_diff_dict(), "eos_token_id": ends[0] if ends else None}
-    entries = layout.own_entries({key: stock[key] for key in stock.keys() - _NOT_OF_THE_MODEL})
-    entries = {"model_type": name, "architectures": [layout.model_class], **dict(sorted(entries.items()))}
-    again, expected = _config(entries, family)[0].to_dict(), config.to_dict()
-    kept = type(config)().to_dict().keys() - _NOT_OF_THE_MODEL - {"eos_token_id"}
-    if lost := sorted(key for key in kept if again[key] != expected[key]):
-        raise ValueError(f"layout {name!r} cannot say {', '.join(f'{key}={expected[key]}' for key in lost)}")
-    return entries
-
-
-def _agree_on_mask(folder: Path, config, tokenizer) -> None:
-    """Take the mask token from the tokenizer where the config has none; refuse two of them."""
+def _mask_token(folder: Path, config, tokenizer) -> int | None:
+    """Return the config's mask token, or the tokenizer's where it has none; refuse two of them."""
     mask, own = getattr(config, "mask_token_id", None), getattr(tokenizer, "mask_token_id", None)
     if None not in (mask, own) and mask != own:
         raise ValueError(f"{folder}: mask_token_id is {mask} in config.json and {own} in the tokenizer")
-    config.mask_token_id = own if mask is None else mask
+    check_tokens(own, f"{folder}: mask_token_id of the tokenizer", _text(config, "vocab_size"))
+    return own if mask is None else mask
 
 
 def _end_tokens(folder: Path, config, tokenizer, family: Family) -> int | list[int] | None:
     """All that ends a text: the config's, generation_config.json's and the family's end tokens."""
-    generation = folder / "generation_config.json"
+    generation = folder / GENERATION
     named = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    ends = [*token_ids(config.eos_token_id), *token_ids(named)]
+    own = _text(config, "eos_token_id")
+    if named != own:
+        check_tokens(named, f"{generation}: eos_token_id", _text(config, "vocab_size"), several=True)
+    ends = [*token_ids(own), *token_ids(named)]
     if tokenizer is not None:
         vocabulary = tokenizer.get_vocab()
         ends += [vocabulary[token] for token in family.end_tokens if token in vocabulary]
@@ -204,53 +266,55 @@ def _end_tokens(folder: Path, config, tokenizer, family: Family) -> int | list[i
     return ends if len(ends) > 1 else next(iter(ends), None)
 
 
-# ---- building a model --------------------------------------------------------------------------------------
-def _empty_model(config, family: Family, device: torch.device, dtype: torch.dtype):
-    """A model whose weights hold whatever was in memory."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-    from transformers.initialization import no_init_weights
-
-    kind = AutoModelForMaskedLM if family.masked_lm else AutoModelForCausalLM
-    with torch.device(device), no_init_weights():
-        model = kind.from_config(config, dtype=dtype)
-    model.tie_weights()
-    return model
+def _complete(config, whole) -> None:
+    """Give the config of a text model that is a part of a multimodal one what its whole says of diffusion."""
+    if config is not whole:
+        config.diffusion, config.mask_token_id = whole.diffusion, whole.mask_token_id
+        config.eos_token_id = whole.eos_token_id
 
 
-def _tokenizer(folder: Path, config, family: Family):
-    import transformers
-
-    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        return None
-    if family.tokenizer is not None:
-        return getattr(transformers, family.tokenizer).from_pretrained(folder)
-    return transformers.AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+def _text(config, name: str):
+    """A setting of the language model, which is a part of multimodal ones."""
+    own = getattr(config, name, None)
+    return getattr(config.get_text_config(), name, None) if own is None else own
 
 
 # ---- files -------------------------------------------------------------------------------------------------
 @contextmanager
-def _written_beside(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write into; what is in it moves to `folder` at the end, or vanishes."""
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"folder is {str(folder)!r}, which is a file")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    beside.mkdir()
+def _named(folder: Path) -> Iterator[None]:
+    """Put the folder into errors about what its files say."""
     try:
-        yield beside
-        files = sorted(file.relative_to(beside) for file in beside.rglob("*") if file.is_file())
-        for file in files:
-            (beside / file).chmod(beside.stat().st_mode & 0o666)  # safetensors leaves 0600
-        if not folder.exists():
-            beside.replace(folder)
-            return
-        for file in files:
-            (folder / file).parent.mkdir(exist_ok=True)
-            (beside / file).replace(folder / file)
-        for stale in {*folder.glob("model*.safetensors*")} - {folder / file for file in files}:
-            stale.unlink()
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        yield
+    except RecursionError:
+        raise ValueError(f"{folder}: {CONFIG} is nested too deep") from None
+    except ValueError as error:
+        if str(folder) in str(error):
+            raise
+        raise ValueError(f"{folder}: {error}") from error.__cause__
+
+
+@contextmanager
+def _named_disk(folder: Path) -> Iterator[None]:
+    """Put the folder into what safetensors says of a file that it could not write."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{folder}: {error}") from None
+
+
+def _version(folder: Path) -> tuple[int, int]:
+    """What changes when a checkpoint is replaced: its config.json goes first, and the new one comes last."""
+    try:
+        found = (folder / CONFIG).stat()
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_ino, found.st_mtime_ns
+
+
+def _check_shard_size(size: int | str) -> None:
+    whole = type(size) is int and size >= 1
+    if not whole and not (isinstance(size, str) and _SHARD_SIZE.fullmatch(size)):
+        raise ValueError(f'max_shard_size is {size!r}; give a number of bytes, or a str like "5GB"')
 
 
 @contextmanager
@@ -265,14 +329,22 @@ def _quiet(logging):
             logging.enable_progress_bar()
 
 
-def _folder(name: str | Path) -> Path:
-    """The folder that holds the checkpoint, fetched from the hub when the name is a hub name."""
+def checkpoint_folder(name: str | Path) -> Path:
+    """Return the folder that holds a checkpoint, fetched from the hub when the name is a hub name."""
     known = f'known names: {", ".join(EMBEDDED)}; else a folder with config.json, or a hub name "owner/name"'
     if not isinstance(name, str | Path):
         raise TypeError(f"name is a {type(name).__name__}; {known}")
     folder = EMBEDDED.get(str(name), Path(name).expanduser())
-    if (folder / "config.json").is_file():
+    if (folder / CONFIG).is_file() or (folder / ADAPTER).is_file():
         return folder
+    recover(folder)
+    if (folder / CONFIG).is_file():
+        return folder
+    if (replaced := interrupted_save(folder)) is not None:
+        raise ValueError(
+            f"{folder} holds no {CONFIG}: a dk.save to it ended while it replaced files. Those of before are "
+            f"in {replaced}; make the folder writable and load again, or save again"
+        )
     if str(name) in EMBEDDED or folder.exists():
         raise FileNotFoundError(f"{folder} holds no config.json; {known}")
     owner, _, repository = str(name).partition("/")

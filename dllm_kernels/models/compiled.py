@@ -13,6 +13,7 @@ CUDA graph calls nothing.
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dllm_kernels.models.probe import structure_of
 from dllm_kernels.models.shared_change import shared_change
 
-_FUNCTIONS: weakref.WeakKeyDictionary[PreTrainedModel, Callable] = weakref.WeakKeyDictionary()
+_FUNCTIONS: weakref.WeakKeyDictionary[PreTrainedModel, tuple[tuple, Callable]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
@@ -33,8 +35,10 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
     calls outside `current`, of other threads too, go to the body as it is. Afterwards it is as it was.
 
     The body is called with what `current` yields as `dllm_view`. What was compiled serves later contexts too,
-    as long as the model lives. ValueError if `model` has no layers that can be taken by themselves, or if one
-    of them has a forward of its own (hooks of accelerate, for example), which would be passed over.
+    as long as the model lives and until a hook is put on it or taken off, or a module or its forward is
+    replaced. Where torch compiles nothing, or fails to, the body runs as it is, with a warning. ValueError if
+    `model` has no layers that can be taken by themselves, or if one of them has a forward of its own (hooks
+    of accelerate, for example), which would be passed over.
     """
     with shared_change(("compiled", id(model)), partial(_replaced_forwards, model)):
         yield
@@ -46,7 +50,12 @@ def _replaced_forwards(model: PreTrainedModel) -> Iterator[None]:
     own = next((type(region).__name__ for region in regions if "forward" in vars(region)), None)
     if own is not None:
         raise ValueError(f"compile=True: the forward of {own} was replaced on the instance")
-    function = _FUNCTIONS.setdefault(model, _compiled_forward())
+    with _LOOKING_UP:
+        reason = _why_not()
+        structure, known = (structure_of(model), _hooks_of(model), reason), _FUNCTIONS.get(model)
+        if known is None or known[0] != structure:
+            known = _FUNCTIONS[model] = structure, _compiled_forward(type(model).__name__, reason)
+    function = known[1]
     with ExitStack() as restored:
         for region in regions:
             restored.callback(vars(region).pop, "forward", None)
@@ -70,13 +79,62 @@ def current(view) -> Iterator[_CurrentView]:
         _step.view = None
 
 
-def _compiled_forward() -> Callable:
+_LOOKING_UP = threading.Lock()
+
+
+def _hooks_of(model: nn.Module) -> tuple:
+    """The hooks of a model's modules and of all modules; torch numbers them and uses no number twice.
+    What was compiled with some does not see that they change."""
+    every = vars(torch.nn.modules.module)
+    return (
+        *(tuple(every[f"_global{name}"]) for name in _HOOKS),
+        *(tuple(vars(module)[name]) for module in model.modules() for name in _HOOKS),
+        *(type(module).forward for module in model.modules()),
+    )
+
+
+_HOOKS = "_forward_hooks", "_forward_pre_hooks"
+
+
+def _compiled_forward(name: str, reason: str | None) -> Callable:
+    """The forward of a module, compiled where that can be. name: of the model; reason: why it cannot be."""
+
     def forward(module: nn.Module, *args, **kwargs):
         return type(module).forward(module, *args, **kwargs)
 
+    if reason is not None:
+        _warn_uncompiled(name, reason)
+        return forward
     # torch counts compilations, and gives up after some, by code object: every model gets one of its own.
     forward.__code__ = forward.__code__.replace()
-    return torch.compile(forward, fullgraph=True, dynamic=True)
+    whole, failed = torch.compile(forward, fullgraph=True, dynamic=True), False
+
+    def compiled_or_not(module: nn.Module, *args, **kwargs):
+        nonlocal failed
+        if not failed:
+            try:
+                return whole(module, *args, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                # Nothing of the forward has run when its compilation fails.
+                failed = True
+                reason = (
+                    str(error).strip().partition("\n\n")[0]
+                )  # behind it comes advice for developers of torch
+                _warn_uncompiled(name, " ".join(reason.split()))
+        return forward(module, *args, **kwargs)
+
+    return compiled_or_not
+
+
+def _why_not() -> str | None:
+    """Why torch.compile compiles nothing in this process, if it does not."""
+    if torch._dynamo.config.disable:
+        return "torch.compile is turned off (TORCH_COMPILE_DISABLE or torch._dynamo.config.disable)"
+    return None
+
+
+def _warn_uncompiled(name: str, reason: str) -> None:
+    warnings.warn(f"compile=True: {name} is sampled uncompiled: {reason}", stacklevel=2)
 
 
 def _regions(model: PreTrainedModel) -> list[nn.Module]:

@@ -8,9 +8,10 @@ A row of the table fills in what the checkpoints of a line leave unsaid.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dllm_kernels.models import layouts
@@ -23,7 +24,7 @@ ATTENTION = ("block_causal", "bidirectional")
 class Family:
     """A model line.
 
-    architecture: the transformers model_type that runs its weights.
+    architecture: the transformers model_type that runs its weights, unless their layout names another.
     attention: the kinds it was trained for, the default first; (): its "diffusion" entry must say.
     shift: whether the prediction for position i comes from the output at i-1.
     masked_lm: whether it runs as a masked-LM model, not as a causal LM.
@@ -56,7 +57,8 @@ _QWEN_CHAT = dict(end_tokens=("<|im_end|>",), chat={"enable_thinking": False})
 
 FAMILIES = {
     "llada": Family(
-        "llama", _BIDIRECTIONAL, layouts=(layouts.LLADA, layouts.LLADA_FUSED), end_tokens=("<|eot_id|>",)
+        "llama", _BIDIRECTIONAL, end_tokens=("<|eot_id|>",),
+        layouts=(layouts.LLADA, layouts.LLADA_FUSED, layouts.LLADA_QKV_BIAS, layouts.LLADA_FUSED_QKV_BIAS),
     ),
     "Dream": Family(
         "qwen2", _BIDIRECTIONAL, shift=True, layouts=(layouts.DREAM,), tokenizer="Qwen2Tokenizer",
@@ -77,6 +79,11 @@ FAMILIES = {
         other_heads=("roberta.pooler.", "roberta.embeddings.position_ids"),
     ),
     "modernbert": Family("modernbert", _BIDIRECTIONAL, masked_lm=True, head=("head", "decoder")),
+    "albert": Family(
+        "albert", _BIDIRECTIONAL, masked_lm=True, end_tokens=("[SEP]",),
+        head=("predictions.dense", "predictions.activation", "predictions.LayerNorm", "predictions.decoder"),
+        other_heads=("albert.pooler.", "sop_classifier."),
+    ),
     "llama": Family("llama"),
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
@@ -107,24 +114,48 @@ class Diffusion:
     chat: Mapping[str, object] = field(default_factory=dict)
 
 
-def family_of(model_type: str | None) -> Family:
-    """The row of a config.json's model_type; causal LMs that have none run as transformers has them."""
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def family_of(model_type: str | None, architectures: Sequence[str] | None = None) -> Family:
+    """The row of a config.json's model_type; language models of transformers without a row run as they are.
 
-    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return Family(model_type, head=())
+    architectures: config.json's, which tell masked-LM models of a type from its causal LMs.
+    """
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if isinstance(model_type, str):
+        causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+        masked = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_type)
+        named = architectures if isinstance(architectures, list | tuple) else ()
+        if masked is not None and (causal is None or masked in named):
+            return Family(model_type, _BIDIRECTIONAL, masked_lm=True, head=())
+        # The text model of a multimodal type has a model_type of its own, which is not listed.
+        if causal is not None or any(name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in named):
+            return Family(model_type, head=())
     raise ValueError(
-        f"model_type {model_type!r} is not a known family; known: {', '.join(FAMILIES)}, and every causal LM "
-        "of transformers"
+        f"model_type {model_type!r:.80} is not a known family; known: {', '.join(FAMILIES)}, and every "
+        "causal and masked LM of transformers"
     )
 
 
-def diffusion_of(model) -> Diffusion:
-    """What `model`, a transformers model, says of its diffusion training."""
-    config = model.config
-    family = family_of(config.model_type)
+def is_masked_lm(model) -> bool:
+    """Return whether `model` is of a masked-LM class of transformers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+
+
+def diffusion_of(model, *, head: bool = True) -> Diffusion:
+    """Return what `model`, a transformers model, says of its diffusion training.
+
+    head: whether its head must be plain; if not, callers make logits as the model does, and `head` is ().
+    """
+    config, text = model.config, model.config.get_text_config()  # of a multimodal model, its language part's
+    # A model in memory runs as it is, whatever its type; whether its head is plain is asked of itself.
+    family = FAMILIES.get(config.model_type) or Family(config.model_type, head=())
     entry = diffusion_entry(config, family)
     if not entry["attention"]:
         raise ValueError(
@@ -132,20 +163,27 @@ def diffusion_of(model) -> Diffusion:
             '"diffusion" entry. Set model.config.diffusion = {"attention": ["bidirectional"]} or '
             '{"attention": ["block_causal"], "block_size": 32}, and model.config.mask_token_id'
         )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model, whose decoder would see the masked canvas "
+            "shifted by one; give a model without an encoder, or a function from ids to logits"
+        )
     generation = getattr(model, "generation_config", None)
-    eos = token_ids(getattr(generation, "eos_token_id", None)) or token_ids(config.eos_token_id)
+    eos = token_ids(getattr(generation, "eos_token_id", None)) or token_ids(
+        _either("eos_token_id", config, text)
+    )
     first_position = config.pad_token_id + 1 if family.padding_first else 0
-    max_positions = getattr(config, "max_position_embeddings", None)
+    max_positions = max_positions_of(text)
     return Diffusion(
         attention=entry["attention"][0],
         block_size=entry.get("block_size"),
         shift=entry["shift"],
-        mask_id=getattr(config, "mask_token_id", None),
+        mask_id=_either("mask_token_id", config, text),
         eos_ids=eos,
-        pad_id=config.pad_token_id,
-        vocab_size=config.vocab_size,
+        pad_id=_either("pad_token_id", config, text),
+        vocab_size=text.vocab_size,
         max_positions=None if max_positions is None else max_positions - first_position,
-        head=_head(model, family),
+        head=_head(model, family) if head else (),
         first_position=first_position,
         chat=entry["chat"],
     )
@@ -157,7 +195,12 @@ def diffusion_entry(config, family: Family) -> dict:
     if not isinstance(given, Mapping):
         raise ValueError(f"config.diffusion is {given!r}; it must hold entries by name")
     entry = {"attention": family.attention, "shift": family.shift, "chat": dict(family.chat), **given}
-    entry["attention"] = list(entry["attention"])
+    kinds = entry["attention"]
+    if not isinstance(kinds, list | tuple):
+        raise ValueError(
+            f"config.diffusion has attention {kinds!r:.80}; it must list {' or '.join(ATTENTION)}"
+        )
+    entry["attention"] = list(kinds)
     for kind in entry["attention"]:
         if kind not in ATTENTION:
             raise ValueError(f"config.diffusion has attention {kind!r}; allowed: {', '.join(ATTENTION)}")
@@ -166,7 +209,37 @@ def diffusion_entry(config, family: Family) -> dict:
         raise ValueError(f"config.diffusion has block_size {size!r}; it must be an integer >= 1")
     if not isinstance(entry["shift"], bool):
         raise ValueError(f"config.diffusion has shift {entry['shift']!r}; it must be true or false")
+    if not isinstance(entry["chat"], Mapping):
+        raise ValueError(f"config.diffusion has chat {entry['chat']!r:.80}; it must hold options by name")
     return entry
+
+
+def max_positions_of(config) -> int | None:
+    """Return how many positions a config allows: its max_position_embeddings, or what its rotary embedding
+    scales the original ones to, within one chunk of layers that attend in chunks; None: any number."""
+    chunk = getattr(config, "attention_chunk_size", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return chunk
+    limits = [positions]
+    for rope in _rope_parameters(config):
+        if "dynamic" in rope["rope_type"]:
+            return chunk
+        original = rope.get("original_max_position_embeddings") or positions
+        limits.append(int(original * (rope.get("factor") or 1)))
+    return max(limits) if chunk is None else min(chunk, max(limits))
+
+
+def _rope_parameters(config) -> list[Mapping[str, object]]:
+    """Return the rotary embeddings of a config, of which each kind of layer may have its own."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [kind for kind in (rope, *rope.values()) if isinstance(kind, Mapping) and "rope_type" in kind]
+
+
+def _either(name: str, *configs):
+    """Return the first value that one of `configs` has."""
+    values = (getattr(config, name, None) for config in configs)
+    return next((value for value in values if value is not None), None)
 
 
 def token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
@@ -175,8 +248,11 @@ def token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
 
 
 def _head(model, family: Family) -> tuple[Callable, ...]:
-    if not family.head:
-        return (_output_embeddings(model),)
+    return head_modules(model, family) if family.head else (_output_embeddings(model),)
+
+
+def head_modules(model, family: Family) -> tuple[Callable, ...]:
+    """Return what the names in family.head stand for in `model`."""
     from transformers.activations import ACT2FN
 
     try:
@@ -201,24 +277,46 @@ def _output_embeddings(model):
 
 
 def _refuse_more_than_embeddings(model) -> None:
-    import torch
-
-    head, seen = model.get_output_embeddings(), {}
-    if head is not None:
-        hooks = (
-            model.base_model.register_forward_hook(lambda _, inputs, output: seen.update(hidden=output[0])),
-            head.register_forward_hook(lambda _, inputs, output: seen.update(given=inputs[0], output=output)),
-        )
-        try:
-            with torch.no_grad():
-                logits = model(input_ids=torch.arange(2, device=model.device)[None]).logits
-        finally:
-            for hook in hooks:
-                hook.remove()
-    plain = len(seen) == 3 and torch.equal(seen["given"], seen["hidden"])
-    if not plain or not torch.equal(seen["output"].to(logits.dtype), logits):
+    reason = _more_than_embeddings(model)
+    if reason is not None:
         raise ValueError(
-            f"the logits of {type(model).__name__} are more than hidden states times output embeddings. "
-            "Sample it as a function of its ids, with the attention that it was trained for: "
+            f"the logits of {type(model).__name__} are more than hidden states times output embeddings: "
+            f"{reason}. Sample it as a function of its ids, with the attention that it was trained for: "
             'dk.sample(lambda ids: model(ids).logits, ..., cache="none")'
         )
+
+
+def _more_than_embeddings(model) -> str | None:
+    """Say what a forward of `model` does besides; None: nothing."""
+    import torch
+
+    from dllm_kernels.models.shadow import shadow
+
+    model = shadow(model)
+    head, seen = model.get_output_embeddings(), {}
+    if head is None:
+        return "it names no output embeddings"
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    hooks = (
+        model.base_model.register_forward_hook(lambda _, inputs, output: seen.update(hidden=output[0])),
+        head.register_forward_hook(lambda _, inputs, output: seen.update(given=inputs[0], output=output)),
+    )
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=torch.arange(2, device=model.device)[None], **options).logits
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"its forward fails for two ids ({type(error).__name__}: {error})"
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if "hidden" not in seen:
+        return f"its forward does not call its base model, a {type(model.base_model).__name__}"
+    if "given" not in seen:
+        return "its forward does not call its output embeddings"
+    if not torch.equal(seen["given"], seen["hidden"]):
+        return "its hidden states are transformed before"
+    if not torch.equal(seen["output"].to(logits.dtype), logits):
+        return "they are scaled or capped"
+    return None

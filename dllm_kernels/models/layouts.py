@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -24,6 +24,7 @@ class Layout:
     needs: entries -> the values that the stock architecture can run, None: the entry may be absent; the first
     is written.
     sizes: stock entries that take more than a renaming, from config.json's entries.
+    architecture: the transformers model_type that runs it where that is not the family's.
     diffusion: entries -> their names in our "diffusion" entry.
     """
 
@@ -33,6 +34,7 @@ class Layout:
     required: tuple[str, ...] = ()
     needs: Mapping[str, tuple] = field(default_factory=dict)
     sizes: Callable[[dict], dict] = lambda entries: {}
+    architecture: str | None = None
     diffusion: Mapping[str, str] = field(default_factory=dict)
 
     def misfits(self, entries: dict) -> list[str]:
@@ -62,7 +64,7 @@ class Layout:
             own = {key: value for key, value in stock.items() if key != "diffusion"}
         else:
             own = {key: values[0] for key, values in self.needs.items()}
-            own |= {key: stock[key] for key in _SHARED if key in stock}
+            own |= {key: stock[key] for key in _SHARED if key in stock and key not in self.needs}
             own |= {theirs: stock[ours] for theirs, ours in self.renamed.items() if ours in stock}
         diffusion = dict(stock.get("diffusion", {}))
         own |= {theirs: diffusion.pop(ours) for theirs, ours in self.diffusion.items() if ours in diffusion}
@@ -145,6 +147,7 @@ _LLADA_NEEDS = {
     "block_group_size": (1, None),
     "embedding_dropout": (0.0, None),
     "residual_dropout": (0.0, None),
+    "use_cache": (False, None, True),  # the line's own code refuses True
 }
 _BLOCK, _STOCK = "model.transformer.blocks.{}", "model.layers.{}"
 _LLADA_WEIGHTS = {
@@ -156,13 +159,22 @@ _LLADA_WEIGHTS = {
     f"{_BLOCK}.ff_norm.weight": f"{_STOCK}.post_attention_layernorm.weight",
     f"{_BLOCK}.ff_out.weight": f"{_STOCK}.mlp.down_proj.weight",
 }
-_QKV = tuple(f"{_STOCK}.self_attn.{name}_proj.weight" for name in "qkv")
+_QKV_BIAS = {"include_qkv_bias": (True,)}  # Qwen2 has biases there and nowhere else
+
+
+def _qkv(kind: str) -> tuple[str, ...]:
+    return tuple(f"{_STOCK}.self_attn.{name}_proj.{kind}" for name in "qkv")
+
+
+def _separate_qkv(kind: str) -> dict[str, str]:
+    return {f"{_BLOCK}.{name}_proj.{kind}": stock for name, stock in zip("qkv", _qkv(kind), strict=True)}
+
 
 LLADA = Layout(
     "LLaDAModelLM",
     weights={
         **_LLADA_WEIGHTS,
-        **{f"{_BLOCK}.{name}_proj.weight": stock for name, stock in zip("qkv", _QKV, strict=True)},
+        **_separate_qkv("weight"),
         f"{_BLOCK}.ff_proj.weight": f"{_STOCK}.mlp.gate_proj.weight",
         f"{_BLOCK}.up_proj.weight": f"{_STOCK}.mlp.up_proj.weight",
     },
@@ -175,13 +187,25 @@ LLADA_FUSED = Layout(
     "LLaDAModelLM",
     weights={
         **_LLADA_WEIGHTS,
-        f"{_BLOCK}.att_proj.weight": _QKV,
+        f"{_BLOCK}.att_proj.weight": _qkv("weight"),
         f"{_BLOCK}.ff_proj.weight": (f"{_STOCK}.mlp.up_proj.weight", f"{_STOCK}.mlp.gate_proj.weight"),
     },
     renamed=_LLADA_CONFIG,
     required=_LLADA_REQUIRED,
     needs={"block_type": ("sequential",), "activation_type": ("swiglu",), **_LLADA_NEEDS},
     sizes=_llada_sizes,
+)
+LLADA_QKV_BIAS = replace(
+    LLADA,
+    weights={**LLADA.weights, **_separate_qkv("bias")},
+    needs={**LLADA.needs, **_QKV_BIAS},
+    architecture="qwen2",
+)
+LLADA_FUSED_QKV_BIAS = replace(
+    LLADA_FUSED,
+    weights={**LLADA_FUSED.weights, f"{_BLOCK}.att_proj.bias": _qkv("bias")},
+    needs={**LLADA_FUSED.needs, **_QKV_BIAS},
+    architecture="qwen2",
 )
 
 # ---- lines that took a stock architecture over under a name of their own -------------------------------

@@ -1,86 +1,102 @@
-"""A checkpoint's files: weights, read into a model one tensor at a time, and JSON."""
+"""Weights of a model from and to a checkpoint: all are checked by the files' headers, then read in turn."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from dllm_kernels.models.checkpoint_files import INDEX, OpenFiles, Stored, write_json
+from dllm_kernels.models.conversions import Fill, stock_fills
 from dllm_kernels.models.layouts import Layout
 
-WEIGHTS = "model.safetensors"
-INDEX = WEIGHTS + ".index.json"
+# Buffers that transformers computes today and wrote in former versions; it passes over them too.
+_FORMER_BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.attn\.masked_bias$", r"\.attention\.masked_bias$")
 
 
-def read_weights(
-    model: torch.nn.Module, folder: Path, layout: Layout | None = None, unread: tuple[str, ...] = ()
-) -> None:
-    """Fill every weight of `model` from the checkpoint in `folder`.
+def plan_weights(
+    skeleton: nn.Module,
+    stored: Mapping[str, Stored],
+    layout: Layout | None = None,
+    unread: tuple[str, ...] = (),
+) -> list[Fill]:
+    """How every weight of a model comes from the tensors of a checkpoint.
 
-    A weight that is missing, left over or of another shape is an error. unread: the beginnings of names that
-    may stay in the file. Besides the model only pages of the file that is being read are in memory.
+    skeleton: the model on the meta device. unread: the beginnings of names that may stay in the files.
+    A weight that is missing, left over, of another shape or of another kind of dtype is a ValueError.
     """
-    state = model.state_dict()
-    layout = layout or Layout(type(model).__name__)
-    patterns = (*map(re.escape, unread), *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))
-    filled: dict[int, str] = {}
-    unexpected, mismatched = [], []
-    for name, shape, read in _tensors(folder):
-        parts = layout.stock_names(name)
-        if not all(part in state for part in parts):
-            if not any(re.search(pattern, name) for pattern in patterns):
-                unexpected.append(name)
+    state = skeleton.state_dict(keep_vars=True)
+    fills, unexpected = _fills(skeleton, stored, layout)
+    mismatched: list[str] = []
+    source_of: dict[str, str] = {}
+    for fill in fills:
+        source = fill.sources[0]
+        if odd := [name for name in fill.sources if isinstance(stored[name].dtype, str)]:
+            mismatched.append(f"{odd[0]} is {stored[odd[0]].dtype}, which is not read")
             continue
-        targets = [state[part] for part in parts]
-        needed = list(targets[0].shape)
-        if len(parts) > 1:
-            needed[0] = sum(len(target) for target in targets)
-        if shape != needed:
-            mismatched.append(f"{name} is {shape}, not {needed}")
-            filled |= {target.data_ptr(): name for target in targets}
+        tensors = [torch.empty(stored[n].shape, dtype=stored[n].dtype, device="meta") for n in fill.sources]
+        try:
+            made = fill.weights(tensors)
+        except Exception as error:  # whatever a conversion says of tensors that are not what it takes
+            mismatched.append(f"{source}: {error}")
             continue
-        for part, target in zip(parts, targets, strict=True):
-            twin = filled.setdefault(target.data_ptr(), part)
-            if twin != part and not torch.equal(target, read().to(target)):
-                mismatched.append(f"{part} differs from {twin}, to which config.json ties it")
-        _copy(read(), targets)
-    missing = [name for name, tensor in state.items() if tensor.data_ptr() not in filled]
+        for name, tensor in made.items():
+            if name not in state:
+                unexpected.append(source)
+            elif name in source_of:
+                mismatched.append(f"{source} and {source_of[name]} are both {name}")
+            elif reason := _misfit(tensor, state[name]):
+                mismatched.append(f"{source} is {reason}")
+            source_of[name] = source
+    filled = {id(state[name]) for name in source_of.keys() & state.keys()}
+    computed = _computed(skeleton)
+    missing = [name for name, tensor in state.items() if id(tensor) not in filled and name not in computed]
+    patterns = (
+        *map(re.escape, unread),
+        *_FORMER_BUFFERS,
+        *(getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()),
+    )
+    unexpected = [name for name in unexpected if not any(re.search(pattern, name) for pattern in patterns)]
     kinds = {"missing": missing, "unexpected": unexpected, "mismatched": mismatched}
     if wrong := {kind: sorted(names) for kind, names in kinds.items() if names}:
-        raise ValueError(f"the weights of {str(folder)!r} do not fit {type(model).__name__}: {wrong}")
+        raise ValueError(f"the weights do not fit {type(skeleton).__name__}: {_abridged(wrong)}")
+    return fills
 
 
-def _copy(source: Tensor, targets: list[Tensor]) -> None:
-    """Fill `targets` with what `source` holds one after the other; no part of the file outlives the call."""
-    if len(targets) == 1:
-        targets[0].copy_(source)
-        return
-    for target, part in zip(targets, source.split([len(target) for target in targets]), strict=True):
-        target.copy_(part)
+def fill_weights(model: nn.Module, fills: list[Fill], stored: Mapping[str, Stored]) -> None:
+    """Read every weight of `model` as planned.
+
+    Besides the model, pages of the files that are being read are in memory, and what one conversion makes.
+    Weights that the model ties must be equal where the checkpoint holds several of them.
+    """
+    state = model.state_dict(keep_vars=True)
+    fills = sorted(fills, key=lambda fill: stored[fill.sources[0]].file)
+    last = {stored[name].file: index for index, fill in enumerate(fills) for name in fill.sources}
+    files = OpenFiles()
+    filled: dict[int, str] = {}
+    for index, fill in enumerate(fills):
+        _fill(state, fill, [files.read(name, stored[name].file) for name in fill.sources], filled)
+        for file in {stored[name].file for name in fill.sources}:
+            if last[file] == index:
+                files.close(file)
 
 
-def read_json(path: Path) -> dict:
-    """The entries of a checkpoint's JSON file."""
-    try:
-        entries = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path} holds a {type(entries).__name__}, not entries by name")
-    return entries
+def _fill(state: dict[str, Tensor], fill: Fill, tensors: list[Tensor], filled: dict[int, str]) -> None:
+    """Fill weights. filled: ids -> names that they were filled as. No part of a file outlives the call."""
+    for name, tensor in fill.weights(tensors).items():
+        target = state[name].detach()
+        twin = filled.setdefault(id(state[name]), name)
+        if twin == name:
+            target.copy_(tensor)
+        elif not torch.equal(target, tensor.to(target)):
+            raise ValueError(f"{name} differs from {twin}, to which config.json ties it")
 
 
-def write_json(path: Path, entries: dict) -> None:
-    path.write_text(json.dumps(entries, indent=2) + "\n")
-
-
-def write_weights(model: torch.nn.Module, folder: Path, layout: Layout, max_shard_size: str) -> None:
+def write_weights(model: nn.Module, folder: Path, layout: Layout, max_shard_size: str) -> None:
     """The weights of `model` under the layout's names; of tied weights the first one alone."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -110,29 +126,55 @@ def own_storages(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.from_dlpack(w) if is_part(w) else w for name, w in weights.items()}
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, list[int], Callable[[], Tensor]]]:
-    """Name, shape and reader of every tensor of a checkpoint, one file open at a time."""
-    for path, indexed in _files(folder).items():
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = set(file.keys())
-                if lacking := sorted(indexed - names):
-                    raise ValueError(f"{path} lacks {lacking[0]}, which {INDEX} says it holds")
-                for name in sorted(names):
-                    yield name, file.get_slice(name).get_shape(), lambda name=name: file.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no whole safetensors file: {error}") from None
+def _fills(
+    skeleton: nn.Module, stored: Mapping[str, Stored], layout: Layout | None
+) -> tuple[list[Fill], list[str]]:
+    """Fills by the names of the layout, and of transformers for the rest; names that nothing takes."""
+    state = skeleton.state_dict()
+    fills, unused, stock = [], [], []
+    for name in stored:
+        parts = (name,) if layout is None else layout.stock_names(name)
+        if parts == (name,):
+            stock.append(name)
+        elif all(part in state for part in parts):
+            sizes = [len(state[part]) for part in parts]
+            fills.append(
+                Fill((name,), lambda tensors, parts=parts, sizes=sizes: _parts(tensors[0], parts, sizes))
+            )
+        else:
+            unused.append(name)
+    more_fills, more_unused = stock_fills(skeleton, stock)
+    return fills + more_fills, unused + more_unused
 
 
-def _files(folder: Path) -> dict[Path, set[str]]:
-    """The files that hold the weights, each with the names the index gives it (none: no index)."""
-    if not (folder / INDEX).is_file():
-        if not (folder / WEIGHTS).is_file():
-            raise FileNotFoundError(f"{folder} holds no {WEIGHTS} and no {INDEX}; other formats are not read")
-        return {folder / WEIGHTS: set()}
-    files: dict[Path, set[str]] = {}
-    for name, file in read_json(folder / INDEX).get("weight_map", {}).items():
-        if Path(file).name != file or not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder / INDEX} names {file!r}, which is not in the folder")
-        files.setdefault(folder / file, set()).add(name)
-    return files
+def _parts(tensor: Tensor, names: tuple[str, ...], sizes: list[int]) -> dict[str, Tensor]:
+    """What a tensor holds one after the other along its first dimension."""
+    if len(names) == 1:
+        return {names[0]: tensor}
+    if tensor.dim() == 0 or len(tensor) != sum(sizes):
+        raise ValueError(f"it is {[*tensor.shape]}, and must hold {' + '.join(map(str, sizes))} rows")
+    return dict(zip(names, tensor.split(sizes), strict=True))
+
+
+def _misfit(tensor: Tensor, weight: Tensor) -> str | None:
+    """What keeps `tensor` from being read into `weight`."""
+    if tensor.shape != weight.shape:
+        return f"{[*tensor.shape]}, not {[*weight.shape]}"
+    if tensor.dtype != weight.dtype and not (tensor.is_floating_point() and weight.is_floating_point()):
+        return f"{tensor.dtype}, not {weight.dtype}"
+    return None
+
+
+def _computed(model: nn.Module) -> set[str]:
+    """Buffers that a model computes where its checkpoint lacks them."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    buffers = (name for name, _ in model.named_buffers())
+    return {name for name in buffers if any(re.search(pattern, name) for pattern in patterns)}
+
+
+def _abridged(wrong: dict[str, list[str]], most: int = 8) -> str:
+    lists = (
+        f"{kind}: {', '.join(names[:most])}" + (f" and {len(names) - most} more" if len(names) > most else "")
+        for kind, names in wrong.items()
+    )
+    return "; ".join(lists)

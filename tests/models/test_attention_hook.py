@@ -51,11 +51,16 @@ def padding(left: int, right: int) -> torch.Tensor:
 MASKS = {"none": None, "right": padding(0, 6), "left": padding(7, 0)}
 
 
+def untrained(name):
+    """Return a model of MODELS with a config of its own, which a test may change."""
+    auto_class, config = MODELS[name]
+    return auto_class.from_config(copy.deepcopy(config)).eval()
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def model(request):
     torch.manual_seed(1)
-    auto_class, config = MODELS[request.param]
-    return auto_class.from_config(config).eval()
+    return untrained(request.param)
 
 
 @pytest.mark.parametrize("padded", MASKS)
@@ -207,3 +212,16 @@ def test_what_cannot_be_hooked_says_so():
         pass
     with pytest.raises(TypeError, match=r'Linear.*cache="none"'), dk.enable_attention(nn.Linear(2, 2)):
         pass
+
+
+def test_windows_follow_the_positions_of_each_call():
+    """A mask that is used again with other position_ids is cut anew."""
+    torch.manual_seed(1)
+    model = transformers.MistralForCausalLM(CAUSAL_MODELS["mistral, sliding"]).eval()
+    spans, twice = dk.SpanMask.block_diffusion(9, 3), torch.arange(9).repeat(2)[None]
+    for positions in (torch.arange(18)[None], twice):
+        near = (positions[:, :, None] - positions[:, None]).abs() < model.config.sliding_window
+        expected = logits(model, attention_mask=(near & spans.to_dense())[:, None], position_ids=positions)
+        with dk.enable_attention(model):
+            found = logits(model, dllm_mask=spans, position_ids=positions)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import dllm_kernels as dk
+from dllm_kernels.models import checkpoint
 from tests.models.checkpoints import EOS, MASK, PUBLISHED
 
 LLADA = PUBLISHED["llada"]
@@ -49,6 +51,13 @@ def test_bfloat16_weights_keep_their_bits(tmp_path):
     assert json.loads((tmp_path / "again" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     wide, _ = dk.load(folder, device="cpu")
     assert wide.dtype == torch.float32 and same(wide, model.float())
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_own_code_of_llada_takes_what_is_written(tmp_path, use_cache):
+    model, _ = dk.load(LLADA.write(tmp_path / "published", use_cache=use_cache), device="cpu")
+    dk.save(model, None, tmp_path / "again", layout="llada")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["use_cache"] is False
 
 
 def test_tied_weights_are_one_tensor_again(tmp_path):
@@ -156,6 +165,99 @@ def test_saving_replaces_a_checkpoint_and_leaves_other_files(model, tmp_path):
     assert same(dk.load(target, device="cpu")[0], model)
     assert [folder.name for folder in target.parent.iterdir()] == ["target"]
     assert (target / "model.safetensors").stat().st_mode == (target / "README.md").stat().st_mode
+
+
+@pytest.fixture
+def replaced(model, tmp_path):
+    """Files that a save moved out of a folder before it died."""
+    dk.save(model, None, tmp_path / "a")
+    replaced = tmp_path / "a" / ".dllm-save-0123" / "replaced"
+    replaced.mkdir(parents=True)
+    (tmp_path / "a" / "config.json").rename(replaced / "config.json")
+    return replaced
+
+
+def test_loading_undoes_a_save_that_died_while_it_replaced_files(model, tmp_path, replaced):
+    assert same(dk.load(tmp_path / "a", device="cpu")[0], model)
+    assert not list((tmp_path / "a").glob(".*"))
+
+
+def test_a_save_that_died_is_named_where_the_folder_cannot_be_written(model, tmp_path, replaced, monkeypatch):
+    def denied(*arguments):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "rename", denied)
+    with pytest.raises(ValueError, match=rf"a dk.save to it ended while .*{replaced}; make the folder writ"):
+        dk.load(tmp_path / "a", device="cpu")
+    monkeypatch.undo()
+    dk.save(model, None, tmp_path / "a")
+    assert same(dk.load(tmp_path / "a", device="cpu")[0], model)
+    assert not list((tmp_path / "a").glob(".*"))
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_refused(model, tmp_path, monkeypatch):
+    dk.save(model, None, tmp_path / "a")
+    read = checkpoint.stored_tensors
+
+    def replace_then_read(folder):
+        dk.save(model, None, folder)
+        return read(folder)
+
+    monkeypatch.setattr(checkpoint, "stored_tensors", replace_then_read)
+    with pytest.raises(ValueError, match="a was replaced while it was read"):
+        dk.load(tmp_path / "a", device="cpu")
+
+
+@pytest.mark.parametrize("size", ["5", "foo", "-5GB", 0, -1, 1.5, None, True])
+def test_shard_sizes_that_are_none(model, tmp_path, size):
+    with pytest.raises(ValueError, match="max_shard_size is"):
+        dk.save(model, None, tmp_path / "a", max_shard_size=size)
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_empty_path_is_not_the_current_folder(model, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="folder is empty"):
+        dk.save(model, None, "")
+    assert not any((tmp_path / "here").iterdir())
+
+
+def test_a_full_disk_is_named(model, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(OSError, match=rf"{tmp_path / 'a'}: No space left"):
+        dk.save(model, None, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_tokenizer_with_another_mask_token_is_not_saved(model, tmp_path):
+    _, tokenizer = dk.load("tiny-python", device="cpu")
+    with pytest.raises(ValueError, match=r"mask_token_id is \d+ in config.json and 4094 in the tokenizer"):
+        dk.save(model, tokenizer, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "h.0.attn.masked_bias"])
+def test_buffers_of_former_transformers_are_passed_over(model, tmp_path, name):
+    dk.save(model, None, tmp_path / "a")
+    weights = load_file(tmp_path / "a" / "model.safetensors")
+    save_file({**weights, name: torch.ones(8)}, tmp_path / "a" / "model.safetensors")
+    assert same(dk.load(tmp_path / "a", device="cpu")[0], model)
+
+
+def test_a_new_tokenizer_leaves_no_file_of_the_old_one(tmp_path):
+    model, tokenizer = dk.load("tiny-python", device="cpu")
+    tokenizer.chat_template = "{{ messages }}"
+    dk.save(model, tokenizer, tmp_path / "a")
+    assert (tmp_path / "a" / "chat_template.jinja").is_file()
+    tokenizer.chat_template = None
+    dk.save(model, tokenizer, tmp_path / "a")
+    assert not (tmp_path / "a" / "chat_template.jinja").exists()
+    dk.save(model, None, tmp_path / "a")
+    assert (tmp_path / "a" / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize("before", ["nothing", "a checkpoint"])

@@ -20,6 +20,7 @@ from tests.models.checkpoints import (
     SPECIAL,
     VOCABULARY,
     WIDTH,
+    Published,
 )
 
 ARCHITECTURES = {"llama": transformers.LlamaForCausalLM, "qwen2": transformers.Qwen2ForCausalLM,
@@ -35,6 +36,7 @@ ENCODERS = {
     "modernbert": transformers.ModernBertConfig(
         **ENCODER, local_attention=6, cls_token_id=None, sep_token_id=None, decoder_bias=True
     ),
+    "albert": transformers.AlbertConfig(**ENCODER, embedding_size=16),
 }
 
 
@@ -82,16 +84,76 @@ def test_a_published_checkpoint_becomes_a_stock_model(published):
     assert diffusion.block_size == (4 if name == "sdar" else None)
     assert (diffusion.eos_ids, diffusion.pad_id, diffusion.max_positions) == ((EOS,), PAD, 64)
     assert model.config.rope_parameters["rope_theta"] == 50000.0
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == ("dllm" if name == "sdar" else "sdpa")
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", set(PUBLISHED) - {"llada"})
+@pytest.mark.parametrize("name", sorted(set(PUBLISHED) - {"llada"}))
 def test_weights_under_stock_names_are_the_checkpoints(name, tmp_path):
     model, _ = dk.load(PUBLISHED[name].write(tmp_path), device="cpu")
     expected = PUBLISHED[name].tensors()
     assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == PUBLISHED[name].weights
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+@pytest.mark.parametrize("kv_heads", [HEADS, 2, 1])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_llada_with_biases_of_queries_keys_and_values(tmp_path, fused, kv_heads, tied):
+    """Grouped queries and tied embeddings as in iLLaDA too."""
+    published = llada_with_biases(fused, kv_heads, tied)
+    folder = published.write(tmp_path / "a")
+    model, _ = dk.load(folder, device="cpu")
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+    assert diffusion_of(model).mask_id == 5 and diffusion_of(model).attention == "bidirectional"
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    weights = {name.removeprefix("model.transformer."): w for name, w in published.tensors().items()}
+    expected = llada_logits(separated(weights) if fused else weights)
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+    if not fused:
+        dk.save(model, None, tmp_path / "own", layout="llada")
+        assert config_of(tmp_path / "own")["include_qkv_bias"] is True
+        again, _ = dk.load(tmp_path / "own", device="cpu")
+        assert torch.equal(logits(again), logits(model))
+
+
+def test_llada_biases_that_are_not_in_the_file(tmp_path):
+    folder = PUBLISHED["llada"].write(tmp_path, include_qkv_bias=True)
+    with pytest.raises(ValueError, match=r"missing: model.layers.0.self_attn.k_proj.bias"):
+        dk.load(folder, device="cpu")
+
+
+def llada_with_biases(fused: bool, kv_heads: int, tied: bool) -> Published:
+    base = LLADA_FUSED if fused else PUBLISHED["llada"]
+    rows = WIDTH // HEADS * kv_heads
+    weights = {
+        name: shape for name, shape in base.weights.items() if not (tied and "transformer.ff_out" in name)
+    }
+    for layer in range(2):
+        block = f"model.transformer.blocks.{layer}."
+        sizes = {"att": WIDTH + 2 * rows} if fused else {"q": WIDTH, "k": rows, "v": rows}
+        for name, size in sizes.items():
+            weights[f"{block}{name}_proj.weight"] = (size, WIDTH)
+            weights[f"{block}{name}_proj.bias"] = (size,)
+    config = dict(include_qkv_bias=True, n_kv_heads=kv_heads, weight_tying=tied, mask_token_id=5)
+    return Published({**base.config, **config}, weights)
+
+
+def separated(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Fused projections as q, k and v; gate and linear half."""
+    weights = dict(weights)
+    for layer in range(2):
+        block = f"blocks.{layer}."
+        for kind in ("weight", "bias"):
+            fused = weights.pop(f"{block}att_proj.{kind}", None)
+            if fused is not None:
+                rows = (len(fused) - WIDTH) // 2
+                for name, part in zip("qkv", fused.split([WIDTH, rows, rows]), strict=True):
+                    weights[f"{block}{name}_proj.{kind}"] = part
+        weights[f"{block}up_proj.weight"], weights[f"{block}ff_proj.weight"] = weights[
+            f"{block}ff_proj.weight"
+        ].chunk(2)
+    return weights
 
 
 def test_llada_computes_what_its_blocks_say(tmp_path):
@@ -105,23 +167,19 @@ def test_fused_llada_blocks_compute_the_same(tmp_path):
     """att_proj is q, k and v; ff_proj is the linear half, then the gate."""
     fused = LLADA_FUSED.tensors()
     weights = {name.removeprefix("model.transformer."): w for name, w in fused.items()}
-    for layer in range(2):
-        block = f"blocks.{layer}."
-        for name, part in zip("qkv", weights.pop(f"{block}att_proj.weight").split(WIDTH), strict=True):
-            weights[f"{block}{name}_proj.weight"] = part
-        weights[f"{block}up_proj.weight"], weights[f"{block}ff_proj.weight"] = weights[
-            f"{block}ff_proj.weight"
-        ].chunk(2)
     model, _ = dk.load(LLADA_FUSED.write(tmp_path), device="cpu")
-    torch.testing.assert_close(logits(model), llada_logits(weights), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(model), llada_logits(separated(weights)), atol=1e-4, rtol=1e-4)
 
 
 def llada_logits(weights: dict[str, torch.Tensor], ids=IDS) -> torch.Tensor:
     def norm(x, name):
         return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weights[f"{name}.weight"]
 
+    def projected(x, name):
+        return torch.nn.functional.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
     def heads(x):
-        return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        return x.unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2)
 
     def rotate(x):
         size = x.shape[-1]
@@ -135,13 +193,14 @@ def llada_logits(weights: dict[str, torch.Tensor], ids=IDS) -> torch.Tensor:
     for layer in range(2):
         block = f"blocks.{layer}."
         h = norm(x, f"{block}attn_norm")
-        q, k, v = (heads(h @ weights[f"{block}{name}_proj.weight"].T) for name in "qkv")
+        q, k, v = (heads(projected(h, f"{block}{name}_proj")) for name in "qkv")
+        k, v = (x.repeat_interleave(HEADS // x.shape[1], 1) for x in (k, v))
         scores = rotate(q) @ rotate(k).transpose(-1, -2) / q.shape[-1] ** 0.5
         x = x + (scores.softmax(-1) @ v).transpose(1, 2).flatten(2) @ weights[f"{block}attn_out.weight"].T
         h = norm(x, f"{block}ff_norm")
         gate = torch.nn.functional.silu(h @ weights[f"{block}ff_proj.weight"].T)
         x = x + (gate * (h @ weights[f"{block}up_proj.weight"].T)) @ weights[f"{block}ff_out.weight"].T
-    return norm(x, "ln_f") @ weights["ff_out.weight"].T
+    return norm(x, "ln_f") @ weights.get("ff_out.weight", weights["wte.weight"]).T
 
 
 # ---- and back ---------------------------------------------------------------------------------------------
@@ -216,7 +275,8 @@ def test_llada_sizes_that_its_config_leaves_open(tmp_path, changes):
         dict(alibi=True),
         dict(rope=False),
         dict(layer_norm_type="default"),
-        dict(include_qkv_bias=True),
+        dict(include_bias=True),
+        dict(bias_for_layer_norm=True),
         dict(attention_layer_norm=True),
         dict(scale_logits=True),
         dict(block_type="parallel"),

@@ -115,6 +115,11 @@ def test_a_hub_name_that_cannot_be_fetched(monkeypatch):
     [
         (dict(device="gpu"), ValueError, "device is 'gpu': "),
         (dict(device="meta"), ValueError, "device is meta, which cannot hold weights"),
+        (dict(device="cuda:99"), ValueError, "device is 'cuda:99': "),
+        (dict(device=99), ValueError, "device is 99: "),
+        (dict(device=True), ValueError, "device is "),
+        (dict(dtype=torch.float8_e4m3fn), TypeError, "dtype is torch.float8_e4m3fn; give a floating point"),
+        (dict(dtype=torch.complex64), TypeError, "dtype is torch.complex64; give a floating point"),
         (dict(dtype=torch.int8), TypeError, "dtype is torch.int8; give a floating point"),
         (dict(dtype="single"), TypeError, "dtype is 'single'; give a floating point"),
     ],

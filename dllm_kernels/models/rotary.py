@@ -1,0 +1,102 @@
+"""Rotary embeddings whose frequencies depend on the length of the sequence: LongRoPE and dynamic NTK scaling.
+
+transformers picks their frequencies anew in every forward, from its largest position, and dynamic NTK scaling
+remembers the longest one. A forward over cached keys, or over several rows, would mix frequencies. While
+sampling they are fixed instead: those of a row's whole canvas, in every step.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+_FIXED = "fixed"  # a rope_type that transformers does not update
+
+
+class LengthDependentRotary:
+    """The rotary modules of a model whose frequencies depend on length; false if there are none."""
+
+    def __init__(self, model: nn.Module):
+        kinds = {module: _rope_types(module) for module in model.modules()}
+        self._parts = [
+            (weakref.ref(module), rope_types)
+            for module, rope_types in kinds.items()
+            if any(map(_depends_on_length, rope_types.values()))
+        ]
+        self._lock = threading.RLock()
+        self._latest: tuple[tuple, list[nn.Module]] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def scaling_of(self, length: int) -> tuple:
+        """Return what the frequencies follow from: rows of equal scaling rotate alike."""
+        return tuple(
+            _scaling(part(), rope_type, layer_type, length)
+            for part, rope_types in self._parts
+            for layer_type, rope_type in rope_types.items()
+        )
+
+    @contextmanager
+    def fixed(self, length: int) -> Iterator[None]:
+        """Within this context the model rotates as for `length` positions. One thread at a time is in it."""
+        if not self._parts:
+            yield
+            return
+        with self._lock:
+            parts = [part() for part, _ in self._parts]
+            key = self.scaling_of(length), [next(part.buffers()).device for part in parts]
+            if self._latest is None or self._latest[0] != key:
+                self._latest = key, [_fixed_copy(part, length) for part in parts]
+            before = [dict(vars(part)) for part in parts]
+            try:
+                for part, fixed in zip(parts, self._latest[1], strict=True):
+                    vars(part).update(vars(fixed))
+                yield
+            finally:
+                for part, state in zip(parts, before, strict=True):
+                    vars(part).clear()
+                    vars(part).update(state)
+
+
+def _rope_types(module: nn.Module | None) -> dict[str | None, str]:
+    """Return the rotary embedding of each layer type, None: of all layers; {}: this is no rotary module."""
+    kinds = getattr(module, "rope_type", None)
+    if isinstance(kinds, str):
+        return {None: kinds}
+    return kinds if isinstance(kinds, dict) else {}
+
+
+def _depends_on_length(rope_type: str) -> bool:
+    return "dynamic" in rope_type or rope_type == "longrope"
+
+
+def _scaling(module: nn.Module, rope_type: str, layer_type: str | None, length: int) -> object:
+    if rope_type == "longrope":
+        rope = module.config.rope_parameters
+        rope = rope if layer_type is None else rope[layer_type]
+        return length > rope["original_max_position_embeddings"]
+    return max(length, module.original_max_seq_len) if "dynamic" in rope_type else None
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _fixed_copy(module: nn.Module, length: int) -> nn.Module:
+    """A copy of a rotary module, as a new one would be after a forward over `length` positions."""
+    fixed, kinds = copy.deepcopy(module, {id(module.config): module.config}), _rope_types(module)
+    device = next(fixed.buffers()).device
+    last = torch.full((1, 1), length - 1, device=device)
+    for layer_type in kinds:
+        prefix, options = ("", {}) if layer_type is None else (f"{layer_type}_", {"layer_type": layer_type})
+        original = getattr(fixed, f"{prefix}original_inv_freq").to(device)
+        setattr(fixed, f"{prefix}inv_freq", original.clone())
+        setattr(fixed, f"{prefix}max_seq_len_cached", fixed.original_max_seq_len)
+        fixed(torch.zeros(1, device=device), last, **options)
+    fixed.rope_type = _FIXED if None in kinds else dict.fromkeys(kinds, _FIXED)
+    return fixed

@@ -1,0 +1,48 @@
+"""A copy of a model to ask things of: its forwards leave the model, and what hooks count, as they were."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from functools import partial
+
+from torch import nn
+
+_KEPT_HOOKS = ("torch", "transformers", "accelerate", "peft")  # modules whose hooks are part of the model
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def shadow(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` in eval mode with the same parameters, buffers of its own, and without the
+    hooks that users put on; `model` itself where a copy would not compute."""
+    return model if _runs_only_itself(model) else _shadow(model, {})
+
+
+def _runs_only_itself(model: nn.Module) -> bool:
+    """Whether a copy would not compute: with sharded weights, or forwards that are bound to the originals."""
+    return any("forward" in vars(module) for module in model.modules()) or any(
+        hasattr(weight, "device_mesh") for weight in model.parameters()
+    )
+
+
+def _shadow(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module not in made:
+        made[module] = shadow = module.__class__.__new__(module.__class__)
+        for name, value in vars(module).items():
+            vars(shadow)[name] = copy.copy(value) if isinstance(value, dict | set) else value
+        vars(shadow)["training"] = False
+        for name in _HOOKS:
+            hooks = vars(module)[name].items()
+            vars(shadow)[name] = OrderedDict((key, hook) for key, hook in hooks if _is_part_of_model(hook))
+        shadow._buffers.update({n: None if b is None else b.clone() for n, b in module._buffers.items()})
+        shadow._modules.update(
+            {n: None if m is None else _shadow(m, made) for n, m in module._modules.items()}
+        )
+    return made[module]
+
+
+def _is_part_of_model(hook) -> bool:
+    while isinstance(hook, partial):
+        hook = hook.func
+    module = getattr(hook, "__module__", None) or type(hook).__module__
+    return module.split(".")[0] in _KEPT_HOOKS
