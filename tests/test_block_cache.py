@@ -1,5 +1,8 @@
 """BlockKVCache: room, sharing, and what is refused."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -231,3 +234,39 @@ def test_bad_arguments_are_named_and_change_nothing(cache, call, error, says):
         call(cache)
     assert (cache.pages_used, cache.room(0)) == (2, 8)
     assert torch.equal(cache.keys(0), stored)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_cache_is_not_copied(copied):
+    with pytest.raises(TypeError, match="a BlockKVCache is not copied or pickled"):
+        copied(BlockKVCache(1, 1, 8, pages=2, dtype=torch.float32, device="cpu"))
+
+
+def test_layers_of_several_shapes():
+    """Each layer has its own heads and width; forks copy what is in all of them."""
+    cache = BlockKVCache(3, (2, 1, 2), (8, 16, 8), pages=4, page_size=4, dtype=torch.float32, device="cpu")
+    assert [tuple(cache.keys(layer).shape) for layer in range(3)] == [
+        (4, 4, 2, 8),
+        (4, 4, 1, 16),
+        (4, 4, 2, 8),
+    ]
+    parent, position = cache.admit(6), torch.arange(6, dtype=torch.int32)[None]
+    written = {}
+    for layer, (heads, width) in enumerate([(2, 8), (1, 16), (2, 8)]):
+        written[layer] = torch.randn(2, 1, heads, 6, width)
+        cache.write_(layer, *written[layer], [parent], position)
+    child = cache.fork(parent, 6, 8)
+    pages = cache.page_table([child])[0]
+    for layer, (keys, values) in written.items():
+        for stored, given in ((cache.keys(layer), keys), (cache.values(layer), values)):
+            tokens = stored[pages].flatten(0, 1)[:6]
+            assert torch.equal(tokens.transpose(0, 1), given[0])
+
+
+def test_shapes_that_do_not_fit_the_layers():
+    options = dict(pages=4, dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="kv_heads must be an integer or one for each of 3 layers, got 2"):
+        BlockKVCache(3, (2, 1), 8, **options)
+    with pytest.raises(ValueError, match="each of head_dim must lie in 1"):
+        BlockKVCache(2, 2, (8, 0), **options)
+    assert BlockKVCache(2, (2, 2), 8, **options).kv_heads == 2

@@ -41,11 +41,14 @@ def dense(size, lengths, side, sees):
     return mask
 
 
-def block_diffusion_sees(seq_len, block_size, q_half, q, k_half, k):
+CLEAN = st.sampled_from(["block_causal", "causal"])
+
+
+def block_diffusion_sees(block_size, clean, q_half, q, k_half, k):
     q_block, k_block = q // block_size, k // block_size
     if q_half == 0:
         return q_block == k_block if k_half == 0 else k_block < q_block
-    return k_half == 1 and k_block <= q_block
+    return k_half == 1 and (k <= q if clean == "causal" else k_block <= q_block)
 
 
 def assert_canonical(mask):
@@ -79,10 +82,12 @@ def test_full_with_kv_len_pads_keys_only(q_len, case):
     assert_is(SpanMask.full(q_len, kv_len, lengths, side), expected)
 
 
-@given(padded())
-def test_causal(case):
+@given(padded(), st.integers(0, 14))
+def test_causal(case, reach):
     seq_len, lengths, values, side = case
     assert_is(SpanMask.causal(seq_len, lengths, side), dense(seq_len, values, side, lambda _, q, k: k <= q))
+    expected = dense(seq_len, values, side, lambda _, q, k: k < q + 1 + reach)
+    assert_is(SpanMask.causal(seq_len, lengths, side, reach), expected)
 
 
 @given(padded(), st.integers(0, 14))
@@ -117,8 +122,8 @@ def test_block_causal_with_an_offset_for_each_row(case, block_size, data):
     assert_is(mask, expected)
 
 
-@given(padded(8), st.integers(1, 10))
-def test_block_diffusion(case, block_size):
+@given(padded(8), st.integers(1, 10), CLEAN)
+def test_block_diffusion(case, block_size, clean):
     seq_len, lengths, values, side = case
     expected = torch.zeros(len(values), 2 * seq_len, 2 * seq_len, dtype=torch.bool)
     for row, length in enumerate(values):
@@ -128,9 +133,9 @@ def test_block_diffusion(case, block_size):
                 for q in range(length):
                     for k in range(length):
                         expected[row, q_half * seq_len + first + q, k_half * seq_len + first + k] = (
-                            block_diffusion_sees(seq_len, block_size, q_half, q, k_half, k)
+                            block_diffusion_sees(block_size, clean, q_half, q, k_half, k)
                         )
-    mask = SpanMask.block_diffusion(seq_len, block_size, lengths, side)
+    mask = SpanMask.block_diffusion(seq_len, block_size, lengths, side, clean)
     assert mask.kv_len == 2 * seq_len
     assert_is(mask, expected)
 
@@ -155,9 +160,13 @@ def test_block_diffusion_written_out():
     st.integers(1, 4),
     SIDES,
     st.booleans(),
+    st.integers(0, 3),
+    st.integers(0, 3),
+    CLEAN,
 )
-def test_packed(batch, inner, block_size, side, as_tensor):
-    seq_len = max(sum(row) for row in batch)
+def test_packed(batch, inner, block_size, side, as_tensor, padding, reach, clean):
+    longest = max(sum(row) for row in batch)
+    seq_len = longest + padding
     halves = 2 if inner == "block_diffusion" else 1
     expected = torch.zeros(len(batch), halves * seq_len, halves * seq_len, dtype=torch.bool)
     for row, lengths in enumerate(batch):
@@ -170,9 +179,9 @@ def test_packed(batch, inner, block_size, side, as_tensor):
                     q_document == k_document
                     and {
                         "full": True,
-                        "causal": k <= q,
+                        "causal": k <= q + reach,
                         "block_causal": k // block_size <= q // block_size,
-                        "block_diffusion": block_diffusion_sees(seq_len, block_size, q_half, q, k_half, k),
+                        "block_diffusion": block_diffusion_sees(block_size, clean, q_half, q, k_half, k),
                     }[inner]
                 )
                 expected[row, q_half * seq_len + first + q_index, k_half * seq_len + first + k_index] = sees
@@ -180,7 +189,10 @@ def test_packed(batch, inner, block_size, side, as_tensor):
     if as_tensor:
         argument = torch.tensor([row + [0] * (4 - len(row)) for row in batch])
     size = block_size if inner.startswith("block") else None
-    assert_is(SpanMask.packed(argument, inner, size, side), expected)
+    options = {"causal": {"reach": reach}, "block_diffusion": {"clean": clean}}.get(inner, {})
+    if padding:
+        options["seq_len"] = seq_len
+    assert_is(SpanMask.packed(argument, inner, size, side, **options), expected)
 
 
 def test_packed_takes_one_row_as_ints_or_tensor():
@@ -328,6 +340,11 @@ SPANS = torch.zeros(1, 2, 1, 2, dtype=torch.int32)
         (lambda: SpanMask.packed([3], "windowed"), ValueError, "inner must be one of full, causal"),
         (lambda: SpanMask.packed([3], "block_causal"), TypeError, "block_size"),
         (lambda: SpanMask.packed([3], "full", 4), ValueError, "block_size has no meaning"),
+        (lambda: SpanMask.packed([3], "full", reach=1), ValueError, "reach has no meaning with inner='full'"),
+        (lambda: SpanMask.packed([3], "causal", clean="causal"), ValueError, "clean has no meaning"),
+        (lambda: SpanMask.packed([3, 2], seq_len=4), ValueError, r"seq_len must lie in 5\.\."),
+        (lambda: SpanMask.causal(8, reach=-1), ValueError, "reach must lie in 0"),
+        (lambda: SpanMask.block_diffusion(8, 4, clean="full"), ValueError, 'clean must be "block_causal" or'),
         (lambda: SpanMask.from_dense(torch.ones(2, 2)), TypeError, "mask must be a bool Tensor"),
         (lambda: SpanMask.from_dense(torch.ones(2, dtype=torch.bool)), ValueError, r"\[Sq, Sk\]"),
     ],

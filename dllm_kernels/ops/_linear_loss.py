@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._arguments import kind
+from .._arguments import check_tensors, kind
 
 _ops = torch.ops.dllm_kernels
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,7 +24,7 @@ def linear_diffusion_cross_entropy(
 
     On a GPU the host waits once: the shapes of the products depend on how many weights are not 0.
     """
-    _check(hidden, weight, targets, weights, bias)
+    _check(hidden, weight, targets, weights, bias, suppress_tokens, needs_grad)
     results = new_results(hidden, weight, targets, bias, needs_grad)
     loss, ce, grad_hidden, grad_weight, grad_bias = results
     for result in (loss, ce, grad_hidden, grad_bias):
@@ -101,7 +101,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 # ---- argument checks ----------------------------------------------------------------------------------
-def _check(hidden, weight, targets, weights, bias) -> None:
+def _check(hidden, weight, targets, weights, bias, suppress_tokens, needs_grad) -> None:
+    check_tensors(hidden=hidden, weight=weight, targets=targets, weights=weights)
     _require(hidden.dim() > 0 and hidden.dtype in _FLOATS, "hidden", "float [..., H]", hidden)
     vocabulary, rows = weight.shape[:1], hidden.shape[:-1]
     dtype = str(hidden.dtype).removeprefix("torch.")
@@ -117,6 +118,11 @@ def _check(hidden, weight, targets, weights, bias) -> None:
     for name, tensor in {"weight": weight, "targets": targets, "weights": weights, "bias": bias}.items():
         if tensor is not None and tensor.device != hidden.device:
             _refuse(f"{name} must be on the device of hidden ({hidden.device}), got {tensor.device}")
+    if len(needs_grad) != 3 or (bias is None and needs_grad[2]):
+        _refuse(f"needs_grad must say it of hidden, weight and bias, if there is one, got {list(needs_grad)}")
+    for token in suppress_tokens:
+        if not 0 <= token < len(weight):
+            _refuse(f"suppress_tokens must lie between 0 and {len(weight) - 1}, got {token}")
 
 
 def _check_targets(targets, kept, vocabulary, suppress_tokens) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _library  # noqa: F401  (loads the operators)
 from .._arguments import check_tensors, integer, integers, kind
+from ._autograd import register_in_place
 from ._fake import register_fake
 
 _ops = torch.ops.dllm_kernels
@@ -140,6 +141,7 @@ def advance_(
     check_tensors(canvas=canvas)
     if not isinstance(rows, BlockRows):
         raise TypeError(f"rows must be a BlockRows, got {kind(rows)}")
+    check_tensors(**{f"rows.{field.name}": getattr(rows, field.name) for field in fields(rows)})
     _ops.advance_(
         canvas,
         *(getattr(rows, field.name) for field in fields(rows)),
@@ -152,3 +154,6 @@ def advance_(
 @register_fake("advance_")
 def _(*arguments, **options):
     return None
+
+
+register_in_place("advance_")

@@ -9,6 +9,7 @@ from .. import _library  # noqa: F401  (loads the operators)
 from .._arguments import check_optional_tensors, check_tensors, kind, number
 from ..span_mask import SpanMask
 from ._autocast import cast, register_autocast
+from ._autograd import register_derivative, register_no_derivative
 from ._fake import register_fake
 from .full_attention import full_attention
 
@@ -30,9 +31,9 @@ def block_attention(
     of 8 up to 256; float32, bfloat16 or float16, float32 arithmetic. mask=None: every query sees every key.
     scale defaults to 1 / sqrt(D). Returns out [B, Hq, Sq, D], and with return_lse the natural logarithm of
     the softmax's denominator, float32 [B, Hq, Sq]. A query that sees nothing gets output 0 and lse -inf.
-    Differentiable in q, k and v. On a GPU an installed library may serve long calls without a mask
-    (`full_attention.backend` says when); with return_lse, and as torch.ops.dllm_kernels.block_attention,
-    it is always ours.
+    Differentiable in q, k and v, once and in reverse mode; other derivatives raise NotImplementedError. On a
+    GPU an installed library may serve long calls without a mask (`full_attention.backend` says when); with
+    return_lse, and as torch.ops.dllm_kernels.block_attention, it is always ours.
     """
     check_tensors(q=q, k=k, v=v)
     spans = None
@@ -71,7 +72,8 @@ def cached_block_attention(
     page_table[b, p // page_size], slot p % page_size. cache_spans int32 [B, 1 or Tq, R, 2]: ranges of token
     positions that stay visible (1: the same for all queries). fresh_spans int32 [B, Tq, R, 2]: ranges of
     fresh keys, None = all. q_lengths int32 [B]: tokens from there on are neither query nor key and get output
-    0 and lse -inf. Slots outside all spans are never read. Returns as `block_attention`; no gradient.
+    0 and lse -inf. Slots outside all spans are never read. Returns as `block_attention`; a backward pass
+    through it raises NotImplementedError.
     """
     check_tensors(
         q=q, k=k, v=v, cache_k=cache_k, cache_v=cache_v, page_table=page_table, cache_spans=cache_spans
@@ -109,7 +111,7 @@ def _(q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths
     return _empty_output(q)
 
 
-@torch.library.register_fake("dllm_kernels::block_attention_backward")
+@register_fake("block_attention_backward")
 def _(grad_out, grad_lse, q, k, v, out, lse, spans, scale):
     return tuple(map(_empty_heads, (q, k, v)))
 
@@ -131,7 +133,14 @@ def _backward(ctx, grad_out, grad_lse):
     return (*needed, None, None)
 
 
-torch.library.register_autograd("dllm_kernels::block_attention", _backward, setup_context=_save_for_backward)
+register_derivative("block_attention", _backward, _save_for_backward)
+register_no_derivative(
+    "block_attention_backward",
+    "take a gradient of a gradient through torch's scaled_dot_product_attention, SDPBackend.MATH",
+)
+register_no_derivative(
+    "cached_block_attention", "call it under torch.no_grad(), or train with block_attention"
+)
 
 
 # ---- autocast: float32 and half-precision q, k, v are mixed there ------------------------------------

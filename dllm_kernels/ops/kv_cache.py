@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import _library  # noqa: F401  (loads the operators)
 from .._arguments import check_tensors
 from ._autocast import cast, register_autocast
+from ._autograd import register_in_place
 from ._fake import register_fake
 
 _ops = torch.ops.dllm_kernels
@@ -20,7 +21,9 @@ def kv_write_(
 
     cache_k and cache_v [pages, page_size, Hkv, D]; k and v [B, Hkv, T, D] of the same dtype; page_table int32
     [B, P]; positions int32 [B, T]: token position p of sequence b goes to page page_table[b, p // page_size],
-    slot p % page_size; -1 skips a token. Of two tokens for one slot the later one stays.
+    slot p % page_size; -1 skips a token. Of two tokens for one slot the later one stays. Nothing that is
+    written shares memory with another argument, and, while autograd records, nothing requires grad: the
+    gradient would be lost.
     """
     check_tensors(cache_k=cache_k, cache_v=cache_v, k=k, v=v, page_table=page_table, positions=positions)
     _ops.kv_write_(cache_k, cache_v, k, v, page_table, positions)
@@ -29,6 +32,9 @@ def kv_write_(
 @register_fake("kv_write_")
 def _(cache_k, cache_v, k, v, page_table, positions):
     return None
+
+
+register_in_place("kv_write_")
 
 
 def _cast_to_cache(cache_k, cache_v, k, v, *rest):

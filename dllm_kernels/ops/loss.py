@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from .. import _library  # noqa: F401  (loads the operators)
-from .._arguments import check_tensors
+from .._arguments import check_optional_tensors, check_tensors, integers
 from . import reference
 from ._autocast import cast, register_autocast
+from ._autograd import register_derivative, register_in_place, register_no_derivative
+from ._fake import register_fake
 from ._linear_loss import new_results
 
 _ops = torch.ops.dllm_kernels
@@ -37,9 +39,11 @@ def diffusion_cross_entropy(
     suppressed one makes it infinite. At most 64 tokens may be suppressed there.
     Returns a scalar, float32 (float64 for float64 logits), and with return_ce each CE_i, detached, 0 where
     the weight is 0. Differentiable in logits, and in weights (learned schedules): the gradient is CE_i.
+    Derivatives other than these, of second order or in forward mode, raise NotImplementedError.
     """
     check_tensors(logits=logits, targets=targets, weights=weights)
-    loss, ce, _ = _ops.diffusion_cross_entropy(logits, targets, weights, list(suppress_tokens or ()))
+    suppress_tokens = integers("suppress_tokens", suppress_tokens)
+    loss, ce, _ = _ops.diffusion_cross_entropy(logits, targets, weights, suppress_tokens)
     return (loss, ce) if return_ce else loss
 
 
@@ -60,37 +64,36 @@ def linear_diffusion_cross_entropy(
     forward pass, chunk by chunk, and kept in float32 until the backward pass scales and rounds them.
     """
     check_tensors(hidden=hidden, weight=weight, targets=targets, weights=weights)
-    if bias is not None:
-        check_tensors(bias=bias)
+    check_optional_tensors(bias=bias)
     needs_grad = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden, weight, bias)
     ]
     loss, ce, *_ = _ops.linear_diffusion_cross_entropy(
-        hidden, weight, targets, weights, bias, list(suppress_tokens or ()), needs_grad
+        hidden, weight, targets, weights, bias, integers("suppress_tokens", suppress_tokens), needs_grad
     )
     return (loss, ce) if return_ce else loss
 
 
 # ---- fake kernels: shapes, dtypes and strides of what the compiled operators return ------------------
-@torch.library.register_fake("dllm_kernels::diffusion_cross_entropy")
+@register_fake("diffusion_cross_entropy")
 def _(logits, targets, weights, suppress_tokens):
     precision = torch.promote_types(logits.dtype, torch.float32)
     return tuple(logits.new_empty(shape, dtype=precision) for shape in ((), targets.shape, targets.shape))
 
 
-@torch.library.register_fake("dllm_kernels::diffusion_cross_entropy_backward")
+@register_fake("diffusion_cross_entropy_backward")
 def _(grad_loss, logits, targets, weights, logsumexp, suppress_tokens):
     return logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake("dllm_kernels::diffusion_cross_entropy_gradient_")
+@register_fake("diffusion_cross_entropy_gradient_")
 def _(logits, targets, weights, suppress_tokens):
     precision = torch.promote_types(logits.dtype, torch.float32)
     return tuple(logits.new_empty(shape, dtype=precision) for shape in ((), targets.shape))
 
 
-@torch.library.register_fake("dllm_kernels::linear_diffusion_cross_entropy")
+@register_fake("linear_diffusion_cross_entropy")
 def _(hidden, weight, targets, weights, bias, suppress_tokens, needs_grad):
     return new_results(hidden, weight, targets, bias, needs_grad)
 
@@ -105,30 +108,48 @@ for _name in (
 
 
 # ---- autograd -----------------------------------------------------------------------------------------
+torch.library.define(
+    "dllm_kernels::scaled_gradient",
+    "(Tensor gradient, Tensor grad_loss, Tensor loss, ScalarType dtype) -> Tensor",
+)
+
+
+@torch.library.impl("dllm_kernels::scaled_gradient", "CompositeExplicitAutograd")
+def _(gradient: Tensor, grad_loss: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient · grad_loss, where `gradient` was made with `loss`: what a gradient of the result would have
+    to reach by way of `loss`."""
+    return (grad_loss * gradient).to(dtype)
+
+
+@register_fake("scaled_gradient")
+def _(gradient, grad_loss, loss, dtype):
+    return torch.empty_like(gradient, dtype=dtype)
+
+
 def _save_for_backward(ctx, inputs, output):
     logits, targets, weights, ctx.suppress_tokens = inputs
-    _, ce, logsumexp = output
+    loss, ce, logsumexp = output
     ctx.mark_non_differentiable(ce, logsumexp)
-    ctx.save_for_backward(logits, targets, weights, ce, logsumexp)
+    ctx.save_for_backward(logits, targets, weights, loss, ce, logsumexp)
 
 
 def _backward(ctx, grad_loss, *_):
-    logits, targets, weights, ce, logsumexp = ctx.saved_tensors
+    logits, targets, weights, loss, ce, logsumexp = ctx.saved_tensors
     grad_logits = grad_weights = None
     if ctx.needs_input_grad[0]:
         grad_logits = _ops.diffusion_cross_entropy_backward(
             grad_loss, logits, targets, weights, logsumexp, ctx.suppress_tokens
         )
     if ctx.needs_input_grad[2]:
-        grad_weights = (grad_loss * ce).to(weights.dtype)
+        grad_weights = _ops.scaled_gradient(ce, grad_loss, loss, weights.dtype)
     return grad_logits, None, grad_weights, None
 
 
 def _save_gradients(ctx, inputs, output):
     hidden, _, _, weights, *_ = inputs
-    _, ce, *gradients = output
+    loss, ce, *gradients = output
     ctx.mark_non_differentiable(ce, *gradients)
-    ctx.save_for_backward(ce, *gradients)
+    ctx.save_for_backward(loss, ce, *gradients)
     ctx.set_materialize_grads(False)  # zeros for the outputs above would be as large as the head
     ctx.dtype, ctx.weights_dtype = hidden.dtype, weights.dtype
 
@@ -136,21 +157,22 @@ def _save_gradients(ctx, inputs, output):
 def _scale_gradients(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 7
-    ce, *gradients = ctx.saved_tensors
+    loss, ce, *gradients = ctx.saved_tensors
     grad_hidden, grad_weight, grad_bias = (
-        (grad_loss * gradient).to(ctx.dtype) if ctx.needs_input_grad[index] else None
+        _ops.scaled_gradient(gradient, grad_loss, loss, ctx.dtype) if ctx.needs_input_grad[index] else None
         for index, gradient in zip((0, 1, 4), gradients, strict=True)
     )
-    grad_weights = (grad_loss * ce).to(ctx.weights_dtype) if ctx.needs_input_grad[3] else None
+    grad_weights = (
+        _ops.scaled_gradient(ce, grad_loss, loss, ctx.weights_dtype) if ctx.needs_input_grad[3] else None
+    )
     return grad_hidden, grad_weight, None, grad_weights, grad_bias, None, None
 
 
-torch.library.register_autograd(
-    "dllm_kernels::diffusion_cross_entropy", _backward, setup_context=_save_for_backward
-)
-torch.library.register_autograd(
-    "dllm_kernels::linear_diffusion_cross_entropy", _scale_gradients, setup_context=_save_gradients
-)
+register_derivative("diffusion_cross_entropy", _backward, _save_for_backward)
+register_derivative("linear_diffusion_cross_entropy", _scale_gradients, _save_gradients)
+for _name in ("diffusion_cross_entropy_backward", "scaled_gradient"):
+    register_no_derivative(_name, "take a gradient of a gradient through torch's cross_entropy")
+register_in_place("diffusion_cross_entropy_gradient_")
 
 
 # ---- autocast: the head is cast as in F.linear, sums stay in float32 ------------------------------------

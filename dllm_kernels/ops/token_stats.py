@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dllm_kernels import _library  # noqa: F401
 from dllm_kernels._arguments import check_optional_tensors, check_tensors, integer, integers, number
+from dllm_kernels.ops._autograd import register_no_derivative
 from dllm_kernels.ops._fake import register_fake
 
 _ops = torch.ops.dllm_kernels
@@ -79,7 +80,8 @@ def token_stats(
     precision: "float32", or "float64" for a softmax in double (statistics are then float64).
 
     NaN counts as −inf, +inf as the largest float. A row without a finite logit yields the lowest
-    allowed id with prob 0, margin 0, entropy ln V, logsumexp −inf and divergence +inf.
+    allowed id with prob 0, margin 0, entropy ln V, logsumexp −inf and divergence +inf. Statistics have no
+    derivative: a backward pass through them raises NotImplementedError.
     """
     check_tensors(logits=logits)
     check_optional_tensors(noise_ids=noise_ids, previous=previous)
@@ -216,6 +218,7 @@ def _(logits, previous, suppress_tokens=(), confidence_exclude=(), confidence_te
     return logits.new_empty(logits.shape[:-1], dtype=torch.float64 if float64 else torch.float32)
 
 
+@register_fake("chunked_linear_token_stats")
 @register_fake("linear_token_stats")
 def _(
     hidden,
@@ -233,12 +236,6 @@ def _(
     return _new_stats(hidden, float64)
 
 
-# Statistics carry no gradient: a loss over logits has its own operators.
-for _name, _arguments in (("token_stats", 11), ("token_divergence", 6), ("linear_token_stats", 11)):
-    torch.library.register_autograd(
-        f"dllm_kernels::{_name}",
-        lambda ctx, *grads, count=_arguments: (None,) * count,
-        setup_context=lambda ctx, inputs, output: ctx.mark_non_differentiable(
-            *(output if isinstance(output, tuple) else (output,))
-        ),
-    )
+# A loss over logits has its own operators.
+for _name in ("token_stats", "token_divergence", "linear_token_stats", "chunked_linear_token_stats"):
+    register_no_derivative(_name, "call it under torch.no_grad(), or differentiate logits.softmax(-1)")

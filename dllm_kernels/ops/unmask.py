@@ -19,9 +19,10 @@ from dllm_kernels._arguments import (
     kind,
     number,
 )
+from dllm_kernels.ops._autograd import register_in_place
 from dllm_kernels.ops._fake import register_fake
 from dllm_kernels.ops.token_stats import TokenStats, is_float64
-from dllm_kernels.sampling.rules import Rule
+from dllm_kernels.rule import Rule
 
 _ops = torch.ops.dllm_kernels
 
@@ -57,8 +58,9 @@ def commit_(
     check_tensors(canvas=canvas, positions=positions)
     if not isinstance(stats, TokenStats):
         raise TypeError(f"stats must be the TokenStats of token_stats, got {kind(stats)}")
+    check_tensors(**{f"stats.{name}": value for name, value in stats._asdict().items() if value is not None})
     check_optional_tensors(sequence_ids=sequence_ids, state=state, progress=progress)
-    flat_rule = _flat(rule)
+    _check_rule(rule)
     return _ops.commit_(
         canvas,
         positions,
@@ -66,7 +68,7 @@ def commit_(
         stats.prob,
         stats.margin,
         stats.entropy,
-        *flat_rule,
+        *rule.code,
         integer("mask_id", mask_id, high=_INT64),
         _per_row("quota", quota, canvas),
         _per_row("step", step, canvas),
@@ -110,13 +112,14 @@ def unmask_(
     """
     check_tensors(canvas=canvas, logits=logits)
     check_optional_tensors(sequence_ids=sequence_ids, progress=progress)
+    _check_rule(rule)
     if logits.dim() == 3 and logits.shape[1] != block_size:
         raise ValueError(f"unmask_: logits have {logits.shape[1]} rows a block, block_size is {block_size}")
     return _ops.unmask_(
         canvas,
         logits,
         _per_row("block_start", block_start, canvas),
-        *_flat(rule),
+        *rule.code,
         integer("mask_id", mask_id, high=_INT64),
         _per_row("quota", quota, canvas),
         _per_row("step", step, canvas),
@@ -137,11 +140,9 @@ def unmask_(
 _INT64 = 2**63 - 1
 
 
-def _flat(rule: Rule) -> tuple[str, list[float], bool, str, float]:
+def _check_rule(rule: Rule) -> None:
     if not isinstance(rule, Rule):
         raise TypeError(f"rule must be a dk.Rule, got {kind(rule)}")
-    parameters = [float(parameter) for parameter in rule.parameters]
-    return rule.name, parameters, rule.strict, rule.confidence, float(rule.alg_temp)
 
 
 def _per_row(name: str, value: Tensor | int | None, canvas: Tensor) -> Tensor | None:
@@ -159,3 +160,7 @@ def _(canvas, positions, *args, **kwargs):
 @register_fake("unmask_")
 def _(canvas, logits, *args, **kwargs):
     return canvas.new_empty(logits.shape[:2], dtype=torch.bool)
+
+
+for _name in ("commit_", "unmask_"):
+    register_in_place(_name)

@@ -260,3 +260,59 @@ def test_what_is_asked_of_a_row_must_make_sense(change, text):
     with pytest.raises(ValueError, match=text):
         rows.admit_(0, **{**dict(given=2, stop=6, canvas_end=8), **change})
     assert rows.finished.all()
+
+
+@pytest.mark.parametrize("name", ["steps", "block_masks", "step", "block_step"])
+def test_negative_counts_are_refused(name):
+    canvas = canvas_of("aa??????")
+    for value in (-1, -5, -(2**31)):
+        rows = rows_of(canvas, 4, 8)
+        getattr(rows, name)[0] = value
+        before = copied(rows)
+        with pytest.raises(ValueError, match=rf"{name}\[0\] must be >= 0, got {value}"):
+            advance_(canvas, rows, mask_id=MASK)
+        assert_same(rows, before)
+
+
+def test_what_is_cached_ends_where_the_active_block_begins():
+    canvas = canvas_of("aaaaaaaaaaaa", "aaaa????????")
+    rows = rows_of(canvas, 4, 8, cached=8)
+    before = copied(rows)
+    with pytest.raises(ValueError, match=r"cached\[1\] must be from 0 to 4 .*active block begins\), got 8"):
+        advance_(canvas, rows, mask_id=MASK)
+    assert_same(rows, before)  # the row that was good is where it was
+
+
+def test_steps_are_counted_to_the_largest_number():
+    canvas = canvas_of("????????")
+    rows = rows_of(canvas, 4, 8)
+    advance_(canvas, rows, mask_id=MASK)
+    rows.step[0] = rows.block_step[0] = 2**31 - 1
+    advance_(canvas, rows, mask_id=MASK)
+    assert rows.step.tolist() == rows.block_step.tolist() == [2**31 - 1]
+    assert rows.quota.tolist() == [4]  # a step too many leaves no mask
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_rows_that_hold_anything_are_refused_or_stay_inside_the_canvas(data):
+    """Whatever the tensors hold: no position outside the canvas, no negative length or quota."""
+    length, extremes = 12, [-(2**31), -1, 0, 1, 4, 5, 8, 12, 13, 2**31 - 1]
+    canvas = canvas_of("aaaa?a??????", "????????????", "aaaaaaaaaaaa")
+    rows = rows_of(canvas, 4, data.draw(st.sampled_from([4, 6, 8])))
+    for field in fields(rows):
+        values = getattr(rows, field.name)
+        if values.dim() == 1 and data.draw(st.booleans()):
+            drawn = [data.draw(st.sampled_from(extremes)) for _ in range(len(values))]
+            values.copy_(torch.tensor(drawn))
+    before = copied(rows)
+    try:
+        advance_(canvas, rows, mask_id=MASK, quota_total=data.draw(st.sampled_from([None, 3])))
+    except ValueError:
+        assert_same(rows, before)
+        return
+    for positions in (rows.candidates, rows.query_positions, rows.write_positions, rows.block_start):
+        assert positions.min() >= -1 and positions.max() <= length
+    for lengths in (rows.q_lengths, rows.cached, rows.quota, rows.cache_spans, rows.fresh_spans):
+        assert lengths.min() >= 0
+    assert rows.q_lengths.max() <= rows.query_positions.shape[1]

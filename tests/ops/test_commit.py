@@ -108,8 +108,10 @@ def test_rows_of_a_larger_canvas_are_written_in_place():
 
 # ---- torch.compile, opcheck, bad input -----------------------------------------------------------
 
-FLAT = ("threshold", [0.5], False, "prob", 0.0, MASK)
-KLASS = ("confident_stable", [0.5, 0.5, 2], True, "prob", 0.0, MASK)
+# The numbers of rules through torch.ops.
+RULES = {line.split()[0]: place for place, line in enumerate(torch.ops.dllm_kernels.rules().splitlines())}
+FLAT = (*dk.Rule.threshold(0.5).code, MASK)
+KLASS = (*dk.Rule.confident_stable(0.5, 0.5, 2).code, MASK)
 POSITIONS = torch.arange(4, dtype=torch.int32).repeat(2, 1)
 ROW = torch.ones(2, dtype=torch.int32)
 
@@ -128,15 +130,15 @@ def fields(batch=2, candidates=4):
         ),
         ((torch.full((0, 6), MASK), POSITIONS[:0], *fields(0), *FLAT), {}),
         (
-            (torch.full((2, 6), MASK), POSITIONS, *fields(), "quota", [], False, "random", 0.0, MASK),
+            (torch.full((2, 6), MASK), POSITIONS, *fields(), *dk.Rule.quota(confidence="random").code, MASK),
             {"quota": ROW, "step": ROW, "sequence_ids": ROW, "seed": 3},
         ),
         (
-            (torch.full((2, 6), MASK), POSITIONS, *fields(), "bernoulli", [4, 0.1], False, "prob", 0.0, MASK),
+            (torch.full((2, 6), MASK), POSITIONS, *fields(), *dk.Rule.bernoulli(4, eps=0.1).code, MASK),
             {"step": ROW},
         ),
         (
-            (torch.full((2, 6), 1), POSITIONS, *fields(), "edit", [0.5, 0.5], True, "prob", 0.0, MASK),
+            (torch.full((2, 6), 1), POSITIONS, *fields(), *dk.Rule.edit(0.5, 0.5).code, MASK),
             {},
         ),
         (
@@ -209,7 +211,7 @@ BAD = [
     ({**STABLE, "state": None}, r"rule 'confident_stable' needs state, int32 \[batch, length\]"),
     ({**STABLE, "state": STATE.long()}, "state must be int32, got int64"),
     ({**STABLE, "state": STATE[:, :5]}, r"state must have the shape of canvas \(\[2, 6\]\), got \[2, 5\]"),
-    ({**STABLE, "state": STATE[:1].expand(2, 6)}, "rows of state must not overlap"),
+    ({**STABLE, "state": STATE[:1].expand(2, 6)}, "state is written and must not overlap itself"),
     ({**STABLE, "stats": stats_of(torch.rand(2, 4))}, "rule 'confident_stable' needs stats.divergence"),
     (
         {**STABLE, "stats": PLAIN._replace(divergence=torch.rand(2, 3))},
@@ -242,11 +244,7 @@ def test_bad_input_is_named(change, message):
             prob=stats.prob,
             margin=stats.margin,
             entropy=stats.entropy,
-            rule=rule.name,
-            parameters=[float(number) for number in rule.parameters],
-            strict=rule.strict,
-            confidence=rule.confidence,
-            alg_temp=rule.alg_temp,
+            **dict(zip(("rule", "parameters", "strict", "confidence", "alg_temp"), rule.code, strict=True)),
             divergence=stats.divergence,
         )
 
@@ -254,20 +252,21 @@ def test_bad_input_is_named(change, message):
 @pytest.mark.parametrize(
     "flat, message",
     [
-        (("best", []), "rule is 'best'; allowed: quota, threshold, factor"),
-        (("quota", [0.5]), "rule 'quota' takes 0 numbers, got 1"),
-        (("edit", [0.5]), r"rule 'edit' takes 2 numbers \(threshold, edit_threshold\), got 1"),
-        (("edit", [0.5, math.nan]), "edit_threshold is nan; it must be a finite number"),
-        (("bernoulli", [0, 0.5]), "steps is 0; it must be an integer from 1 to 2"),
-        (("bernoulli", [1.5, 0.5]), "steps is 1.5; it must be an integer from 1 to 2"),
-        (("bernoulli", [4, 1.5]), "eps is 1.5; it must be from 0 to 1"),
-        (("confident_stable", [0.9, 0.1, 0]), "stable_steps is 0; it must be an integer from 1 to 2"),
+        ((99, []), r"rule is 99; allowed: 0 \(quota\), 1 \(threshold\), 2 \(factor\)"),
+        ((-1, []), "rule is -1; allowed: 0"),
+        ((RULES["quota"], [0.5]), "rule 'quota' takes 0 numbers, got 1"),
+        ((RULES["edit"], [0.5]), r"rule 'edit' takes 2 numbers \(threshold, edit_threshold\), got 1"),
+        ((RULES["edit"], [0.5, math.nan]), "edit_threshold is nan; it must be a finite number"),
+        ((RULES["bernoulli"], [0, 0.5]), "steps is 0; it must be an integer from 1 to 2"),
+        ((RULES["bernoulli"], [1.5, 0.5]), "steps is 1.5; it must be an integer from 1 to 2"),
+        ((RULES["bernoulli"], [4, 1.5]), "eps is 1.5; it must be from 0 to 1"),
+        ((RULES["confident_stable"], [0.9, 0.1, 0]), "stable_steps is 0; it must be an integer from 1 to 2"),
     ],
 )
 def test_bad_numbers_of_a_rule_are_named(flat, message):
     with pytest.raises(ValueError, match=message):
         torch.ops.dllm_kernels.commit_(
-            torch.full((2, 6), MASK), POSITIONS, *fields(), *flat, False, "prob", 0.0, MASK
+            torch.full((2, 6), MASK), POSITIONS, *fields(), *flat, False, 0, 0.0, MASK
         )
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -487,3 +488,25 @@ def test_what_is_no_tensor_is_refused():
         linear_diffusion_cross_entropy(HIDDEN, WEIGHT, [0] * 4, WEIGHTS)
     with pytest.raises(TypeError, match="weights must be a Tensor, got float"):
         diffusion_cross_entropy(LOGITS, TARGETS, 1.0)
+
+
+@pytest.mark.parametrize("weights", [torch.ones(3), torch.zeros(3)], ids=["weighted", "all 0"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda *rest, **options: diffusion_cross_entropy(torch.randn(3, 5), *rest, **options),
+        lambda *rest, **options: linear_diffusion_cross_entropy(
+            torch.randn(3, 4), torch.randn(5, 4), *rest, **options
+        ),
+    ],
+    ids=["logits", "linear"],
+)
+def test_suppress_tokens_are_checked_whatever_the_weights(call, weights):
+    targets = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(TypeError, match="suppress_tokens must be a sequence of integers, got int"):
+        call(targets, weights, suppress_tokens=4)
+    with pytest.raises(TypeError, match="suppress_tokens must be an integer, got float"):
+        call(targets, weights, suppress_tokens=[0.5])
+    for token in (5, -1):
+        with pytest.raises(ValueError, match=f"suppress_tokens must lie between 0 and 4, got {token}"):
+            call(targets, weights, suppress_tokens=[token])

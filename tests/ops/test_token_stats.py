@@ -248,7 +248,6 @@ OPCHECK_CASES = [
     ((random_logits(0, 0, 50, dtype=torch.bfloat16),), {"suppress_tokens": [1]}),
     ((random_logits(0, 3, 50),), {"top_p": 0.8, "top_k": 5}),
     ((random_logits(0, 2, 50), 0.5, 1, torch.ones(2, 3, dtype=torch.int32)), {"confidence_exclude": [3]}),
-    ((random_logits(0, 2, 50).requires_grad_(),), {}),
 ]
 
 
@@ -299,3 +298,19 @@ def test_bad_input_is_named(options, message):
     for function in (dk.token_stats, torch.ops.dllm_kernels.token_stats):
         with pytest.raises(ValueError, match=message):
             function(logits, **options)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 3.0, 1 / 3])
+def test_float64_is_right_to_float64_where_no_float32_is_the_inverse_temperature(temperature):
+    logits = random_logits(5, 4, 3000)
+    previous = logits + 0.1 * logits.roll(1, 1)
+    options = {"confidence_temperature": temperature, "precision": "float64"}
+    got = dk.token_stats(logits, previous=previous, **options)
+    _, *reals = reference.token_stats(logits, confidence_temperature=temperature)
+    for value, expected in zip(got[1:5], reals, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-13, atol=0)
+    divergence = reference.token_divergence(logits, previous, confidence_temperature=temperature)
+    torch.testing.assert_close(got.divergence, divergence, rtol=1e-12, atol=0)
+    linear = dk.linear_token_stats(logits, torch.eye(3000), **options)  # the same logits
+    for value, expected in zip(linear[1:5], reals, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-13, atol=0)

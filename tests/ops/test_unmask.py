@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import dllm_kernels as dk
 from tests.ops.committing import MASK, RULES
 
-FLAT = ("threshold", [0.5], False, "prob", 0.0, MASK)
+FLAT = (*dk.Rule.threshold(0.5).code, MASK)
 ROW = torch.ones(2, dtype=torch.int32)
 
 
