@@ -25,11 +25,11 @@ _MODULE_OF = {
     "load": "models.checkpoint",
     "save": "models.checkpoint",
     "enable_attention": "models.attention",
-    "sample": "sampling.generate",
-    "infill": "sampling.generate",
+    "sample": "sampling.api",
+    "infill": "sampling.api",
     "SampleConfig": "sampling.config",
     "SampleOutput": "sampling.output",
-    "Rule": "sampling.rules",
+    "Rule": "rule",
     "StepView": "sampling.views",
 }
 __all__ = ["__version__", *_MODULE_OF]

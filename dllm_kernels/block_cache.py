@@ -21,15 +21,16 @@ class BlockKVCache:
     Sequence ids are ints and never used twice. `with cache:` ends every sequence on leaving, by an error
     too. A call that raises changes nothing.
 
-    layers, kv_heads, head_dim: of the model. pages: how many each layer has, of page_size tokens each.
+    layers, kv_heads, head_dim: of the model; the latter two may be given for each layer. pages: how many each
+    layer has, of page_size tokens each.
     dtype: float32, bfloat16 or float16. Pages start as zeros and are not cleared when they change hands.
     """
 
     def __init__(
         self,
         layers: int,
-        kv_heads: int,
-        head_dim: int,
+        kv_heads: int | Sequence[int],
+        head_dim: int | Sequence[int],
         *,
         pages: int,
         page_size: int = 32,
@@ -37,14 +38,21 @@ class BlockKVCache:
         device: torch.device | str,
     ):
         self.layers = integer("layers", layers, 1)
-        self.kv_heads = integer("kv_heads", kv_heads, 1)
-        self.head_dim = integer("head_dim", head_dim, 1)
+        self.kv_heads = _of_layers("kv_heads", kv_heads, self.layers)
+        self.head_dim = _of_layers("head_dim", head_dim, self.layers)
         self.pages = integer("pages", pages, 1)
         self.page_size = integer("page_size", page_size, 1)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
-        shape = (2, self.layers, self.pages, self.page_size, self.kv_heads, self.head_dim)
-        self._storage = torch.zeros(shape, dtype=dtype, device=device)
+        shapes = [*zip(self._per_layer(self.kv_heads), self._per_layer(self.head_dim), strict=True)]
+        # Layers of one shape share a tensor, so that what is done to all of them is one launch.
+        self._storage = {
+            shape: torch.zeros(
+                (2, shapes.count(shape), self.pages, self.page_size, *shape), dtype=dtype, device=device
+            )
+            for shape in dict.fromkeys(shapes)
+        }
+        self._place = [(shape, shapes[:layer].count(shape)) for layer, shape in enumerate(shapes)]
         self._pool = host().BlockPool(self.pages)
 
     # ---- sequences -----------------------------------------------------------------------------
@@ -65,7 +73,8 @@ class BlockKVCache:
         child = self._pool.fork(sequence, shared, self._pages_for(tokens) - shared)
         if copied:
             source, target = (self._pool.pages_of(id)[shared] for id in (sequence, child))
-            self._storage[:, :, target, :copied] = self._storage[:, :, source, :copied]
+            for storage in self._storage.values():
+                storage[:, :, target, :copied] = storage[:, :, source, :copied]
         return child
 
     def extend(self, sequence: int, tokens: int) -> None:
@@ -108,16 +117,18 @@ class BlockKVCache:
     def page_table(self, sequences: Sequence[int]) -> Tensor:
         """int32 [B, P] on the cache's device: each sequence's pages, P the most of any, 0 behind them."""
         table = self._pool.page_table([integer("each of sequences", sequence) for sequence in sequences])
-        return torch.from_numpy(table).to(self._storage.device)
+        return torch.from_numpy(table).to(self.device)
 
     # ---- contents ------------------------------------------------------------------------------
     def keys(self, layer: int) -> Tensor:
-        """[pages, page_size, kv_heads, head_dim], a view."""
-        return self._storage[0, integer("layer", layer, 0, self.layers - 1)]
+        """Return [pages, page_size, kv_heads, head_dim], a view."""
+        storage, index = self._of(layer)
+        return storage[0, index]
 
     def values(self, layer: int) -> Tensor:
-        """[pages, page_size, kv_heads, head_dim], a view."""
-        return self._storage[1, integer("layer", layer, 0, self.layers - 1)]
+        """Return [pages, page_size, kv_heads, head_dim], a view."""
+        storage, index = self._of(layer)
+        return storage[1, index]
 
     def write_(self, layer: int, k: Tensor, v: Tensor, sequences: Sequence[int], positions: Tensor) -> None:
         """Store k, v [B, kv_heads, T, head_dim] at `positions` int32 [B, T] of `sequences`, -1 = skip.
@@ -130,12 +141,34 @@ class BlockKVCache:
         self._check_writable(sequences, positions)
         kv_write_(self.keys(layer), self.values(layer), k, v, self.page_table(sequences), positions)
 
+    def __reduce_ex__(self, protocol: int) -> str:
+        raise TypeError(
+            "a BlockKVCache is not copied or pickled: ids of sequences and pages are its own; make another "
+            "one and write to it what keys() and values() hold"
+        )
+
     def __repr__(self) -> str:
         return (
             f"BlockKVCache(layers={self.layers}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, "
-            f"pages={self.pages}, page_size={self.page_size}, dtype={self._storage.dtype}, "
-            f"device={self._storage.device}, pages_used={self.pages_used})"
+            f"pages={self.pages}, page_size={self.page_size}, dtype={self.dtype}, "
+            f"device={self.device}, pages_used={self.pages_used})"
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._of(0)[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._of(0)[0].device
+
+    def _per_layer(self, size: int | tuple[int, ...]) -> tuple[int, ...]:
+        return size if isinstance(size, tuple) else (size,) * self.layers
+
+    def _of(self, layer: int) -> tuple[Tensor, int]:
+        """The tensor [2, n, pages, page_size, kv_heads, head_dim] that holds a layer, and its place in n."""
+        shape, index = self._place[integer("layer", layer, 0, self.layers - 1)]
+        return self._storage[shape], index
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -153,3 +186,13 @@ class BlockKVCache:
                         f"positions of sequence {sequence} must be -1 or lie in {first}..{end - 1} "
                         f"({first} are shared, there is room for {end}), got {position}"
                     )
+
+
+def _of_layers(name: str, sizes: int | Sequence[int], layers: int) -> int | tuple[int, ...]:
+    """One size for all layers, or one for each of them where they differ."""
+    if not isinstance(sizes, Sequence):
+        return integer(name, sizes, 1)
+    if len(sizes) != layers:
+        raise ValueError(f"{name} must be an integer or one for each of {layers} layers, got {len(sizes)}")
+    checked = tuple(integer(f"each of {name}", size, 1) for size in sizes)
+    return checked if len(set(checked)) > 1 else checked[0]

@@ -1,4 +1,4 @@
-"""`dllm demo`: the embedded model completes a function and fills a gap, and the plain loop does so too."""
+"""`dllm demo`: the embedded model adds numbers, completes a method and fills a gap, beside the plain loop."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rich.table import Table
 from torch import Tensor
 
 import dllm_kernels as dk
-from dllm_kernels.viewer.terminal import TerminalView
+from dllm_kernels.sampling.output import SampleOutput
+from dllm_kernels.viewer.terminal import TerminalView, canvas_text
 
-PROMPT = """import os
-import sys
-
-def main(argv):
-    if len(argv) < 2:
+ADDITIONS = ((14, 79), (26, 91), (35, 47), (46, 97), (53, 96), (67, 25), (78, 72), (92, 50))  # held out
+SHEET = "".join(f"assert {a} + {b} ==<mask:{len(str(a + b)) + 1}>\n" for a, b in ADDITIONS)
+PROMPT = """def find(self, key):
+    for name, value in self.items():
 """
 GAP = """class Point:
     def __init__(self, x, y):
@@ -29,59 +29,69 @@ GAP = """class Point:
         return 'Point(%r, %r)' % (self.x, self.y)
 """
 THRESHOLD = 0.9
-PAUSE = 0.05  # seconds a round, for the eye; the timed runs have none
+REPEATS = 3
 
 
-def run(console: Console, max_new_tokens: int = 48, repeats: int = 3) -> None:
-    """Everything that `make demo` shows."""
-    model, tokenizer = dk.load("tiny-python", device="cpu", attention="block_causal")
-    console.rule("completion: block_causal, an exact cache of finished blocks")
-    options = dict(max_new_tokens=max_new_tokens, stop_on_eos=False, threshold=THRESHOLD)
+def run(console: Console) -> None:
+    """Print everything that `make demo` shows."""
+    both_ways, tokenizer = dk.load("tiny-python", device="cpu", attention="bidirectional")
+    block_causal, _ = dk.load("tiny-python", device="cpu", attention="block_causal")
 
-    def complete(**more):
-        return dk.sample(model, PROMPT, tokenizer=tokenizer, **options, **more)
+    def fill(text: str) -> Callable:
+        return lambda **more: dk.infill(both_ways, text, tokenizer=tokenizer, threshold=THRESHOLD, **more)
 
-    ids = complete_canvas(model, tokenizer, max_new_tokens)
-    block = torch.arange(ids.shape[1]) // model.config.diffusion["block_size"]
-    show(console, complete, PROMPT, tokenizer, model, ids, block[:, None] >= block, repeats)
+    def complete(**more) -> SampleOutput:
+        whole_blocks = 2 * block_causal.config.diffusion["block_size"] - len(tokenizer(PROMPT)["input_ids"])
+        options = dict(max_new_tokens=whole_blocks, stop_on_eos=False, threshold=THRESHOLD)
+        return dk.sample(block_causal, PROMPT, tokenizer=tokenizer, **options, **more)
 
-    model, tokenizer = dk.load("tiny-python", device="cpu", attention="bidirectional")
-    console.rule("infilling: bidirectional, what follows the gap counts too")
-
-    def fill(**more):
-        return dk.infill(model, GAP, tokenizer=tokenizer, threshold=THRESHOLD, **more)
-
-    ids = gap_canvas(tokenizer)
-    everything = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool)
-    show(console, fill, "", tokenizer, model, ids, everything, repeats)
+    console.rule("additions that were held out of training: several tokens per forward")
+    show(console, fill(SHEET), both_ways, tokenizer, pause=0.5)
+    console.rule("completion: block_causal attention, an exact cache of finished blocks")
+    show(console, complete, block_causal, tokenizer, pause=0.05)
+    console.rule("infilling: bidirectional attention, the text after the gap counts too")
+    show(console, fill(GAP), both_ways, tokenizer, pause=0.2)
 
 
-def show(
-    console, generate: Callable, prompt: str, tokenizer, model, canvas: Tensor, visible: Tensor, repeats: int
-):
-    """Run `generate` in the live view, then time it and the plain loop on the same canvas [1, T]."""
-    with TerminalView(tokenizer, model.config.mask_token_id, pause=PAUSE, console=console) as view:
+def show(console: Console, generate: Callable, model, tokenizer, *, pause: float) -> None:
+    """Run `generate` in the live view, `pause` seconds a round, then time it beside the plain loop."""
+    mask_id = model.config.mask_token_id
+    with TerminalView(tokenizer, mask_id, pause=pause, console=console) as view:
         output = generate(on_round=view)
-    console.print(prompt + output.texts[0], style="cyan", markup=False, highlight=False)
+    filled = set((output.unmask_step[0] >= 0).nonzero().flatten().tolist())
+    text = canvas_text(output.sequences[0].tolist(), tokenizer, mask_id, set(), filled)
+    text.rstrip()
+    console.print(text, end="\n\n")
+    canvas, visible = start_of(output, model)
     ways = {
         "dllm_kernels": lambda: (generate().sequences, output.forwards),
         "plain loop, same rule": lambda: plain_loop(model, canvas, visible, THRESHOLD),
-        "plain loop, one token a step": lambda: plain_loop(model, canvas, visible),
+        "plain, one token/step": lambda: plain_loop(model, canvas, visible),
     }
-    tokens = int((output.unmask_step >= 0).sum())
-    table = Table("", "tokens/s", "forwards", "tokens/forward", "seconds", "same text", box=None)
+    table = Table("", box=None)
+    for column in ("tokens/s", "forwards", "tokens/forward", "seconds", "same text"):
+        table.add_column(column, justify="right")
     for name, way in ways.items():
-        (ids, forwards), seconds = median_time(way, repeats)
+        (ids, forwards), seconds = median_time(way)
         same = torch.equal(ids[:, : output.sequences.shape[1]], output.sequences)
+        tokens = len(filled)
         figures = f"{tokens / seconds:.0f}", str(forwards), f"{tokens / forwards:.2f}", f"{seconds:.3f}"
         table.add_row(name, *figures, "yes" if same else "no")
-    console.print(table)
+    console.print(table, end="\n\n")
 
 
-def median_time(function: Callable, repeats: int) -> tuple[object, float]:
-    """What `function` returns, and the median of its seconds; a first run is not counted."""
-    result, seconds = function(), []
-    for _ in range(repeats):
+def start_of(output: SampleOutput, model) -> tuple[Tensor, Tensor]:
+    """Return the masked canvas of `output`, int64 [1, T], and what its queries see, bool [T, T]."""
+    canvas = output.sequences.masked_fill(output.unmask_step >= 0, model.config.mask_token_id)
+    bidirectional = model.config.diffusion["attention"][0] == "bidirectional"
+    block = torch.arange(canvas.shape[1]) // model.config.diffusion["block_size"]
+    return canvas, (block[:, None] >= block) | bidirectional
+
+
+def median_time(function: Callable) -> tuple[object, float]:
+    """Return what `function` returns, and the median of its seconds in REPEATS runs."""
+    seconds = []
+    for _ in range(REPEATS):
         start = time.perf_counter()
         result = function()
         seconds.append(time.perf_counter() - start)
@@ -90,11 +100,11 @@ def median_time(function: Callable, repeats: int) -> tuple[object, float]:
 
 @torch.no_grad()
 def plain_loop(model, canvas: Tensor, visible: Tensor, threshold: float | None = None) -> tuple[Tensor, int]:
-    """The loop everyone starts from [LLaDA generate.py]: each step a forward over the whole canvas.
+    """Run the loop everyone starts from [LLaDA generate.py]: each step is a forward over the whole canvas.
 
     canvas: int64 [1, T]; visible: bool [T, T], what each query sees. Blocks are filled from left to right.
-    threshold: accept every p >= threshold, at least the surest; None: one token a step.
-    Returns the filled canvas and the number of forwards.
+    threshold: accept every p >= threshold, at least the surest; None: one token per step.
+    Return the filled canvas and the number of forwards.
     """
     mask_id, size = model.config.mask_token_id, model.config.diffusion["block_size"]
     canvas, forwards = canvas.clone(), 0
@@ -112,19 +122,3 @@ def plain_loop(model, canvas: Tensor, visible: Tensor, threshold: float | None =
             block[accepted] = token[accepted]
             forwards += 1
     return canvas, forwards
-
-
-def complete_canvas(model, tokenizer, max_new_tokens: int) -> Tensor:
-    """int64 [1, T]: the prompt and masks up to a whole block."""
-    ids = tokenizer(PROMPT)["input_ids"]
-    size = model.config.diffusion["block_size"]
-    length = -(-(len(ids) + max_new_tokens) // size) * size
-    return torch.tensor([ids + [tokenizer.mask_token_id] * (length - len(ids))])
-
-
-def gap_canvas(tokenizer) -> Tensor:
-    """int64 [1, T]: the text of GAP with mask tokens in its gap."""
-    before, _, rest = GAP.partition("<mask:")
-    count, _, after = rest.partition(">")
-    ids = [tokenizer(text)["input_ids"] for text in (before, after)]
-    return torch.tensor([ids[0] + [tokenizer.mask_token_id] * int(count) + ids[1]])

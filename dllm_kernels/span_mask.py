@@ -60,16 +60,18 @@ class SpanMask:
         return _mask(_Rows(first_key, keys.start, keys.length, kv_len), "full")
 
     @classmethod
-    def causal(cls, seq_len, lengths=None, padding_side="right") -> SpanMask:
-        """Query q sees keys 0..q."""
-        return _mask(_Rows.of(seq_len, lengths, padding_side), "causal")
+    def causal(cls, seq_len, lengths=None, padding_side="right", reach=0) -> SpanMask:
+        """Query q sees keys 0..q + reach."""
+        return _mask(_Rows.of(seq_len, lengths, padding_side), "causal", reach=integer("reach", reach, 0))
 
     @classmethod
     def sliding_window(cls, seq_len, window, lengths=None, padding_side="right") -> SpanMask:
         """Query q sees keys k with |q - k| <= window (bidirectional)."""
         window = integer("window", window, 0)
         rows = _Rows.of(seq_len, lengths, padding_side)
-        return _trusted(rows.span(rows.position - window, rows.position + window + 1)[:, :, None], seq_len)
+        return trusted_mask(
+            rows.span(rows.position - window, rows.position + window + 1)[:, :, None], seq_len
+        )
 
     @classmethod
     def block_causal(cls, seq_len, block_size, lengths=None, offset=0, padding_side="right") -> SpanMask:
@@ -92,23 +94,29 @@ class SpanMask:
         return _mask(rows, "block_causal", integer("block_size", block_size, 1), offset)
 
     @classmethod
-    def block_diffusion(cls, seq_len, block_size, lengths=None, padding_side="right") -> SpanMask:
+    def block_diffusion(
+        cls, seq_len, block_size, lengths=None, padding_side="right", clean="block_causal"
+    ) -> SpanMask:
         """BD3LM training mask over x_t followed by x_0: 2 * seq_len tokens, `lengths` real ones in each half.
 
-        An x_t query sees its own noisy block and the x_0 blocks strictly before it; an x_0 query sees the
-        x_0 blocks up to and including its own.
+        An x_t query sees its own noisy block and the x_0 blocks strictly before it. An x_0 query sees the x_0
+        blocks up to and including its own or, with clean="causal", the x_0 tokens up to and including itself.
         """
         rows = _Rows.of(seq_len, lengths, padding_side)
-        return _mask(rows, "block_diffusion", integer("block_size", block_size, 1))
+        return _mask(rows, "block_diffusion", integer("block_size", block_size, 1), clean=_clean(clean))
 
     @classmethod
-    def packed(cls, document_lengths, inner="full", block_size=None, padding_side="right") -> SpanMask:
+    def packed(
+        cls, document_lengths, inner="full", block_size=None, padding_side="right", *,
+        seq_len=None, reach=0, clean="block_causal",
+    ) -> SpanMask:  # fmt: skip
         """Documents laid end to end; none sees another, `inner` holds within each, from its own position 0.
 
         document_lengths: one row [N] (ints or Tensor), or one per batch entry [B, N] (lists may be ragged, a
-        tensor is filled with 0). The sequence length S is the largest sum of a row; shorter rows are padded.
-        inner: "full", "causal", "block_causal", or "block_diffusion", which has 2 * S tokens: x_t of all
-        documents, then x_0 of all documents. block_size: for the two block kinds and only for them.
+        tensor is filled with 0). seq_len: the sequence length S; None: the largest sum of a row. Shorter rows
+        are padded. inner: "full", "causal", "block_causal", or "block_diffusion", which has 2 * S tokens: x_t
+        of all documents, then x_0 of all documents. block_size: for the two block kinds and only for them.
+        reach, clean: as in `causal` and `block_diffusion`, for these kinds only.
         """
         if inner not in _INNER_NEEDS_BLOCK_SIZE:
             raise ValueError(f"inner must be one of {', '.join(_INNER_NEEDS_BLOCK_SIZE)}; got {inner!r}")
@@ -116,7 +124,13 @@ class SpanMask:
             block_size = integer("block_size", block_size, 1)
         elif block_size is not None:
             raise ValueError(f"block_size has no meaning with inner={inner!r}; got {block_size!r}")
-        return _mask(_Rows.of_documents(_document_table(document_lengths), padding_side), inner, block_size)
+        reach, clean = integer("reach", reach, 0), _clean(clean)
+        if reach and inner != "causal":
+            raise ValueError(f"reach has no meaning with inner={inner!r}; got {reach}")
+        if clean != "block_causal" and inner != "block_diffusion":
+            raise ValueError(f"clean has no meaning with inner={inner!r}; got {clean!r}")
+        rows = _Rows.of_documents(_document_table(document_lengths), padding_side, seq_len)
+        return _mask(rows, inner, block_size, reach=reach, clean=clean)
 
     @classmethod
     def from_dense(cls, mask: Tensor) -> SpanMask:
@@ -134,7 +148,7 @@ class SpanMask:
         ranges = max(int(counts.max()), 1) if counts.numel() else 1
         spans = torch.zeros(batch * q_len, ranges, 2, dtype=torch.int32, device=mask.device)
         spans[row, rank] = torch.stack([start, end], dim=-1).to(torch.int32)
-        return _trusted(spans.view(batch, q_len, ranges, 2), kv_len)
+        return trusted_mask(spans.view(batch, q_len, ranges, 2), kv_len)
 
     def to_dense(self) -> Tensor:
         """bool [B or 1, Sq, kv_len], True = visible."""
@@ -156,7 +170,7 @@ class SpanMask:
     def to(self, device: torch.device | str) -> SpanMask:
         """The same mask on another device; itself where it is there already."""
         spans = self.spans.to(device)
-        return self if spans is self.spans else _trusted(spans, self.kv_len)
+        return self if spans is self.spans else trusted_mask(spans, self.kv_len)
 
     def __repr__(self) -> str:
         return f"SpanMask(spans=int32 {list(self.spans.shape)} on {self.spans.device}, kv_len={self.kv_len})"
@@ -186,11 +200,12 @@ class _Rows:
         return _Rows(torch.arange(seq_len, device=length.device) - start, start, length, seq_len)
 
     @staticmethod
-    def of_documents(table: Tensor, padding_side: str) -> _Rows:
-        """Documents of lengths [B, N] laid end to end."""
+    def of_documents(table: Tensor, padding_side: str, seq_len: int | None = None) -> _Rows:
+        """Documents of lengths [B, N] laid end to end, padded to `seq_len`; None: to the longest row."""
         ends = table.cumsum(1)
         totals = table.sum(1, keepdim=True)
-        seq_len = int(totals.max()) if totals.numel() else 0
+        longest = int(totals.max()) if totals.numel() else 0
+        seq_len = longest if seq_len is None else integer("seq_len", seq_len, longest)
         shift = (seq_len - totals) * _pads_left(padding_side)
         place = torch.arange(seq_len, device=table.device) - shift
         document = torch.searchsorted(ends, place, right=True)  # N for the padding behind the last one
@@ -211,24 +226,32 @@ class _Rows:
         return _Rows(self.position.to(device), self.start.to(device), self.length.to(device), self.seq_len)
 
 
-def _mask(rows: _Rows, inner: str, block_size: int | None = None, offset: int | Tensor = 0) -> SpanMask:
+def _mask(
+    rows: _Rows,
+    inner: str,
+    block_size: int | None = None,
+    offset: int | Tensor = 0,
+    reach: int = 0,
+    clean: str = "block_causal",
+) -> SpanMask:
     """The one definition of every pattern but the window."""
     position, seq_len = rows.position, rows.seq_len
     if inner == "full":
-        return _trusted(rows.span(0, rows.length)[:, :, None], seq_len)
+        return trusted_mask(rows.span(0, rows.length)[:, :, None], seq_len)
     if inner == "causal":
-        return _trusted(rows.span(0, position + 1)[:, :, None], seq_len)
+        return trusted_mask(rows.span(0, position + 1 + reach)[:, :, None], seq_len)
     block_start = (position + offset) // block_size * block_size - offset
     block_end = block_start + block_size
     if inner == "block_causal":
-        return _trusted(rows.span(0, block_end)[:, :, None], seq_len)
-    clean = rows.span(0, block_end, shift=seq_len)
+        return trusted_mask(rows.span(0, block_end)[:, :, None], seq_len)
+    clean_end = position + 1 if clean == "causal" else block_end
+    of_clean = rows.span(0, clean_end, shift=seq_len)
     noisy = [rows.span(block_start, block_end), rows.span(0, block_start, shift=seq_len)]
-    halves = [torch.stack(noisy, dim=2), torch.stack([clean, torch.zeros_like(clean)], dim=2)]
-    return _trusted(torch.cat(halves, dim=1), 2 * seq_len)
+    halves = [torch.stack(noisy, dim=2), torch.stack([of_clean, torch.zeros_like(of_clean)], dim=2)]
+    return trusted_mask(torch.cat(halves, dim=1), 2 * seq_len)
 
 
-def _trusted(spans: Tensor, kv_len: int) -> SpanMask:
+def trusted_mask(spans: Tensor, kv_len: int) -> SpanMask:
     """A SpanMask of spans that are right by construction."""
     mask = object.__new__(SpanMask)
     object.__setattr__(mask, "spans", spans)
@@ -262,6 +285,12 @@ def _flex_block_mask(spans: Tensor, kv_len: int, block_size: int):
     return BlockMask.from_kv_blocks(
         *listed((tiles > 0) & ~full), *listed(full), block_size, mask_mod, seq_lengths=(q_len, kv_len)
     )
+
+
+def _clean(clean: str) -> str:
+    if clean not in ("block_causal", "causal"):
+        raise ValueError(f'clean must be "block_causal" or "causal", got {clean!r}')
+    return clean
 
 
 def _pads_left(padding_side: str) -> bool:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm_kernels.sampling.rules import Rule
+from dllm_kernels.rule import Rule
 from dllm_kernels.sampling.schedules import dllm_schedule, dream_schedule, llada_schedule
 
 SCHEDULES = [llada_schedule, dllm_schedule, dream_schedule]

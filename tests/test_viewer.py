@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from io import StringIO
 
+import pytest
 import torch
 from rich.console import Console
 
 from dllm_kernels.viewer.terminal import MASK_CELL, STYLES, TerminalView, canvas_text
+from tests.sampling.tokenizer_zoo import tokenizer_of
 
 MASK = 99
 
@@ -44,6 +46,20 @@ def test_a_terminal_sees_every_round():
         view(Event(torch.tensor([[0, MASK]]), []))
         view(Event(torch.tensor([[0, 1]]), [1]))
     assert MASK_CELL in screen.getvalue() and "1 tokens" in screen.getvalue()
+
+
+def test_words_keep_the_spaces_between_runs_of_one_style():
+    """Decoded alone, the first word of a run has no space before it in SentencePiece tokenizers."""
+    tokenizer = tokenizer_of("Llama")
+    mask = tokenizer.mask_token_id
+    the, cat, sat = tokenizer.convert_tokens_to_ids(["▁the", "▁cat", "▁sat"])
+    text = canvas_text([the, cat, mask, sat], tokenizer, mask, fresh={1}, filled={1, 3})
+    assert text.plain == f"the cat{MASK_CELL} sat"
+
+
+def test_a_tokenizer_that_is_not_one_of_transformers_is_refused():
+    with pytest.raises(TypeError, match=r"tokenizer is a tokenizers.Tokenizer; give a tokenizer of transf"):
+        TerminalView(tokenizer_of("Llama").backend_tokenizer, MASK)
 
 
 def test_nothing_is_drawn_without_a_terminal():

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 import dllm_kernels as dk
-from dllm_kernels.compat.canvases import (
+from dllm_kernels.compat.hooks import Hooked, same_logits, same_tokens
+from dllm_kernels.compat.tensors import (
     beside_prompt,
     check_tokens,
     confidence_of,
@@ -19,8 +20,7 @@ from dllm_kernels.compat.canvases import (
     prompt_lengths,
     replayed,
 )
-from dllm_kernels.compat.hooks import Hooked, same_logits, same_tokens
-from dllm_kernels.models.families import diffusion_of
+from dllm_kernels.sampling.plan import model_with_diffusion
 from dllm_kernels.sampling.schedules import dream_quota, dream_schedule
 
 
@@ -74,7 +74,7 @@ def diffusion_generate(
     quotas = None
     if option["alg"] != "origin":
         quotas = dream_schedule(new_tokens, option["steps"], option["eps"])
-    mask_id = diffusion_of(model).mask_id if mask_id is None else mask_id
+    mask_id = model_with_diffusion(model)[1].mask_id if mask_id is None else mask_id
     history = []
     if option["output_history"]:
         history = replayed(
@@ -108,7 +108,7 @@ def length_of_completion(model, inputs: Tensor, option: Mapping[str, object], sa
         return option["max_new_tokens"]
     prompt, longest = inputs.shape[1], option["max_length"]
     if not said and longest == DEFAULTS["max_length"]:
-        most = diffusion_of(model).max_positions
+        most = model_with_diffusion(model)[1].max_positions
         longest += prompt
         longest = longest if most is None else min(longest, most)
     if prompt >= longest:
@@ -146,7 +146,8 @@ def _confidence(alg: str) -> str:
 
 
 def _with_hooks(model, inputs, attention_mask, new_tokens, option, tokens_hook, logits_hook) -> list[Tensor]:
-    diffusion, steps, eps = diffusion_of(model), option["steps"], option["eps"]
+    model, diffusion = model_with_diffusion(model)
+    steps, eps = option["steps"], option["eps"]
     mask_id = diffusion.mask_id if option["mask_token_id"] is None else option["mask_token_id"]
     temperature = option["temperature"] or 0.0
     lengths = prompt_lengths(inputs, attention_mask).to(inputs.device) + new_tokens

@@ -6,7 +6,8 @@ from torch import Tensor
 
 import dllm_kernels as dk
 from dllm_kernels.compat import dream
-from dllm_kernels.compat.canvases import (
+from dllm_kernels.compat.llada import check_steps
+from dllm_kernels.compat.tensors import (
     beside_prompt,
     check_tokens,
     confidence_of,
@@ -14,7 +15,6 @@ from dllm_kernels.compat.canvases import (
     parity_at_zero,
     prompt_lengths,
 )
-from dllm_kernels.compat.llada import check_steps
 
 
 def generate(

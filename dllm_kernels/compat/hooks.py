@@ -10,7 +10,10 @@ from torch import Tensor
 
 import dllm_kernels as dk
 from dllm_kernels.models.families import diffusion_of
-from dllm_kernels.sampling.denoiser import ModelDenoiser
+from dllm_kernels.models.inference import inference
+from dllm_kernels.models.probe import traits_of
+from dllm_kernels.models.wrappers import is_transformers_model
+from dllm_kernels.sampling.runner import CallableRunner
 
 Hook = Callable[[int | None, Tensor, Tensor | None], Tensor]
 
@@ -27,7 +30,7 @@ def same_logits(step: int, x: Tensor, logits: Tensor) -> Tensor:
 
 @dataclass
 class Hooked:
-    """A model, its hooks and what a step does.
+    """A transformers model or a function of ids, its hooks and what a step does.
 
     logits(step, x, logits [B, T, V]) returns the logits to use, where position i is predicted by row i, and
     tokens(step, x, logits) the tokens to go on with; it is also called before the first step, with None for
@@ -35,7 +38,7 @@ class Hooked:
     of `dk.token_stats`. hidden: bool [B, T], what guidance takes away.
     """
 
-    model: torch.nn.Module
+    model: object
     tokens: Hook
     logits: Hook
     quotas: Callable[[int, Tensor], Tensor]
@@ -48,7 +51,8 @@ class Hooked:
 
     def fill(self, canvas: Tensor, lengths: Tensor, steps: int) -> list[Tensor]:
         """Canvases [B, T], padded at the left to `lengths` [B], before and after every step."""
-        with ModelDenoiser(self.model, head=()).ready():
+        self._check_padding(canvas, lengths)
+        with inference(self.model) if is_transformers_model(self.model) else torch.no_grad():
             canvas = self.tokens(None, canvas, None)
             history = [canvas.clone()]
             for step in range(steps):
@@ -82,7 +86,21 @@ class Hooked:
             logits = without + (self.cfg_scale + 1) * (logits - without)
         return torch.cat([logits[:, :1], logits[:, :-1]], dim=1) if self.shift else logits
 
+    def _check_padding(self, canvas: Tensor, lengths: Tensor) -> None:
+        """Refuse padding where the model would see it."""
+        if not bool((lengths < canvas.shape[1]).any()):
+            return
+        model, name = self.model, type(self.model).__name__
+        if not is_transformers_model(model):
+            raise ValueError(f"with hooks a {name} that is no transformers model takes rows of equal length")
+        if not traits_of(model, diffusion_of(model)).local:
+            raise ValueError(
+                f"with hooks {name} takes rows of equal length: its tokens see padding besides attention"
+            )
+
     def _logits(self, canvas: Tensor, lengths: Tensor) -> Tensor:
+        if not is_transformers_model(self.model):
+            return CallableRunner(self.model, lambda vocabulary: None).logits_of(canvas.clone())
         width = canvas.shape[1]
         position = (torch.arange(width, device=canvas.device) - (width - lengths)[:, None]).clamp(min=0)
         mask = dk.SpanMask.full(width, lengths=lengths, padding_side="left")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 import dllm_kernels as dk
-from dllm_kernels.compat.canvases import (
+from dllm_kernels.compat.tensors import (
     beside_prompt,
     check_tokens,
     confidence_of,
@@ -13,7 +13,10 @@ from dllm_kernels.compat.canvases import (
     parity_at_zero,
     prompt_lengths,
 )
-from dllm_kernels.models.families import diffusion_of
+from dllm_kernels.models.wrappers import is_transformers_model
+from dllm_kernels.sampling.plan import model_with_diffusion
+
+LLADA_EOS_IDS = 126081, 126348  # of a function, which names no tokens: as in the original
 
 
 def generate(
@@ -33,11 +36,12 @@ def generate(
     """int64 [B, S + gen_length]: `prompt` [B, S] and its completions, with no stop at the end token.
 
     logits_eos_inf: the model's first end token is never proposed. confidence_eos_eot_inf: all of them only
-    with confidence 0.
+    with confidence 0. The end tokens of a function of ids are LLaDA's.
     """
     check_tokens("prompt", prompt)
     check_steps(steps, gen_length, block_length)
-    eos_ids = diffusion_of(model).eos_ids
+    model, diffusion = model_with_diffusion(model)
+    eos_ids = diffusion.eos_ids if is_transformers_model(model) else LLADA_EOS_IDS
     output = dk.sample(
         model, prompt, attention_mask=attention_mask, max_new_tokens=gen_length, block_size=block_length,
         steps=steps, temperature=temperature, seed=drawn_seed(temperature or remasking == "random"),

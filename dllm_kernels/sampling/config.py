@@ -1,16 +1,238 @@
-"""SampleConfig: every option of `dk.sample` and `dk.infill`, checked once, before anything runs."""
+"""SampleConfig: every option of a call, its check, the rule that it names, and the published presets."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
-from dllm_kernels.sampling.option_checks import CHECKS
+from dllm_kernels._arguments import integer
+from dllm_kernels.rule import CONFIDENCES, Rule
 from dllm_kernels.sampling.parity import NONE, PARITY, Parity
-from dllm_kernels.sampling.presets import PRESETS
-from dllm_kernels.sampling.rule_options import RULES, refuse_contradictions, rule_name
-from dllm_kernels.sampling.rules import Rule
 from dllm_kernels.sampling.schedules import binomial_schedule, dllm_schedule, dream_schedule, llada_schedule
+
+
+@dataclass(frozen=True)
+class RuleOptions:
+    """make: the rule of a SampleConfig for rows of so many steps a block. needs: options it cannot do
+    without; takes: those it has a use for."""
+
+    make: Callable[[object, int | None], Rule]
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+
+
+RULES = {
+    "quota": RuleOptions(
+        lambda c, _: Rule.quota(confidence=c.confidence, alg_temp=c.alg_temp),
+        takes=("confidence", "alg_temp"),
+    ),
+    "threshold": RuleOptions(
+        lambda c, _: Rule.threshold(c.threshold, strict=c.strict, confidence=c.confidence),
+        needs=("threshold",),
+        takes=("strict", "confidence"),
+    ),
+    "factor": RuleOptions(
+        lambda c, _: Rule.factor(c.factor, strict=c.strict, confidence=c.confidence),
+        needs=("factor",),
+        takes=("strict", "confidence"),
+    ),
+    "quota_or_threshold": RuleOptions(
+        lambda c, _: Rule.quota_or_threshold(c.threshold, confidence=c.confidence),
+        needs=("threshold",),
+        takes=("confidence",),
+    ),
+    "entropy_bound": RuleOptions(lambda c, _: Rule.entropy_bound(c.entropy_bound), needs=("entropy_bound",)),
+    "bernoulli": RuleOptions(lambda c, steps: Rule.bernoulli(steps or 1, eps=c.eps), takes=("eps",)),
+    "confident_stable": RuleOptions(
+        lambda c, _: Rule.confident_stable(
+            c.threshold, c.kl_threshold, c.stable_steps or 2, confidence=c.confidence
+        ),
+        needs=("threshold", "kl_threshold"),
+        takes=("stable_steps", "confidence"),
+    ),
+    "edit": RuleOptions(
+        lambda c, _: Rule.edit(c.threshold, c.edit_threshold, confidence=c.confidence),
+        needs=("threshold", "edit_threshold"),
+        takes=("max_post_steps", "confidence"),
+    ),
+}
+
+# The rule that an option names where no rule is given; the first one that is given decides.
+_NAMED_BY = {
+    "kl_threshold": "confident_stable",
+    "edit_threshold": "edit",
+    "threshold": "threshold",
+    "factor": "factor",
+    "entropy_bound": "entropy_bound",
+}
+_NUMBERS = tuple(_NAMED_BY)
+_OTHERS = ("strict", "confidence", "alg_temp", "stable_steps", "max_post_steps")
+
+
+def rule_name(config) -> str:
+    """What the options of a SampleConfig name: its rule, or the rule of a number that is given."""
+    if isinstance(config.rule, Rule):
+        return config.rule.name
+    return config.rule or next((_NAMED_BY[name] for name in _NUMBERS if _given(config, name)), "quota")
+
+
+def refuse_contradictions(config) -> None:
+    """Every option of a rule belongs to the rule that is used."""
+    name = rule_name(config)
+    needs, takes = RULES[name].needs, RULES[name].takes
+    if isinstance(config.rule, Rule):
+        needs, takes, name = (), tuple({"max_post_steps"} & {*takes}), f"rule={config.rule}"
+    for number in needs:
+        if not _given(config, number):
+            raise ValueError(f"rule {name!r} needs {number}")
+    for number in _NUMBERS:
+        if _given(config, number) and number not in needs:
+            value = getattr(config, number)
+            raise ValueError(f"{number}={value} contradicts {name}: one rule at a time")
+    for option in _OTHERS:
+        if _given(config, option) and option not in takes:
+            raise ValueError(f"{option}={getattr(config, option)!r} has no meaning with {name}")
+
+
+def _given(config, name: str) -> bool:
+    return getattr(config, name) != type(config).__dataclass_fields__[name].default
+
+
+# ---- checks of options ------------------------------------------------------------------------------------
+# One check per option of SampleConfig: (name, value) -> the value to keep, or TypeError, or ValueError.
+
+CACHES = ("auto", "none", "prefix", "dual", "block")
+_MOST_STEPS = 10**6  # a schedule goes through every one
+_LARGEST, _SMALLEST = 1e38, 1e-37  # of numbers that enter products in float32, and divide there
+SCHEDULES = ("llada", "dllm", "dllm_cosine", "dream")
+
+
+def _integer(low: int, high: int = 2**31 - 1):
+    return lambda name, value: integer(name, value, low, high)
+
+
+def _number(low: float, high: float = math.inf):
+    def check(name, value):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} is {value!r}; it must be a number")
+        if not (math.isfinite(value) and low <= value <= high):
+            bounds = f" >= {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
+            raise ValueError(f"{name} is {value}; it must be a finite number{bounds}")
+        return float(value)
+
+    return check
+
+
+def _temperature(name, value):
+    value = _number(0.0, _LARGEST)(name, value)
+    if 0 < value < _SMALLEST:
+        raise ValueError(f"{name} is {value}; it must be 0, or at least {_SMALLEST:g}")
+    return value
+
+
+def _flag(name, value):
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; it must be True or False")
+    return value
+
+
+def _one_of(*allowed):
+    def check(name, value):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+        return value
+
+    return check
+
+
+def _ids(name, value):
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        value = (value,)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}; it must be a sequence of token ids")
+    return tuple(integer(name, token, 0) for token in value)
+
+
+def _rule(name, value):
+    if isinstance(value, str):
+        return _one_of(*RULES)(name, value)
+    if not isinstance(value, Rule):
+        raise TypeError(f"{name} is {value!r}; it must be a dk.Rule, or one of {', '.join(RULES)}")
+    return value
+
+
+def _optional(check):
+    return lambda name, value: None if value is None else check(name, value)
+
+
+CHECKS = {
+    "max_new_tokens": _integer(1),
+    "block_size": _integer(1),
+    "steps": _optional(_integer(1, _MOST_STEPS)),
+    "steps_per_block": _optional(_integer(1, _MOST_STEPS)),
+    "temperature": _temperature,
+    "seed": _integer(0, 2**63 - 1),
+    "rule": _optional(_rule),
+    "threshold": _optional(_number(-math.inf)),
+    "factor": _optional(_number(0.0)),
+    "entropy_bound": _optional(_number(0.0)),
+    "strict": _flag,
+    "confidence": _one_of(*CONFIDENCES),
+    "schedule": _one_of(*SCHEDULES),
+    "eps": _number(0.0),
+    "stochastic": _flag,
+    "alg_temp": _temperature,
+    "top_p": _optional(_number(0.0, 1.0)),
+    "top_k": _optional(_integer(1)),
+    "edit_threshold": _optional(_number(-math.inf)),
+    "max_post_steps": _integer(0, _MOST_STEPS),
+    "kl_threshold": _optional(_number(0.0)),
+    "stable_steps": _optional(_integer(1)),
+    "cache": _one_of(*CACHES),
+    "refresh_every": _optional(_integer(1)),
+    "suffix_window": _optional(_integer(0)),
+    "cfg_scale": _number(0.0, _LARGEST),
+    "cfg_keep_tokens": _ids,
+    "shift": _optional(_flag),
+    "suppress_tokens": _ids,
+    "begin_suppress_tokens": _ids,
+    "mask_id": _optional(_integer(0)),
+    "eos_ids": _optional(_ids),
+    "stop_on_eos": _flag,
+    "chat": _flag,
+    "max_batch": _optional(_integer(1)),
+    "compile": _flag,
+    "history": _flag,
+    "parity": _optional(_one_of(*PARITY)),
+}
+
+
+# ---- presets ----------------------------------------------------------------------------------------------
+# The settings that systems publish, one row each.
+
+PRESETS = {
+    # generate.py's defaults
+    "llada": dict(max_new_tokens=128, block_size=128, steps=128, cache="none"),
+    # the evaluation that its speeds are quoted from: GSM8K, 256 tokens
+    "fast_dllm": dict(max_new_tokens=256, block_size=32, threshold=0.9, cache="dual"),
+    # the instruct model's example
+    "dream": dict(
+        max_new_tokens=512, block_size=512, steps=512, schedule="dream", temperature=0.2, top_p=0.95,
+        confidence="entropy", cache="none",
+    ),
+    # dLLM's BD3LM sampler, its defaults
+    "bd3lm": dict(max_new_tokens=128, block_size=32, steps=128, cache="block", schedule="dllm"),
+    # the model card's example
+    "llada2": dict(
+        max_new_tokens=512, block_size=32, steps_per_block=32, rule="quota_or_threshold", threshold=0.95,
+        cache="block",
+    ),
+}  # fmt: skip
+
+
+# ---- the options ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

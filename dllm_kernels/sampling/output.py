@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dllm_kernels.sampling.canvases import Canvases
+from dllm_kernels.models.text import added_text
+from dllm_kernels.sampling.prompts import Canvases, GappedText
 
 
 @dataclass
@@ -15,8 +16,10 @@ class SampleOutput:
     """The result of `dk.sample` or `dk.infill`.
 
     sequences: int64 [B, T], prompt and completion, left-aligned, filled up with the end token.
-    texts: one str per row, the completion up to its first end token (infill: the completed text); None
-    without a tokenizer. lengths: int64 [B], completion tokens before the first end token (infill: filled).
+    texts: one str per row, without special tokens; None without a tokenizer. Of `sample`, what the completion
+    up to its first end token adds to the prompt: a space that parts the two is in it. Of `infill`, the text
+    as it was given with its gaps filled (canvases of ids are decoded).
+    lengths: int64 [B], completion tokens before the first end token (infill: filled).
     forwards: forward passes of the model, for the whole batch. row_forwards: int64 [B], each row's share.
     tokens_per_forward: mean over rows of completion tokens, the first end token included, over the forwards
     it took until they all stood. The prompt is computed in the first of them, which counts.
@@ -62,8 +65,8 @@ def completion_output(
     texts = None
     if tokenizer is not None:
         texts = [
-            tokenizer.decode(row[start:end], skip_special_tokens=True)
-            for row, start, end in zip(ids, canvases.given.tolist(), first_end.tolist(), strict=True)
+            added_text(tokenizer, row[:start], row[start:end])
+            for row, start, end in zip(ids.tolist(), canvases.given.tolist(), first_end.tolist(), strict=True)
         ]
     return SampleOutput(
         sequences=ids,
@@ -76,15 +79,23 @@ def completion_output(
     )
 
 
-def infill_output(canvases: Canvases, masked: Tensor, unmask_step: Tensor, tokenizer, **more) -> SampleOutput:
-    """masked: bool [B, T], what there was to fill."""
+def infill_output(
+    canvases: Canvases,
+    masked: Tensor,
+    unmask_step: Tensor,
+    tokenizer,
+    gapped: list[GappedText],
+    **more,
+) -> SampleOutput:
+    """masked: bool [B, T], what there was to fill. gapped: the rows as text; empty where ids were given."""
     ids, unmask_step, masked = canvases.ids.cpu(), unmask_step.cpu(), masked.cpu()
     texts = None
     if tokenizer is not None:
-        texts = [
-            tokenizer.decode(row[:stop], skip_special_tokens=True)
-            for row, stop in zip(ids, canvases.stop.tolist(), strict=True)
-        ]
+        rows = [row[:stop] for row, stop in zip(ids.tolist(), canvases.stop.tolist(), strict=True)]
+        if gapped:
+            texts = [text.completed(row) for text, row in zip(gapped, rows, strict=True)]
+        else:
+            texts = [added_text(tokenizer, [], row) for row in rows]
     return SampleOutput(
         sequences=ids,
         texts=texts,

@@ -10,6 +10,8 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from dllm_kernels.models.text import check_tokenizer, decoded_behind
+
 MASK_CELL = "░"
 STYLES = {"given": "", "fresh": "bold green", "filled": "cyan", "mask": "dim"}
 
@@ -27,6 +29,7 @@ class TerminalView:
     def __init__(
         self, tokenizer, mask_id: int, *, title: str = "", pause: float = 0.0, console: Console | None = None
     ):
+        check_tokenizer(tokenizer)
         self.tokenizer, self.mask_id, self.title, self.pause = tokenizer, mask_id, title, pause
         self.console = console or Console()
         self.filled: set[int] = set()
@@ -43,7 +46,7 @@ class TerminalView:
             self.live.stop()
 
     def __call__(self, event) -> None:
-        """Draw one round (`dllm_kernels.sampling.rounds.Round`)."""
+        """Draw one round (`dllm_kernels.sampling.loop.Round`)."""
         if not self.console.is_terminal:
             return
         fresh = set(event.positions_of(0))
@@ -66,7 +69,8 @@ def canvas_text(
 ) -> Text:
     """The canvas as styled text: one cell a mask, given text plain, tokens of this round in bold.
 
-    Tokens are decoded in runs of one style, since a character may span several byte-level tokens.
+    Tokens are decoded in runs of one style, since a character may span several byte-level tokens, and behind
+    the text before them, which decides whether a space stands between the two.
     """
     kinds = [
         "mask"
@@ -78,13 +82,18 @@ def canvas_text(
         else "given"
         for position, token in enumerate(canvas)
     ]
-    text = Text(overflow="fold")
+    canvas = [int(token) for token in canvas]
+    text, before = Text(overflow="fold"), []
     start = 0
     for end in range(1, len(canvas) + 1):
         if end < len(canvas) and kinds[end] == kinds[start]:
             continue
         kind = kinds[start]
-        run = MASK_CELL * (end - start) if kind == "mask" else tokenizer.decode(canvas[start:end])
+        if kind == "mask":
+            run = MASK_CELL * (end - start)
+        else:
+            run = decoded_behind(tokenizer.decode, before, canvas[start:end])
+            before += canvas[start:end]
         text.append(run, style=STYLES[kind])
         start = end
     return text

@@ -4,13 +4,12 @@ import pytest
 import torch
 
 import dllm_kernels as dk
-from dllm_kernels.sampling import reference
-from dllm_kernels.sampling.block_rounds import BlockRounds
-from dllm_kernels.sampling.canvases import completions, gaps
-from dllm_kernels.sampling.device_rounds import DeviceRounds
-from dllm_kernels.sampling.generate import rounds_on_the_device
-from dllm_kernels.sampling.job import prepare
+from dllm_kernels.sampling import loop, plain_loop, views
+from dllm_kernels.sampling.api import rounds_on_the_device
+from dllm_kernels.sampling.loop import BlockRounds, DeviceRounds
 from dllm_kernels.sampling.output import completion_output
+from dllm_kernels.sampling.plan import make_plan
+from dllm_kernels.sampling.prompts import completions, gaps
 from tests.sampling.test_oracle import assert_rows_equal
 from tests.sampling.tiny_models import EOS, MASK, prompts_of, tiny_model
 
@@ -39,13 +38,19 @@ RULES = {
 }
 
 
+@pytest.fixture(params=[loop.FEW_TOKENS, 0], ids=["one graph", "two graphs"], autouse=True)
+def graphs(request, monkeypatch):
+    """As for the few rows of these tests, and as for many."""
+    monkeypatch.setattr(loop, "FEW_TOKENS", request.param)
+
+
 def on_device(model, prompts, **options) -> tuple[dk.SampleOutput, DeviceRounds]:
-    job = prepare(model, None, None, options)
-    canvases = completions(prompts, job)
-    kind = rounds_on_the_device(job)
-    rounds = kind(job, canvases, stop_ids=job.eos_ids if job.config.stop_on_eos else ())
+    plan = make_plan(model, None, None, options)
+    canvases = completions(prompts, plan)
+    kind = rounds_on_the_device(plan)
+    rounds = kind(plan, canvases, stop_ids=plan.eos_ids if plan.config.stop_on_eos else ())
     rounds.run()
-    output = completion_output(canvases, rounds.unmask_step, job.eos_ids, None, **rounds.measured())
+    output = completion_output(canvases, rounds.unmask_step, plan.eos_ids, None, **rounds.measured())
     return output, rounds
 
 
@@ -53,12 +58,41 @@ def on_device(model, prompts, **options) -> tuple[dk.SampleOutput, DeviceRounds]
 def test_every_rule(options, record_property):
     model, prompts = tiny_model(), prompts_of(3, 9, 25)
     config = dk.SampleConfig(max_new_tokens=21, block_size=8, **options)
-    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    rows = [plain_loop.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
     output, _ = on_device(model, prompts, max_new_tokens=21, block_size=8, **options)
     assert_rows_equal(output, rows, record_property)
     steered = dk.sample(model, prompts, config=config)
     assert torch.equal(output.row_forwards, steered.row_forwards)
     assert torch.equal(output.unmask_step, steered.unmask_step)
+
+
+@pytest.mark.parametrize("graphs", [128], indirect=True)
+@pytest.mark.parametrize("rows", [5, 20])
+def test_with_many_rows_steps_within_a_block_compute_it_alone_and_write_nothing(rows, monkeypatch):
+    steps, writes, launch = [], [], BlockRounds.launch
+
+    def watched(self):
+        steps.append((self.queries, int(self.slots.rows.q_lengths.max())))
+        launch(self)
+
+    monkeypatch.setattr(BlockRounds, "launch", watched)
+    attend = views.DeviceView.attend
+
+    def watched_attend(view, *arguments):
+        if view.write_positions is not None:
+            writes.append(steps[-1][0])
+        return attend(view, *arguments)
+
+    monkeypatch.setattr(views.DeviceView, "attend", watched_attend)
+    model, prompts = tiny_model(), prompts_of(*range(1, 2 * rows, 2), seed=3)
+    options = dict(max_new_tokens=19, block_size=8, threshold=0.2)
+    output, _ = on_device(model, prompts, **options)
+    assert torch.equal(output.sequences, dk.sample(model, prompts, **options).sequences)
+    if rows == 5:
+        assert {queries for queries, _ in steps} == {16}
+    else:
+        assert all(queries == (8 if longest <= 8 else 16) for queries, longest in steps)
+        assert {queries for queries, _ in steps} == {8, 16} and {*writes} == {16}
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
@@ -67,7 +101,7 @@ def test_rows_wait_for_slots(slots, record_property):
     model, prompts = tiny_model("llama", num_key_value_heads=1), prompts_of(1, 40, 33, 4, 17, 8, 16, seed=2)
     options = dict(max_new_tokens=19, block_size=8, threshold=0.2, eos_ids=(EOS, 5, 17, 60))
     config = dk.SampleConfig(**options)
-    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    rows = [plain_loop.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
     output, rounds = on_device(model, prompts, max_batch=slots, **options)
     assert_rows_equal(output, rows, record_property)
     assert rounds.slots.cache.pages_used == 0
@@ -79,7 +113,7 @@ def test_equal_prompts_share_pages(record_property):
     prompts = [prompt, prompt, prompt[:20]]
     output, _ = on_device(model, prompts, max_new_tokens=9, block_size=8)
     config = dk.SampleConfig(max_new_tokens=9, block_size=8)
-    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    rows = [plain_loop.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
     assert_rows_equal(output, rows, record_property)
 
 
@@ -88,8 +122,8 @@ def test_infilling(record_property):
     model, (canvas,) = tiny_model(), prompts_of(75, seed=4)
     for start, end in ((37, 45), (46, 47), (70, 75)):
         canvas[start:end] = [MASK] * (end - start)
-    job = prepare(model, None, None, dict(block_size=8))
-    rounds = BlockRounds(job, gaps([canvas], job.fill))
+    plan = make_plan(model, None, None, dict(block_size=8))
+    rounds = BlockRounds(plan, gaps([canvas], plan.fill))
     rounds.run()
     expected = dk.infill(model, [canvas], block_size=8)
     assert torch.equal(rounds.canvases.ids, expected.sequences)
@@ -106,9 +140,9 @@ def test_sliding_windows(record_property):
 
 def test_a_failing_model_leaves_no_pages():
     model = tiny_model()
-    job = prepare(model, None, None, dict(max_new_tokens=9, block_size=8))
-    rounds = BlockRounds(job, completions(prompts_of(9), job))
-    rounds.step = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+    plan = make_plan(model, None, None, dict(max_new_tokens=9, block_size=8))
+    rounds = BlockRounds(plan, completions(prompts_of(9), plan))
+    rounds.step = lambda queries: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         rounds.run()
     assert rounds.slots.cache.pages_used == 0
@@ -122,7 +156,7 @@ def test_shift_where_prompts_are_shared_or_caught_up_with(guided, record_propert
     prompts = [prompt, prompt[:24], prompt, *prompts_of(1, 8, 16, seed=6)]
     options = dict(max_new_tokens=17, block_size=8, threshold=0.3, shift=True, max_batch=3, **guided)
     config = dk.SampleConfig(**options)
-    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    rows = [plain_loop.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
     output, _ = on_device(model, prompts, **options)
     assert_rows_equal(output, rows, record_property)
 
@@ -132,8 +166,8 @@ def test_shift_and_infilling():
     model, (canvas,) = tiny_model(), prompts_of(75, seed=4)
     for start, end in ((0, 2), (40, 45), (70, 75)):
         canvas[start:end] = [MASK] * (end - start)
-    job = prepare(model, None, None, dict(block_size=8, shift=True))
-    rounds = BlockRounds(job, gaps([canvas], job.fill))
+    plan = make_plan(model, None, None, dict(block_size=8, shift=True))
+    rounds = BlockRounds(plan, gaps([canvas], plan.fill))
     rounds.run()
     expected = dk.infill(model, [canvas], block_size=8, shift=True)
     assert torch.equal(rounds.canvases.ids, expected.sequences)
@@ -154,9 +188,9 @@ def test_shift_and_infilling():
     ],
 )
 def test_what_the_host_must_see_is_left_to_it(options):
-    assert rounds_on_the_device(prepare(tiny_model(), None, None, options)) is None
+    assert rounds_on_the_device(make_plan(tiny_model(), None, None, options)) is None
 
 
 def test_a_callable_is_left_to_the_host():
     options = dict(mask_id=3, cache="none")
-    assert rounds_on_the_device(prepare(lambda ids: ids, None, None, options)) is None
+    assert rounds_on_the_device(make_plan(lambda ids: ids, None, None, options)) is None

@@ -17,7 +17,7 @@ def caches(monkeypatch):
             super().__init__(*args, **kwargs)
             made.append(self)
 
-    monkeypatch.setattr("dllm_kernels.sampling.job.BlockKVCache", Recorded)
+    monkeypatch.setattr("dllm_kernels.sampling.plan.BlockKVCache", Recorded)
     return made
 
 

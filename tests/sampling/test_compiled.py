@@ -6,12 +6,11 @@ import weakref
 
 import pytest
 import torch
-import transformers
 
 import dllm_kernels as dk
 from dllm_kernels.models import compiled
-from dllm_kernels.sampling import reference
-from tests.models.test_attention_hook import MODELS
+from dllm_kernels.sampling import plain_loop
+from tests.models.test_attention_hook import MODELS, untrained
 from tests.sampling.test_oracle import assert_rows_equal
 from tests.sampling.tiny_models import prompts_of, tiny_model
 
@@ -58,7 +57,7 @@ def test_tokens_are_those_of_the_plain_loop(attention, cache, record_property):
         max_new_tokens=21, block_size=8, threshold=0.3, temperature=0.5, seed=3, cache=cache, **refresh
     )
     rows = [
-        reference.sample_row(model, p, dk.SampleConfig(**options), sequence=i) for i, p in enumerate(prompts)
+        plain_loop.sample_row(model, p, dk.SampleConfig(**options), sequence=i) for i, p in enumerate(prompts)
     ]
     output = dk.sample(model, prompts, max_batch=2, compile=True, **options)
     assert_rows_equal(output, rows, record_property)
@@ -98,9 +97,8 @@ def test_sliding_layers_by_themselves(traced, by_layer):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture(name, traced):
-    auto_class, config = MODELS[name]
     torch.manual_seed(2)
-    model = auto_class.from_config(config).eval()
+    model = untrained(name)
     model.config.mask_token_id = 63
     model.config.diffusion = {"attention": ["bidirectional"]}
     prompts, options = [[5, 6, 7], [8] * 11], dict(max_new_tokens=9, block_size=4, eos_ids=())
@@ -125,6 +123,84 @@ def test_new_weights_take_effect(traced):
     layer = model.model.layers[0]
     layer.mlp.up_proj = torch.nn.Sequential(layer.mlp.up_proj, torch.nn.Tanh())
     assert torch.equal(tokens(compile=True), tokens())
+
+
+@pytest.mark.parametrize(
+    ("where", "put_on"),
+    [
+        ("layers.1", "register_forward_hook"),
+        ("layers.0.mlp.up_proj", "register_forward_pre_hook"),
+        ("rotary_emb", "register_forward_hook"),
+    ],
+)
+def test_hooks_act_as_in_the_uncompiled_model(where, put_on, traced):
+    """Put on after the first call, and taken off again."""
+    model = fresh_model()
+
+    def tokens(**options):
+        return dk.sample(model, prompts_of(9), max_new_tokens=13, threshold=0.3, **options).sequences
+
+    def negated(module, *tensors):
+        first, *others = tensors[-1] if isinstance(tensors[-1], tuple) else (tensors[-1],)
+        return (-first, *others) if isinstance(tensors[-1], tuple) else -first
+
+    plain = tokens(compile=True)
+    handle = getattr(model.model.get_submodule(where), put_on)(negated)
+    with_hook = tokens(compile=True)
+    assert torch.equal(with_hook, tokens()) and not torch.equal(with_hook, plain)
+    handle.remove()
+    assert torch.equal(tokens(compile=True), plain)
+
+
+def test_a_forward_replaced_after_the_first_call(traced, monkeypatch):
+    """Of a class, and of one module."""
+    model = fresh_model()
+
+    def tokens(**options):
+        return dk.sample(model, prompts_of(9), max_new_tokens=13, threshold=0.3, **options).sequences
+
+    plain, mlp = tokens(compile=True), model.model.layers[0].mlp
+    monkeypatch.setattr(mlp, "forward", lambda x: -x)
+    assert torch.equal(tokens(compile=True), tokens()) and not torch.equal(tokens(), plain)
+    monkeypatch.undo()
+    forward = type(mlp).forward
+    monkeypatch.setattr(type(mlp), "forward", lambda self, x: -forward(self, x))
+    assert torch.equal(tokens(compile=True), tokens()) and not torch.equal(tokens(), plain)
+
+
+def test_another_dtype_after_the_first_call(traced):
+    model = fresh_model()
+    for change in (model.bfloat16, model.float, model.bfloat16):
+        change()
+        options = dict(max_new_tokens=9, threshold=0.3)
+        expected = dk.sample(model, prompts_of(9), **options).sequences
+        assert torch.equal(dk.sample(model, prompts_of(9), compile=True, **options).sequences, expected)
+
+
+@torch._dynamo.config.patch(disable=True)
+def test_where_torch_compiles_nothing():
+    """TORCH_COMPILE_DISABLE, read by torch when it is imported."""
+    model = fresh_model()
+    expected = dk.sample(model, prompts_of(9), max_new_tokens=9).sequences
+    with pytest.warns(
+        UserWarning, match="Qwen3ForCausalLM is sampled uncompiled: torch.compile is turned off"
+    ):
+        output = dk.sample(model, prompts_of(9), max_new_tokens=9, compile=True)
+    assert torch.equal(output.sequences, expected)
+
+
+def test_where_compiling_fails(monkeypatch):
+    """No C++ compiler, for example."""
+    model = fresh_model()
+
+    def backend(graph, _):
+        raise RuntimeError("no compiler is to be found")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    expected = dk.sample(model, prompts_of(9), max_new_tokens=9).sequences
+    with pytest.warns(UserWarning, match="sampled uncompiled: .*no compiler is to be found"):
+        output = dk.sample(model, prompts_of(9), max_new_tokens=9, compile=True)
+    assert torch.equal(output.sequences, expected)
 
 
 @pytest.mark.parametrize("layers", [False, True])
@@ -167,7 +243,7 @@ def test_what_cannot_be_compiled():
 
 def test_layers_that_are_not_to_be_found(monkeypatch):
     """Where no list holds the layers, nothing is compiled instead of something else."""
-    model = transformers.AutoModelForCausalLM.from_config(MODELS["llama"][1])
+    model = untrained("llama")
     monkeypatch.setattr(type(model), "device", torch.device("meta"))
     model.config.num_hidden_layers = 7
     with pytest.raises(ValueError, match="has no list of 7 layers"):

@@ -5,10 +5,11 @@ import inspect
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
-from dllm_kernels.sampling import cuda_graph
-from dllm_kernels.sampling.cuda_graph import WARM_UP, Flags, Launches, NotRecorded
-from dllm_kernels.sampling.device_slots import length_bucket
+from dllm_kernels.sampling import graphs
+from dllm_kernels.sampling.graphs import WARM_UP, Flags, Launches, NotRecorded
+from dllm_kernels.sampling.slots import length_bucket
 
 CUDA = torch.device("cuda", 0)
 
@@ -22,24 +23,44 @@ class Stream:
 
 
 class Graph:
-    replays = 0
+    replays, recorded = 0, False
 
     def replay(self):
         self.replays += 1
 
+    def pool(self):
+        if not self.recorded:
+            raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
+        return "pool"
+
 
 class Cuda:
-    """torch.cuda as far as recording goes: streams, and a recording that does not restore the current stream
-    where it fails."""
+    """torch.cuda as far as recording goes: streams, and a recording that restores neither the current stream
+    nor the allocator where it fails. allocating: pools that allocations go to; ends_first: only until a
+    recording that fails raises. held: the pool, once for each who keeps it alive."""
+
+    ends_first = False
 
     def __init__(self, fails: BaseException | None = None):
         self.CUDAGraph, self.Stream = Graph, Stream
         self.current, self.fails, self.graphs, self.recording = Stream(), fails, [], False
         self.first = self.current
+        self.allocating, self.held = [], []
         self.parameters = inspect.signature(torch.cuda.graph)
 
     def device(self, device):
         return contextlib.nullcontext()
+
+    def current_device(self):
+        return 0
+
+    def end_allocating(self, device, pool):
+        if pool not in self.allocating:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.allocating.remove(pool)
+
+    def release(self, device, pool):
+        self.held.remove(pool)
 
     def current_stream(self):
         return self.current
@@ -64,20 +85,27 @@ class Cuda:
         bound = self.parameters.bind(*arguments, **options).arguments
         self.graphs.append(bound)
         before, self.current, self.recording = self.current, bound["stream"], True
+        self.allocating.append(bound["pool"])
+        self.held.append(bound["pool"])
         try:
             yield
         finally:
             self.recording = False
-        if self.fails is not None:
-            raise self.fails
-        self.current = before
+            if self.fails is None or self.ends_first:
+                self.end_allocating(0, bound["pool"])
+            if self.fails is not None:
+                raise self.fails
+            bound["cuda_graph"].recorded = True
+            self.current = before
 
 
 @pytest.fixture
 def cuda(monkeypatch):
     fake = Cuda()
-    monkeypatch.setattr(cuda_graph.torch, "cuda", fake)
-    monkeypatch.setattr(cuda_graph, "_STREAMS", {})
+    monkeypatch.setattr(graphs.torch, "cuda", fake)
+    monkeypatch.setattr(graphs, "_STREAMS", {})
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", fake.end_allocating, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", fake.release, raising=False)
     return fake
 
 
@@ -133,6 +161,33 @@ def test_what_a_graph_cannot_hold_is_said_and_leaves_nothing(cuda):
     with pytest.raises(NotRecorded, match=r"capturing$"):
         launches.record("step", lambda: None)
     assert not launches.recorded and cuda.current is cuda.first
+
+
+WAITED = RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize(
+    "version, ends_first, held", [("2.11", False, 1), ("2.13", True, 1), ("2.14", True, 2)]
+)
+@pytest.mark.parametrize("error", [None, WAITED, *ERRORS])
+def test_a_recording_that_is_broken_off_gives_its_pool_back(
+    cuda, monkeypatch, error, version, ends_first, held
+):
+    """Once, where torch does not do so itself; and what went wrong first is what is said."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    launches, cuda.ends_first = Launches(CUDA), ends_first
+    launches.record("commit", lambda: None)
+    cuda.fails, calls = torch.AcceleratorError("operation failed due to a previous error", 901), []
+
+    def run():
+        calls.append(None)
+        if error is not None and len(calls) > WARM_UP:
+            raise error
+
+    with pytest.raises(NotRecorded if error in (None, WAITED) else type(error)) as raised:
+        launches.record("step", run)
+    assert str(raised.value) == str(error or cuda.fails)
+    assert not cuda.allocating and cuda.held == ["pool"] * held and cuda.current is cuda.first
 
 
 def test_on_a_cpu_a_launch_is_a_call():

@@ -2,8 +2,10 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
+import transformers
 
 import dllm_kernels as dk
 from tests.sampling.tiny_models import MASK, tiny_model
@@ -103,6 +105,124 @@ def test_gaps_too_long_for_any_model():
             dk.infill(tiny_model(), f"a = <mask:{digits}>", tokenizer=tokenizer)
 
 
+def test_gaps_beyond_the_models_positions():
+    _, tokenizer = dk.load("tiny-python")
+    with pytest.raises(ValueError, match=r"canvases\[1\] has gaps of 600 tokens; the model has 256"):
+        dk.infill(tiny_model(), ["a", "<mask:300>b<mask:300>"], tokenizer=tokenizer)
+
+
+HALF = "x = '\ud83d'"
+
+
+def test_half_characters_are_told_by_their_place():
+    """A str of Python may hold half of a surrogate pair, which no tokenizer reads."""
+    model, tokenizer = dk.load("tiny-python")
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    for call in (
+        lambda: dk.sample(model, ["a", HALF], tokenizer=tokenizer),
+        lambda: dk.sample(model, ["a", HALF], tokenizer=tokenizer, chat=True),
+    ):
+        with pytest.raises(ValueError, match=r"prompts\[1\] holds the lone surrogate U\+D83D at character 5"):
+            call()
+    with pytest.raises(ValueError, match=r"canvases\[0\] holds the lone surrogate U\+D83D at character 5"):
+        dk.infill(model, HALF, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("generate", [dk.sample, dk.infill])
+def test_tokenizers_of_other_libraries(generate):
+    _, tokenizer = dk.load("tiny-python")
+    for text in ("x = ", [[1, 2]]):
+        with pytest.raises(TypeError, match=r"tokenizer is a tokenizers\.Tokenizer; give a tokenizer of"):
+            generate(tiny_model(), text, tokenizer=tokenizer.backend_tokenizer)
+
+
+class Answers:
+    """A tokenizer that answers every text alike."""
+
+    mask_token_id, eos_token_id = MASK, None
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def __call__(self, text):
+        return self.answer
+
+    def decode(self, ids, skip_special_tokens=False):
+        return " ".join(map(str, ids))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"input_ids": [1, 2]},
+        {"input_ids": [[1, 2]]},
+        {"input_ids": torch.tensor([[1, 2]])},
+        {"input_ids": np.array([1, 2], dtype=np.int32)},
+        {"input_ids": (np.int64(1), np.int64(2))},
+        transformers.BatchEncoding({"input_ids": [1, 2]}),
+        [1, 2],
+    ],
+    ids=lambda answer: f"{type(answer).__name__} {answer}",
+)
+def test_what_a_tokenizer_may_answer(answer):
+    output = dk.sample(tiny_model(), "any", tokenizer=Answers(answer), max_new_tokens=1)
+    assert output.sequences[0, :2].tolist() == [1, 2] and len(output.texts[0].split()) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (None, r"the tokenizer gave a NoneType for prompts\[0\]; it must give input_ids"),
+        ({"input_ids": [1, None]}, r"an id that the tokenizer gave for prompts\[0\] must be an integer"),
+        (
+            {"input_ids": [1.5]},
+            r"an id that the tokenizer gave for prompts\[0\] must be an integer, got f",
+        ),
+        ({"input_ids": [[1], [2]]}, r"an id that the tokenizer gave for prompts\[0\] must be an integer"),
+        ({"input_ids": "12"}, r"the tokenizer gave a str for prompts\[0\]"),
+    ],
+)
+def test_what_a_tokenizer_may_not_answer(answer, reason):
+    with pytest.raises(TypeError, match=reason):
+        dk.sample(tiny_model(), "any", tokenizer=Answers(answer), max_new_tokens=1)
+
+
+class Counting:
+    """A tokenizer of one token a character that counts the characters that it was given."""
+
+    mask_token_id, eos_token_id, chat_template, read = MASK, None, "given", 0
+
+    def __call__(self, text, add_special_tokens=True):
+        self.read += len(text)
+        return {"input_ids": [1] * len(text)}
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "a" * len(ids)
+
+
+@pytest.mark.parametrize(
+    ("generate", "options"),
+    [(dk.sample, {}), (dk.sample, dict(chat=True)), (dk.infill, {})],
+    ids=["sample", "chat", "infill"],
+)
+@pytest.mark.parametrize("text", ["word " * 2**20, "a" * 2**20], ids=["words", "one word"])
+def test_a_text_too_long_for_the_model_is_refused_before_all_of_it_is_read(generate, options, text):
+    tokenizer = Counting()
+    with pytest.raises(ValueError, match=r"\[0\] is too long: its first \d+ of \d+ characters .* 256"):
+        generate(tiny_model(), text, tokenizer=tokenizer, **options)
+    assert tokenizer.read <= 2**16
+
+
+def test_a_long_text_of_few_tokens_is_read():
+    class Words(Counting):
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [1] * len(text.split())}
+
+    text = ("a" * 1000 + " ") * 200
+    output = dk.infill(tiny_model(), text + "<mask:3>", tokenizer=Words())
+    assert output.filled == [[(200, 203)]] and output.texts[0].startswith(text)
+
+
 def constant(ids, vocabulary=20, **options):
     return torch.zeros(*ids.shape, vocabulary, **options)
 
@@ -152,9 +272,9 @@ def fresh_model():
     [
         (lambda model: model.double(), "model is torch.float64; convert it"),
         (lambda model: model.to("meta"), "model has weights on the meta device"),
-        (torch.compile, "model is a OptimizedModule around .*_orig_mod"),
+        (torch.nn.Sequential, "model is a Sequential around a Qwen3ForCausalLM: give the inner model"),
     ],
-    ids=["double precision", "no weights", "a wrapper"],
+    ids=["double precision", "no weights", "a module around it"],
 )
 def test_models(change, reason):
     with pytest.raises(ValueError, match=reason):

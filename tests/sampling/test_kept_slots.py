@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import dllm_kernels as dk
-from dllm_kernels.sampling import kept_slots
-from dllm_kernels.sampling.cuda_graph import Launches
+from dllm_kernels.sampling import slots
+from dllm_kernels.sampling.graphs import Launches
 from tests.sampling.test_block_rounds import on_device
 from tests.sampling.tiny_models import prompts_of, tiny_model
 
@@ -26,7 +26,7 @@ def recorded(monkeypatch) -> list:
         names.append(name) if name not in self.recorded else None
         record(self, name, run)
 
-    monkeypatch.setattr(kept_slots, "KEPT_ON", ("cpu",))
+    monkeypatch.setattr(slots, "KEPT_ON", ("cpu",))
     monkeypatch.setattr(Launches, "record", counted)
     return names
 
@@ -44,7 +44,7 @@ def model_and_options(request):
     attention, cache = request.param
     model = copy.deepcopy(tiny_model(attention=attention))
     yield model, OPTIONS | dict(cache=cache)
-    kept_slots.forget(model)
+    slots.forget(model)
 
 
 def assert_right(model, prompts, **options) -> None:
@@ -73,7 +73,7 @@ def test_another_call_of_a_compiled_model_records_nothing(recorded, monkeypatch)
     options = OPTIONS | dict(cache="dual", compile=True)
     for seed in range(2):
         on_device(model, prompts_of(9, seed=seed), **options)
-    kept_slots.forget(model)
+    slots.forget(model)
     assert len(recorded) == len({*recorded}) == 3
 
 
@@ -195,13 +195,13 @@ class Slots:
 
 
 def used(model, key="key", pages=4, make=Slots):
-    with kept_slots.slots_of(SimpleNamespace(model=model), (key,), pages, make) as found:
+    with slots.slots_of(SimpleNamespace(model=model), (key,), pages, make) as found:
         return found
 
 
 def test_one_call_beside_another_has_slots_of_its_own(recorded):
     model = Model()
-    with kept_slots.slots_of(SimpleNamespace(model=model), ("key",), 4, Slots) as first:
+    with slots.slots_of(SimpleNamespace(model=model), ("key",), 4, Slots) as first:
         second = used(model)
         assert second is not first
     assert used(model) is first  # the latest to be returned
@@ -218,7 +218,7 @@ def test_slots_with_pages_enough_serve(recorded):
 def test_old_slots_are_gone_before_new_ones_are_made(recorded):
     model, seen = Model(), []
     used(model)
-    used(model, "other", make=lambda: seen.append(model in kept_slots._KEPT) or Slots())
+    used(model, "other", make=lambda: seen.append(model in slots._KEPT) or Slots())
     assert seen == [False]
 
 
@@ -234,7 +234,7 @@ def test_nothing_outlives_its_model(recorded):
 def test_what_is_forgotten_is_made_anew(recorded):
     model = Model()
     first = used(model)
-    kept_slots.forget(model)
+    slots.forget(model)
     assert used(model) is not first
 
 

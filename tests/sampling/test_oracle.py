@@ -1,10 +1,10 @@
-"""Tokens of dk.sample and dk.infill equal the plain loop of sampling/reference.py, in float32."""
+"""Tokens of dk.sample and dk.infill equal the plain loop of sampling/plain_loop.py, in float32."""
 
 import pytest
 import torch
 
 import dllm_kernels as dk
-from dllm_kernels.sampling import reference
+from dllm_kernels.sampling import plain_loop
 from tests.sampling.tiny_models import EOS, MASK, prompts_of, tiny_model
 
 RULES = {
@@ -36,6 +36,7 @@ RULES = {
     ),
     "unlikely to begin with": dict(threshold=0.2, begin_suppress_tokens=tuple(range(0, 100))),
     "confident and stable": dict(threshold=0.2, kl_threshold=0.5),
+    "stable at the temperature of a filter": dict(threshold=0.2, kl_threshold=0.5, top_k=9, temperature=0.5),
     "stable for long": dict(threshold=0.0, kl_threshold=2.0, stable_steps=3),
     "edit": dict(threshold=0.3, edit_threshold=0.3),
     "edit, few steps": dict(threshold=0.4, edit_threshold=0.0, max_post_steps=2),
@@ -51,7 +52,7 @@ CASES = [
 ]  # fmt: skip
 
 
-def assert_rows_equal(output, rows: list[reference.ReferenceRow], record_property) -> None:
+def assert_rows_equal(output, rows: list[plain_loop.ReferenceRow], record_property) -> None:
     """Tokens and the steps that wrote them are equal; only a row with a near-tie may differ."""
     differing = []
     for index, row in enumerate(rows):
@@ -72,7 +73,7 @@ def assert_rows_equal(output, rows: list[reference.ReferenceRow], record_propert
 def test_every_rule(attention, cache, options, record_property):
     model, prompts = tiny_model(attention=attention), prompts_of(3, 9)
     config = dk.SampleConfig(max_new_tokens=11, block_size=8, cache=cache, **options)
-    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    rows = [plain_loop.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
     assert_rows_equal(dk.sample(model, prompts, config=config), rows, record_property)
 
 
@@ -83,7 +84,7 @@ def test_unequal_prompts_and_every_block_size(attention, cache, block_size, reco
     model = tiny_model("llama", attention, num_key_value_heads=1, head_dim=8)
     prompts = prompts_of(1, 40, 33, 4, seed=1)
     config = dk.SampleConfig(max_new_tokens=13, block_size=block_size, cache=cache, threshold=0.4)
-    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    rows = [plain_loop.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
     assert_rows_equal(dk.sample(model, prompts, config=config), rows, record_property)
 
 
@@ -93,7 +94,7 @@ def test_rows_that_end_early(attention, cache, record_property):
     model, prompts = tiny_model(attention=attention), prompts_of(5, 9, 2, 30, 14, seed=2)
     eos_ids = (EOS, *range(20, 34))
     config = dk.SampleConfig(max_new_tokens=24, block_size=8, cache=cache, threshold=0.5, eos_ids=eos_ids)
-    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    rows = [plain_loop.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
     output = dk.sample(model, prompts, config=config)
     assert_rows_equal(output, rows, record_property)
     assert all(ours <= row.forwards for ours, row in zip(output.row_forwards.tolist(), rows, strict=True))
@@ -108,7 +109,7 @@ def test_infilling(attention, cache, options, record_property):
         for start, end in gaps:
             canvas[start:end] = [MASK] * (end - start)
     config = dk.SampleConfig(block_size=8, cache=cache, **options)
-    rows = [reference.infill_row(model, c, config, sequence=i) for i, c in enumerate(canvases)]
+    rows = [plain_loop.infill_row(model, c, config, sequence=i) for i, c in enumerate(canvases)]
     assert_rows_equal(dk.infill(model, canvases, config=config), rows, record_property)
 
 
@@ -128,7 +129,7 @@ def test_approximate_caches(options, record_property):
     model = tiny_model(attention="bidirectional")
     prompts = prompts_of(1, 40, 12, seed=6)
     config = dk.SampleConfig(max_new_tokens=29, block_size=8, threshold=0.4, **options)
-    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    rows = [plain_loop.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
     output = dk.sample(model, prompts, config=config)
     assert_rows_equal(output, rows, record_property)
     assert not output.exact
@@ -144,7 +145,7 @@ def test_shift_with_every_cache(attention, cache, guided, record_property):
     config = dk.SampleConfig(
         max_new_tokens=21, block_size=8, steps_per_block=5, cache=cache, shift=True, **guided
     )
-    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    rows = [plain_loop.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
     assert_rows_equal(dk.sample(model, prompts, config=config), rows, record_property)
 
 
@@ -166,7 +167,7 @@ def test_rows_that_take_turns(options, record_property):
     config = dk.SampleConfig(
         max_new_tokens=20, block_size=8, max_batch=2, eos_ids=(EOS, 20, 21, 22), **options
     )
-    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    rows = [plain_loop.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
     assert_rows_equal(dk.sample(model, prompts, config=config), rows, record_property)
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import dllm_kernels as dk
-from dllm_kernels.sampling import reference
-from dllm_kernels.sampling.canvases import gaps
-from dllm_kernels.sampling.generate import rounds_on_the_device
-from dllm_kernels.sampling.job import prepare
-from dllm_kernels.sampling.refreshed_rounds import RefreshedRounds
+from dllm_kernels.sampling import plain_loop
+from dllm_kernels.sampling.api import rounds_on_the_device
+from dllm_kernels.sampling.loop import RefreshedRounds
+from dllm_kernels.sampling.plan import make_plan
+from dllm_kernels.sampling.prompts import gaps
 from tests.sampling.test_block_rounds import on_device
 from tests.sampling.test_oracle import RULES, assert_rows_equal
 from tests.sampling.tiny_models import EOS, MASK, prompts_of, tiny_model
@@ -35,7 +35,7 @@ def test_every_rule(cache, options, record_property):
     model, prompts = tiny_model(attention="bidirectional"), prompts_of(3, 25)
     options = dict(max_new_tokens=11, block_size=8, cache=cache, **options)
     config = dk.SampleConfig(**options)
-    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    rows = [plain_loop.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
     output, _ = on_device(model, prompts, **options)
     assert_rows_equal(output, rows, record_property)
     assert_same_steps(output, dk.sample(model, prompts, config=config))
@@ -51,7 +51,7 @@ def test_every_refresh_and_window(cache, suffix_window, refresh_every, record_pr
     options = dict(max_new_tokens=21, block_size=8, threshold=0.4, cache=cache)
     options |= dict(refresh_every=refresh_every, suffix_window=suffix_window)
     config = dk.SampleConfig(**options)
-    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    rows = [plain_loop.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
     output, _ = on_device(model, prompts, **options)
     assert_rows_equal(output, rows, record_property)
     assert_same_steps(output, dk.sample(model, prompts, config=config))
@@ -74,7 +74,7 @@ def test_rows_wait_for_slots(cache, slots, record_property):
     model, prompts = tiny_model(attention="bidirectional"), prompts_of(5, 9, 2, 30, 14, 1, 40, seed=2)
     options = dict(max_new_tokens=24, block_size=8, threshold=0.5, cache=cache, eos_ids=(EOS, *range(20, 40)))
     config = dk.SampleConfig(**options)
-    rows = [reference.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
+    rows = [plain_loop.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
     output, rounds = on_device(model, prompts, max_batch=slots, **options)
     assert_rows_equal(output, rows, record_property)
     assert_same_steps(output, dk.sample(model, prompts, config=config))
@@ -92,8 +92,8 @@ def test_infilling(cache):
         for start, end in masked:
             canvas[start:end] = [MASK] * (end - start)
     options = dict(block_size=8, cache=cache, steps=6, shift=True)
-    job = prepare(model, None, None, options)
-    rounds = RefreshedRounds(job, gaps(canvases, job.fill))
+    plan = make_plan(model, None, None, options)
+    rounds = RefreshedRounds(plan, gaps(canvases, plan.fill))
     rounds.run()
     expected = dk.infill(model, canvases, **options)
     assert torch.equal(rounds.canvases.ids, expected.sequences)
@@ -133,8 +133,8 @@ def test_positions_beyond_a_row_are_none_of_the_model():
 
 def test_a_failing_model_leaves_no_pages():
     model = tiny_model(attention="bidirectional")
-    job = prepare(model, None, None, dict(max_new_tokens=9, block_size=8, cache="dual"))
-    rounds = rounds_on_the_device(job)(job, gaps([[MASK] * 9], job.fill))
+    plan = make_plan(model, None, None, dict(max_new_tokens=9, block_size=8, cache="dual"))
+    rounds = rounds_on_the_device(plan)(plan, gaps([[MASK] * 9], plan.fill))
     rounds.refresh = lambda length: (_ for _ in ()).throw(KeyboardInterrupt)
     before = rounds.canvases.ids.clone()
     with pytest.raises(KeyboardInterrupt):
@@ -147,4 +147,4 @@ HOSTED = [dict(cache="none"), dict(cache="dual", parity="fast_dllm"), dict(cache
 
 @pytest.mark.parametrize("options", HOSTED)
 def test_what_the_host_must_see_is_left_to_it(options):
-    assert rounds_on_the_device(prepare(tiny_model(attention="bidirectional"), None, None, options)) is None
+    assert rounds_on_the_device(make_plan(tiny_model(attention="bidirectional"), None, None, options)) is None

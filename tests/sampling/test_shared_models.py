@@ -30,18 +30,18 @@ def model(traced_model):
     assert all(module.training and "forward" not in vars(module) for module in traced_model.modules())
 
 
-def together(*jobs):
+def together(*plans):
     """Results of functions that run at once, each in its thread."""
-    results, start = [None] * len(jobs), threading.Barrier(len(jobs))
+    results, start = [None] * len(plans), threading.Barrier(len(plans))
 
-    def work(index, job):
+    def work(index, plan):
         start.wait()
         try:
-            results[index] = job()
+            results[index] = plan()
         except BaseException as error:
             results[index] = error
 
-    threads = [threading.Thread(target=work, args=item) for item in enumerate(jobs)]
+    threads = [threading.Thread(target=work, args=item) for item in enumerate(plans)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -155,3 +155,16 @@ def test_results_are_ordinary_tensors(model):
 def test_compiling_under_autocast_is_refused(model):
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="compile=True under"):
         dk.sample(model, [[1]], compile=True, **OPTIONS)
+
+
+def test_cached_tokens_under_autocast_are_those_without_a_cache():
+    """Pages hold what attention is given there, so that both round alike."""
+    block_causal, options = tiny_model(), dict(max_new_tokens=24, block_size=8, threshold=0.3)
+    for seed in range(6):
+        prompts = prompts_of(18, 9, seed=seed)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            none, block = (
+                dk.sample(block_causal, prompts, cache=cache, **options).sequences
+                for cache in ("none", "block")
+            )
+        assert torch.equal(none, block)

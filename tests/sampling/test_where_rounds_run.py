@@ -2,13 +2,14 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import dllm_kernels as dk
-from dllm_kernels.sampling import generate
-from dllm_kernels.sampling.cuda_graph import Launches, NotRecorded
+from dllm_kernels.sampling import api
+from dllm_kernels.sampling.graphs import Launches, NotRecorded
 from tests.sampling.tiny_models import MASK, prompts_of, tiny_model
 
 KINDS = {"block": "block_causal", "prefix": "bidirectional", "dual": "bidirectional"}
@@ -17,7 +18,7 @@ OPTIONS = dict(max_new_tokens=19, block_size=8, threshold=0.3)
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(generate, "_may_record", lambda job: job.model not in generate._NOT_RECORDED)
+    monkeypatch.setattr(api, "_may_record", lambda plan, _: plan.model not in api._NOT_RECORDED)
 
 
 @pytest.fixture
@@ -78,21 +79,31 @@ def test_a_model_that_cannot_be_recorded_is_left_to_the_host(cache, as_on_a_gpu,
     assert len(refused) == 1
 
 
-def test_nothing_is_recorded_on_a_cpu_or_while_calls_are_checked(monkeypatch):
-    class Job:
-        model, device = torch.nn.Linear(1, 1), torch.device("cuda")
+CANVASES = SimpleNamespace(end=torch.tensor([5, 9]))
 
-    assert generate._may_record(Job)
+
+def plan_on_a_gpu(scaling_of=lambda length: ()) -> SimpleNamespace:
+    """What `_may_record` looks at."""
+    runner = SimpleNamespace(scaling_of=scaling_of)
+    return SimpleNamespace(model=torch.nn.Linear(1, 1), device=torch.device("cuda"), runner=runner)
+
+
+def test_nothing_is_recorded_on_a_cpu_or_while_calls_are_checked(monkeypatch):
+    plan = plan_on_a_gpu()
+    assert api._may_record(plan, CANVASES)
     monkeypatch.setenv("DLLM_DEBUG", "1")
-    assert not generate._may_record(Job)
+    assert not api._may_record(plan, CANVASES)
     monkeypatch.delenv("DLLM_DEBUG")
-    monkeypatch.setattr(Job, "device", torch.device("cpu"))
-    assert not generate._may_record(Job)
+    plan.device = torch.device("cpu")
+    assert not api._may_record(plan, CANVASES)
 
 
 def test_nothing_is_recorded_of_a_model_in_several_processes():
-    class Job:
-        model, device = torch.nn.Linear(1, 1), torch.device("cuda")
+    plan = plan_on_a_gpu()
+    plan.model.bias.device_mesh = "as of a DTensor"
+    assert not api._may_record(plan, CANVASES)
 
-    Job.model.bias.device_mesh = "as of a DTensor"
-    assert not generate._may_record(Job)
+
+def test_nothing_is_recorded_where_positions_depend_on_the_length_of_a_row():
+    assert api._may_record(plan_on_a_gpu(lambda length: 0), CANVASES)
+    assert not api._may_record(plan_on_a_gpu(lambda length: length > 8), CANVASES)

@@ -10,21 +10,24 @@ from torch import Tensor
 
 from dllm_kernels.block_cache import BlockKVCache
 from dllm_kernels.models.families import Diffusion, diffusion_of
-from dllm_kernels.sampling.canvases import Canvases
+from dllm_kernels.models.probe import Traits, traits_of
+from dllm_kernels.models.text import check_tokenizer
+from dllm_kernels.models.wrappers import is_transformers_model, unwrapped
 from dllm_kernels.sampling.config import APPROXIMATE, SampleConfig
-from dllm_kernels.sampling.denoiser import CallableDenoiser, ModelDenoiser
 from dllm_kernels.sampling.parity import NONE, PARITY, Parity
+from dllm_kernels.sampling.prompts import Canvases
+from dllm_kernels.sampling.runner import CallableRunner, ModelRunner
 from dllm_kernels.sampling.views import SCHEMES, Scheme
 
 PAGE_SIZE = 32
 
 
 @dataclass(frozen=True)
-class Job:
+class Plan:
     """A model with the options it is sampled with, all of them checked."""
 
     model: object
-    denoiser: ModelDenoiser | CallableDenoiser
+    runner: ModelRunner | CallableRunner
     diffusion: Diffusion
     config: SampleConfig
     mask_id: int
@@ -46,8 +49,8 @@ class Job:
     @property
     def scheme(self) -> Scheme:
         """The cache scheme; "auto" is the exact one that keeps most."""
-        hooked = isinstance(self.denoiser, ModelDenoiser)
-        best = "block" if self.block_causal and hooked else "none"
+        hooked = isinstance(self.runner, ModelRunner)
+        best = "block" if self.block_causal and hooked and self.runner.traits.local else "none"
         return SCHEMES[best if self.config.cache == "auto" else self.config.cache]
 
     @property
@@ -63,8 +66,7 @@ class Job:
 
     @property
     def device(self) -> torch.device:
-        weight = next(self.model.parameters(), None) if isinstance(self.model, torch.nn.Module) else None
-        return torch.device("cpu") if weight is None else weight.device
+        return device_of(self.model)
 
     def check_length(self, canvases: Canvases) -> None:
         """Refuse canvases beyond the model's positions."""
@@ -77,7 +79,8 @@ class Job:
         if limit is not None and longest > limit:
             raise ValueError(
                 f"row {int(row)} needs {int(longest)} positions ({int(given[row])} of prompt, "
-                f"blocks of {self.config.block_size}); the model has {limit}"
+                f"blocks of {self.config.block_size}); the model has {limit}, by max_position_embeddings, "
+                "the scaling in rope_parameters and attention_chunk_size of its config"
             )
 
     def shareable(self, canvases: Canvases) -> Tensor:
@@ -97,42 +100,45 @@ class Job:
         return int(pages.topk(live).values.sum()) * self.streams
 
     def cache_of(self, pages: int) -> BlockKVCache:
-        """So many pages for this model."""
-        config = self.model.config
-        heads = config.num_attention_heads
+        """So many pages for this model, in the dtype that its keys and values have under autocast too."""
+        traits, kind = self.runner.traits, self.device.type
+        autocast = torch.is_autocast_enabled(kind)
         return BlockKVCache(
-            config.num_hidden_layers,
-            getattr(config, "num_key_value_heads", None) or heads,
-            getattr(config, "head_dim", None) or config.hidden_size // heads,
+            traits.calls,
+            traits.kv_heads,
+            traits.head_dims,
             pages=pages,
             page_size=PAGE_SIZE,
-            dtype=self.model.dtype,
+            dtype=torch.get_autocast_dtype(kind) if autocast else self.model.dtype,
             device=self.device,
         )
 
 
-def prepare(model, tokenizer, config: SampleConfig | None, overrides: dict) -> Job:
+def device_of(model) -> torch.device:
+    """The device of the first weight; the CPU for a function."""
+    weight = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+    return torch.device("cpu") if weight is None else weight.device
+
+
+def make_plan(model, tokenizer, config: SampleConfig | None, overrides: dict) -> Plan:
     """Check a model against its options; what can be refused is refused here."""
-    if tokenizer is not None and not hasattr(tokenizer, "decode"):
-        raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; give a tokenizer of transformers")
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     if config is not None and not isinstance(config, SampleConfig):
         raise TypeError(f"config is a {type(config).__name__}; it must be a dk.SampleConfig")
     if unknown := overrides.keys() - {field.name for field in fields(SampleConfig)}:
         raise TypeError(f"{min(unknown)!r} is not an option; dk.SampleConfig lists them")
-    hooked = _is_transformers_model(model)
-    if not hooked and callable(model):
-        _refuse_wrapper(model)
-    elif not hooked:
-        raise TypeError(f"model is a {type(model).__name__}; give a transformers model or a callable")
-    if hooked:
-        _check_weights(model)
-    diffusion = diffusion_of(model) if hooked else _ANY_CALLABLE
+    model, diffusion = model_with_diffusion(model)
+    hooked = is_transformers_model(model)
+    traits = traits_of(model, diffusion) if hooked else None
     if config is not None:
         config = replace(config, **overrides)
     else:
         own = {"block_size": diffusion.block_size} if diffusion.block_size else {}
         config = SampleConfig(**{**own, **overrides})
     _check_model_options(config, diffusion, hooked)
+    if traits is not None and not traits.local:
+        _check_options_of_rows_alone(type(model).__name__, config, diffusion, traits)
     mask_id = _first(config.mask_id, diffusion.mask_id, getattr(tokenizer, "mask_token_id", None))
     if mask_id is None:
         raise ValueError(
@@ -150,10 +156,25 @@ def prepare(model, tokenizer, config: SampleConfig | None, overrides: dict) -> J
     if mask_id in eos_ids:
         raise ValueError(f"mask_id {mask_id} is an end token too")
     if hooked:
-        denoiser = ModelDenoiser(model, diffusion.head, diffusion.first_position, config.compile)
+        runner = ModelRunner(model, diffusion.head, traits, diffusion.first_position, config.compile)
     else:
-        denoiser = CallableDenoiser(model, partial(_check_vocabulary, **barred))
-    return Job(model, denoiser, diffusion, config, mask_id, eos_ids)
+        runner = CallableRunner(model, partial(_check_vocabulary, **barred))
+    return Plan(model, runner, diffusion, config, mask_id, eos_ids)
+
+
+def model_with_diffusion(model) -> tuple[object, Diffusion]:
+    """Return the transformers model in `model`, or the callable that it is, and how that samples.
+
+    TypeError if it is neither; ValueError as of `unwrapped` and `diffusion_of`, and for weights that our
+    attention cannot run in.
+    """
+    model = unwrapped(model)
+    if is_transformers_model(model):
+        _check_weights(model)
+        return model, diffusion_of(model)
+    if not callable(model):
+        raise TypeError(f"model is a {type(model).__name__}; give a transformers model or a callable")
+    return model, _ANY_CALLABLE
 
 
 # A callable says nothing of itself: it sees whole canvases, and options name its special tokens.
@@ -161,26 +182,6 @@ _ANY_CALLABLE = Diffusion(
     attention="bidirectional", block_size=None, shift=False, mask_id=None, eos_ids=(), pad_id=None,
     vocab_size=None, max_positions=None, head=(),
 )  # fmt: skip
-
-
-def _is_transformers_model(model) -> bool:
-    if not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
-        return False
-    from transformers import PreTrainedModel
-
-    return isinstance(model, PreTrainedModel)
-
-
-def _refuse_wrapper(model) -> None:
-    """A module around a transformers model would run it with its own, usually causal, mask."""
-    if isinstance(model, torch.nn.Module):
-        inner = next((module for module in model.modules() if _is_transformers_model(module)), None)
-        if inner is not None:
-            raise ValueError(
-                f"model is a {type(model).__name__} around a {type(inner).__name__}: give the inner model "
-                "(model.get_base_model(), .module or ._orig_mod), or a function of ids to use it as "
-                "it stands"
-            )
 
 
 def _check_weights(model) -> None:
@@ -212,6 +213,22 @@ def _check_model_options(config: SampleConfig, diffusion: Diffusion, hooked: boo
         )
     if config.suffix_window is not None and not bidirectional:
         raise ValueError("suffix_window has no meaning for a block-causal model: no block sees a later one")
+
+
+def _check_options_of_rows_alone(
+    name: str, config: SampleConfig, diffusion: Diffusion, traits: Traits
+) -> None:
+    """Refuse what is wrong where tokens depend on each other in other ways than through attention."""
+    if config.cache not in ("auto", "none"):
+        raise ValueError(
+            f'cache="{config.cache}" keeps keys and values, and in {name} tokens depend on each other '
+            'through more than those (a state, a convolution); use cache="none"'
+        )
+    if not traits.causal and diffusion.attention == "block_causal":
+        raise ValueError(
+            f"{name} is marked block_causal, but its tokens depend on later ones besides attention; mark it "
+            '{"attention": ["bidirectional"]}'
+        )
 
 
 def _check_vocabulary(vocab_size: int | None, **options: tuple[int, ...]) -> None:

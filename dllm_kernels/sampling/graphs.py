@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import Tensor
@@ -66,20 +66,44 @@ class Launches:
                         run()
             finally:
                 current.wait_stream(self.stream)
+            begun, cause = False, None
             try:
                 # Other threads may allocate and wait meanwhile: only what this one does is recorded.
                 with torch.cuda.graph(
                     graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
                 ):
-                    run()
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                raise NotRecorded(str(error).partition("\n")[0]) from error
+                    begun = True
+                    try:
+                        run()
+                    except BaseException as error:
+                        cause = error
+                        raise
+            except BaseException as error:
+                if begun:
+                    self._give_pool_back(graph)
+                cause = cause or error  # ending a recording that is broken raises one more
+                if isinstance(cause, RuntimeError) and not isinstance(cause, torch.OutOfMemoryError):
+                    raise NotRecorded(str(cause).partition("\n")[0]) from cause
+                raise cause from None
             finally:
                 # A recording that fails leaves its own stream as the current one.
                 torch.cuda.set_stream(current)
+                cause = None  # a cycle through its traceback would keep what the function allocated
         return graph
+
+    def _give_pool_back(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Undo what beginning a recording did to torch's allocator. Where CUDA broke the recording off, torch
+        may go on as if the device were capturing, so that memory is freed late, and its graph never releases
+        the pool."""
+        try:
+            graph.pool()
+            return  # the recording has ended: the graph gives the pool back when it goes
+        except RuntimeError:
+            device = torch.cuda.current_device()
+        with suppress(RuntimeError):  # torch had ended it before it raised
+            torch._C._cuda_endAllocateToPool(device, self.pool)
+        if torch.__version__ < (2, 14):  # of later ones it is not known
+            torch._C._cuda_releasePool(device, self.pool)
 
 
 class Flags:

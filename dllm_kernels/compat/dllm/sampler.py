@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import dllm_kernels as dk
-from dllm_kernels.compat.canvases import drawn_seed, replayed, stacked
-from dllm_kernels.compat.dllm_configs import BaseSamplerConfig, BaseSamplerOutput
-from dllm_kernels.models.families import diffusion_of
+from dllm_kernels.compat.dllm.configs import BaseSamplerConfig, BaseSamplerOutput
+from dllm_kernels.compat.tensors import drawn_seed, replayed, stacked
+from dllm_kernels.models.wrappers import is_transformers_model, unwrapped
+from dllm_kernels.sampling.plan import model_with_diffusion
 
 
 @dataclass
@@ -59,12 +60,18 @@ class Sampler:
     @property
     def _end_token(self) -> int:
         eos = getattr(self.tokenizer, "eos_token_id", None)
-        return diffusion_of(self.model).eos_ids[0] if eos is None else eos
+        if eos is None:
+            eos = next(iter(model_with_diffusion(self.model)[1].eos_ids), None)
+        if eos is None:
+            raise ValueError(
+                "the end token is not known: neither the tokenizer nor the model's config names one"
+            )
+        return eos
 
     @property
     def _mask_id(self) -> int:
         mask_id = getattr(self.tokenizer, "mask_token_id", None)
-        return diffusion_of(self.model).mask_id if mask_id is None else mask_id
+        return model_with_diffusion(self.model)[1].mask_id if mask_id is None else mask_id
 
     def _settled(self, config, kwargs: dict) -> SimpleNamespace:
         config = self._config() if config is None else config
@@ -147,7 +154,11 @@ def _is_cosine(scheduler) -> bool:
 
 @contextmanager
 def attending(model, kind: str) -> Iterator[None]:
-    """Within this context `model` is sampled with this kind of attention."""
+    """Within this context `model` is sampled with this kind of attention; a function has its own."""
+    model = unwrapped(model)
+    if not is_transformers_model(model):
+        yield
+        return
     config = model.config
     before = getattr(config, "diffusion", None)
     config.diffusion = {**(before or {}), "attention": [kind]}

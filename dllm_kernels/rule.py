@@ -8,9 +8,12 @@ import math
 from dataclasses import dataclass
 from numbers import Real
 
+import torch
+
+from dllm_kernels import _library  # noqa: F401  (loads the operators)
 from dllm_kernels._arguments import integer
 
-CONFIDENCES = ("prob", "margin", "entropy", "random")
+CONFIDENCES = tuple(torch.ops.dllm_kernels.confidences().split())
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,12 @@ class Rule:
         _check_number("alg_temp", self.alg_temp, 0.0)
         if self.alg_temp > 0 and self.name != "quota":
             raise ValueError(f"alg_temp draws the positions of a quota; rule {self.name!r} has none")
+
+    @property
+    def code(self) -> tuple[int, list[float], bool, int, float]:
+        """How torch.ops.dllm_kernels.commit_ and unmask_ take the rule."""
+        name, confidence = [*_PARAMETERS].index(self.name), CONFIDENCES.index(self.confidence)
+        return name, [float(p) for p in self.parameters], self.strict, confidence, float(self.alg_temp)
 
     @property
     def needs_quota(self) -> bool:
@@ -129,16 +138,9 @@ def _check_number(name: str, value: object, low: float = -math.inf, high: float 
         raise ValueError(f"{name} is {value}; it must be a finite number{bounds}")
 
 
-# The numbers of each rule, as in csrc/core/acceptance.h.
+# The numbers of each rule; rules and confidences stand in the order of csrc/core/acceptance.h.
 _PARAMETERS = {
-    "quota": (),
-    "threshold": ("threshold",),
-    "factor": ("factor",),
-    "quota_or_threshold": ("threshold",),
-    "entropy_bound": ("entropy_bound",),
-    "bernoulli": ("steps", "eps"),
-    "confident_stable": ("threshold", "kl_threshold", "stable_steps"),
-    "edit": ("threshold", "edit_threshold"),
+    name: tuple(numbers) for name, *numbers in map(str.split, torch.ops.dllm_kernels.rules().splitlines())
 }
 _CHECKS = {
     "steps": lambda name, value: integer(name, value, 1),

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 import dllm_kernels as dk
-from dllm_kernels.compat.canvases import confidence_of, stacked
-from dllm_kernels.compat.dllm_configs import (
+from dllm_kernels.compat.dllm.configs import (
     BaseSamplerConfig,
     BaseSamplerOutput,
     BD3LMSamplerConfig,
@@ -24,9 +23,12 @@ from dllm_kernels.compat.dllm_configs import (
     FastdLLMLLaDASamplerConfig,
     MDLMSamplerConfig,
 )
-from dllm_kernels.compat.dllm_sampler import Sampler, attending, left_of
+from dllm_kernels.compat.dllm.sampler import Sampler, attending, left_of
 from dllm_kernels.compat.hooks import Hook, Hooked, same_logits, same_tokens
 from dllm_kernels.compat.llada import check_steps
+from dllm_kernels.compat.tensors import confidence_of, stacked
+from dllm_kernels.models.wrappers import unwrapped
+from dllm_kernels.sampling.plan import device_of
 from dllm_kernels.sampling.schedules import dream_schedule
 
 __all__ = [
@@ -168,9 +170,10 @@ class DreamSampler(Sampler):
         quotas = [config.quotas(count, 1, (row, 0)) for row, count in enumerate(masks)]
         steps = max(map(len, quotas))
         due = torch.tensor([row + [0] * (steps - len(row)) for row in quotas])
-        device = self.model.device
+        model = unwrapped(self.model)
+        device = device_of(model)
         hooked = Hooked(
-            self.model, tokens, logits, lambda step, masks: due[:, step].to(device), config.acceptance(),
+            model, tokens, logits, lambda step, masks: due[:, step].to(device), config.acceptance(),
             self._mask_id, option.right_shift_logits,
             dict(
                 temperature=config.temperature, seed=config.seed, top_p=config.top_p, top_k=config.top_k,

@@ -55,14 +55,14 @@ def replayed(
     origin: int64 [B], where blocks count from. quotas: what the steps of a block commit, 0 where that is
     nothing; None: no step commits nothing. least: fewest steps of a block.
     """
-    open = unmask_step >= 0
+    filled = unmask_step >= 0
     block = (torch.arange(sequences.shape[1]) - origin[:, None]).div(block_size, rounding_mode="floor")
     committing = torch.arange(int(unmask_step.max()) + 1)
     if quotas is not None:
         committing = torch.tensor(quotas).nonzero()[:, 0]
     time, past = torch.full_like(unmask_step, -1), 0
-    for index in block[open].unique().tolist():
-        here = open & (block == index)
+    for index in block[filled].unique().tolist():
+        here = filled & (block == index)
         first = torch.where(here, unmask_step, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
         step = committing[(unmask_step - first)[here]]
         time[here] = past + step

@@ -168,11 +168,9 @@ def _draws(rule, masked: list[int], index: int, sequence: int, seed: int) -> boo
 
 def _statistics(logits, listed, step, sequence, mask_id, config) -> tuple[tuple[Tensor, ...], int]:
     """Token, prob, margin, entropy of every candidate, in float64, and how many proposals are near-ties."""
-    logits = logits.double()
+    logits, temperature = logits.double(), _temperature(config)
     logits[:, [mask_id, *config.suppress_tokens]] = -torch.inf
-    filtered = config.top_p is not None or config.top_k is not None
-    heat = config.temperature if filtered and config.temperature else 1.0
-    dropped = ~unmask.kept(logits / heat, config.top_p, config.top_k)
+    dropped = ~unmask.kept(logits / temperature, config.top_p, config.top_k)
     scores = logits.clone()
     if config.temperature:
         for row, position in enumerate(listed):
@@ -181,7 +179,7 @@ def _statistics(logits, listed, step, sequence, mask_id, config) -> tuple[tuple[
     scores[dropped] = -torch.inf
     best, second = scores.topk(2).values.unbind(-1)
     token = scores.argmax(-1)
-    clean = (logits / heat).masked_fill(dropped, -torch.inf)
+    clean = (logits / temperature).masked_fill(dropped, -torch.inf)
     clean[:, list(config.begin_suppress_tokens)] = -torch.inf
     nothing = (clean == -torch.inf).all(-1)  # all that the filters keep has no confidence
     probability = clean.softmax(-1).masked_fill(nothing[:, None], 0.0)
@@ -197,6 +195,12 @@ def _statistics(logits, listed, step, sequence, mask_id, config) -> tuple[tuple[
     return stats, int((best - second < (1e-4 if config.temperature else 1e-5)).sum())
 
 
+def _temperature(config) -> float:
+    """Temperature of the softmax behind confidences: that of the noise, where filters cut the proposals."""
+    filtered = config.top_p is not None or config.top_k is not None
+    return config.temperature if filtered and config.temperature else 1.0
+
+
 def _divergence(logits, listed, before: dict[int, Tensor], mask_id, config) -> Tensor:
     """KL(p ‖ p of the step before) of every candidate; infinite at its first step."""
     barred = [mask_id, *config.suppress_tokens, *config.begin_suppress_tokens]
@@ -205,7 +209,7 @@ def _divergence(logits, listed, before: dict[int, Tensor], mask_id, config) -> T
         if position not in before:
             result.append(torch.inf)
             continue
-        both = torch.stack([row, before[position]]).double()
+        both = torch.stack([row, before[position]]).double() / _temperature(config)
         both[:, barred] = -torch.inf
         log_p, log_q = both.log_softmax(-1)
         result.append(float(torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0).sum()))

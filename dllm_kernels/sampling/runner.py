@@ -10,47 +10,66 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from dllm_kernels._arguments import kind
-from dllm_kernels.models.attention import VIEW_ONLY, enable_attention, view_not_handed_on
+from dllm_kernels.models.attention import AS_A_FUNCTION, attention_by_view, view_not_handed_on
 from dllm_kernels.models.compiled import compiled, current
+from dllm_kernels.models.inference import inference
 from dllm_kernels.models.plain_linear import is_plain_linear
-from dllm_kernels.models.shared_change import shared_change
+from dllm_kernels.models.probe import Traits
 from dllm_kernels.ops.token_stats import TokenStats, linear_token_stats, token_stats
 from dllm_kernels.sampling.views import StepView
 
 
 @dataclass
-class ModelDenoiser:
-    """A transformers model on our attention, its body compiled if `compile` says so."""
+class ModelRunner:
+    """A transformers model on our attention, its body compiled if `compile` says so.
+
+    length: of the canvases of the rows in a forward, for models whose positions depend on it; None: it does
+    not matter.
+    """
 
     model: torch.nn.Module
     head: tuple[Callable[[Tensor], Tensor], ...]
+    traits: Traits
     first_position: int = 0
     compile: bool = False
+    length: int | None = None
 
     def outputs(self, ids: Tensor, view: StepView, places: Tensor) -> tuple[Tensor, int]:
         """ids [B, N] of the view's tokens, places [M] among all B·N -> output rows [M, H], forwards made."""
+        views = [(slice(None), view)] if self.traits.local else view.rows()
+        fixed = nullcontext() if self.length is None else self.traits.rotary.fixed(self.length)
+        with fixed:
+            hidden = [self.hidden(ids[:, tokens], row) for tokens, row in views]
+        output = (hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)).flatten(0, 1)[places]
+        for function in self.head[:-1]:
+            output = function(output)
+        return output, len(hidden)
+
+    def hidden(self, ids: Tensor, view: StepView) -> Tensor:
+        """Return the last hidden states [B, N, H] of one forward over ids [B, N]."""
         view.layers.clear()
+        step = current(view) if self.compile else nullcontext(view)
         # Without the bookkeeping that no_grad still does for each of a model's thousand small operators.
-        with torch.inference_mode(), current(view) if self.compile else nullcontext(view) as handed_on:
+        with torch.inference_mode(), attention_by_view(), step as handed_on:
             hidden = self.model.base_model(
                 input_ids=ids,
                 position_ids=view.position_ids + self.first_position,
-                attention_mask=VIEW_ONLY,
+                attention_mask=self.traits.mask,
                 use_cache=False,
                 dllm_view=handed_on,
             )[0]
-        if len(view.layers) != self.model.config.num_hidden_layers:
-            raise ValueError(view_not_handed_on(type(self.model).__name__))
-        output = hidden.flatten(0, 1)[places]
-        for function in self.head[:-1]:
-            output = function(output)
-        return output, 1
+        if len(view.layers) != self.traits.calls:
+            raise ValueError(f"{view_not_handed_on(type(self.model).__name__)}. {AS_A_FUNCTION}")
+        return hidden
+
+    def scaling_of(self, length: int) -> object:
+        """Rows whose canvases have equal scaling may share a forward."""
+        return self.traits.rotary.scaling_of(length)
 
     def logits(self, outputs: Tensor) -> Tensor:
         """Output rows [M, H] -> logits [M, V]."""
@@ -69,24 +88,12 @@ class ModelDenoiser:
         if self.compile and torch.is_autocast_enabled(self.model.device.type):
             raise ValueError("compile=True under torch.autocast: convert the model instead, model.bfloat16()")
         body = compiled(self.model) if self.compile else nullcontext()
-        quiet = shared_change(("evaluating", id(self.model)), partial(_evaluating, self.model))
-        with enable_attention(self.model), torch.no_grad(), quiet, body:
+        with inference(self.model), body:
             yield
 
 
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 @dataclass
-class CallableDenoiser:
+class CallableRunner:
     """Any function from ids [B, T] to logits [B, T, V], or to an object with `.logits`.
 
     Rows of equal length go through it together: it never sees padding. check_vocabulary: called with V,
@@ -96,9 +103,10 @@ class CallableDenoiser:
     function: Callable[[Tensor], Tensor]
     check_vocabulary: Callable[[int], None]
     vocab_size: int | None = None
+    length: int | None = None
 
     def outputs(self, ids: Tensor, view: StepView, places: Tensor) -> tuple[Tensor, int]:
-        """As ModelDenoiser.outputs, with one forward for each length among the rows."""
+        """As ModelRunner.outputs, with one forward for each length among the rows."""
         packing, rows, forwards = view.packing, None, 0
         row, position = packing.row[places], packing.position[places]
         for length in packing.length.unique().tolist():
@@ -132,12 +140,16 @@ class CallableDenoiser:
             raise ValueError(f"model gave logits of {logits.shape[2]} ids after {self.vocab_size}")
         return logits
 
+    def scaling_of(self, length: int) -> object:
+        """As ModelRunner.scaling_of: any rows may share a forward."""
+        return ()
+
     def logits(self, outputs: Tensor) -> Tensor:
         """They are the logits."""
         return outputs
 
     def statistics(self, outputs: Tensor, **options) -> TokenStats:
-        """As ModelDenoiser.statistics."""
+        """As ModelRunner.statistics."""
         return token_stats(outputs, **options)
 
     @contextmanager

@@ -1,0 +1,5 @@
+"""`python -m dllm_kernels` is the `dllm` command."""
+
+from dllm_kernels.cli import app
+
+app(prog_name="dllm")
