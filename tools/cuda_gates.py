@@ -2,22 +2,28 @@
 
     python tools/cuda_gates.py BUILD_FOLDER
 
-A kernel fails when it spills registers or has a stack frame, when it needs more shared memory than a
-block can have, or when ptxas gave up on asynchronous wgmma. Every kernel in a folder named sm90 must
-contain HGMMA: kernels without matrix products belong to the sources compiled for all architectures.
+A kernel fails when it spills registers or has a stack frame, when its static and dynamic shared memory are
+more than a CTA can have, or when ptxas gave up on asynchronous wgmma. Every kernel in a folder named sm90
+must contain HGMMA: kernels without matrix products belong to the sources compiled for all architectures.
 The library may link neither the driver nor the CUDA libraries of torch.
 """
 
+import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-MAX_SHARED_BYTES = 227 * 1024  # per block on sm_90; dynamic shared memory is asserted in each config.h
+ROOT = Path(__file__).resolve().parents[1]
+# Static and dynamic shared memory that a CTA can have. Code for 8.0 runs on every GPU of 8.x and 12.x.
+SHARED_BYTES = {"sm_87": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_103": 227 * 1024}
+SMALLEST_SHARED_BYTES = 99 * 1024
 FORBIDDEN_LIBRARIES = (
     "libcuda.so",
     "libcudart.so",
@@ -40,12 +46,21 @@ class Function:
     spill_bytes: int
     registers: int = 0
     shared_bytes: int = 0
+    dynamic_bytes: int = 0
+
+    @property
+    def plan(self) -> str:
+        """Its name among the plans of shared memory."""
+        name = re.search(r"(?:cuda|sm90)\d+([a-z_]+_kernel)", self.name)
+        numbers = ",".join(re.findall(r"L[ib](\d+)E", self.name))
+        space = "sm90::" if "4sm90" in self.name else ""
+        return space + (name[1] if name else self.name) + (f"<{numbers}>" if numbers else "")
 
     def failures(self) -> list[str]:
         limits = {
             "bytes of stack": (self.stack_bytes, 0),
             "bytes spilled": (self.spill_bytes, 0),
-            "bytes of shared memory": (self.shared_bytes, MAX_SHARED_BYTES),
+            "bytes of shared memory": (self.shared_bytes + self.dynamic_bytes, shared_limit(self.arch)),
         }
         return [
             f"{self.name} on {self.arch}: {used} {what}, allowed {allowed}"
@@ -54,7 +69,36 @@ class Function:
         ]
 
 
-def parse_report(text: str) -> list[Function]:
+def shared_limit(arch: str) -> int:
+    """Bytes that a CTA of code for `arch`, e.g. sm_90a, can have."""
+    return SHARED_BYTES.get(arch.rstrip("af"), SMALLEST_SHARED_BYTES)
+
+
+# plans(limit): dynamic shared memory by kernel, on a GPU that gives a CTA `limit` bytes.
+Plans = Callable[[int], dict[str, int]]
+
+
+def no_plans(limit: int) -> dict[str, int]:
+    return {}
+
+
+def shared_plans() -> Plans:
+    """Those of csrc's constants."""
+    program = Path(tempfile.mkdtemp()) / "shared_memory_plans"
+    source = ROOT / "tools" / "shared_memory_plans.cpp"
+    output_of(
+        os.environ.get("CXX", "c++"), "-std=c++20", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)
+    )
+
+    @functools.cache
+    def plans(limit: int) -> dict[str, int]:
+        lines = output_of(str(program), str(limit)).splitlines()
+        return {name: int(size) for name, size in (line.split() for line in lines)}
+
+    return plans
+
+
+def parse_report(text: str, plans: Plans = no_plans) -> list[Function]:
     """The functions in what `ptxas -v` printed for one source file."""
     functions: list[Function] = []
     arch = ""
@@ -72,12 +116,14 @@ def parse_report(text: str) -> list[Function]:
             shared = re.search(r"(\d+) bytes smem", line)
             functions[-1].registers = int(match[1])
             functions[-1].shared_bytes = int(shared[1]) if shared else 0
+    for function in functions:
+        function.dynamic_bytes = plans(shared_limit(function.arch)).get(function.plan, 0)
     return functions
 
 
-def report_failures(text: str, archs: list[str]) -> list[str]:
+def report_failures(text: str, archs: list[str], plans: Plans = no_plans) -> list[str]:
     """What is wrong in the report of one source file that should have been compiled for `archs`."""
-    functions = parse_report(text)
+    functions = parse_report(text, plans)
     failures = [failure for function in functions for failure in function.failures()]
     failures += [f"ptxas: {warning.strip()}" for warning in WARNINGS.findall(text)]
     missing = {f"sm_{arch}" for arch in archs} - {function.arch for function in functions}
@@ -115,21 +161,28 @@ def main(build: Path) -> int:
     failures = [
         f"{library.name}: {failure}" for failure in link_failures(output_of("readelf", "-d", str(library)))
     ]
-    rows: list[tuple] = []
+    plans, rows = shared_plans(), []
     for group, archs in (("cuda_sm80", ["80", "90a"]), ("cuda_sm90", ["90a"])):
-        for path in map(Path, (build / f"{group}.objects").read_text().split()):
+        for path in map(Path, (build / f"{group}.objects").read_text().splitlines()):
             source = str(path).split(f"{group}.dir/")[1].removeprefix("./").removesuffix(".o")
             report = Path(f"{path}.ptxas")
             if not report.exists():
                 failures.append(f"{source}: no compiler report, build it anew")
                 continue
-            found = report_failures(report.read_text(), archs)
+            found = report_failures(report.read_text(), archs, plans)
             if group == "cuda_sm90":
                 found += sass_failures(output_of("cuobjdump", "--dump-sass", str(path)))
             failures += [f"{source}: {failure}" for failure in found]
-            rows += [(source, f) for f in parse_report(report.read_text())]
+            rows += [(source, f) for f in parse_report(report.read_text(), plans)]
+    compiled = {function.plan for _, function in rows}
+    failures += [
+        f"{name} has a plan and was not compiled"
+        for name in plans(SMALLEST_SHARED_BYTES)
+        if name not in compiled
+    ]
     for source, function in rows:
-        numbers = f"{function.registers:4} registers  {function.shared_bytes:6} B shared"
+        shared = f"{function.shared_bytes:6} + {function.dynamic_bytes:6} B shared"
+        numbers = f"{function.registers:4} registers  {shared}"
         print(f"{function.arch:7} {numbers}  {source}  {function.name[:80]}")
     print(f"{len(rows)} kernels checked, {len(failures)} failures")
     for failure in failures:
