@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
+
+from dllm_train.documents import places
 
 MASK_STREAM, TIME_STREAM, SHIFT_STREAM = 0, 1, 2
 IGNORED_LABEL = -100
@@ -34,15 +37,21 @@ class Schedule:
         """w(t) = -alpha'(t) / (1 - alpha(t) + eps); eps = 0 makes the loss a bound on -log p."""
         if self.name == "linear":
             return 1 / (t + eps)
-        angle = math.pi / 2 * (1 - t)
-        return math.pi / 2 * torch.sin(angle) / (torch.cos(angle) + eps)
+        angle = math.pi / 2 * t  # sines of it, not cosines of 1 - t: small times keep their digits
+        return math.pi / 2 * torch.cos(angle) / (torch.sin(angle) + eps)
+
+    def complement(self, t: torch.Tensor) -> torch.Tensor:
+        """Return the time t' of the inverted mask: 1 - alpha(t') = alpha(t)."""
+        if self.name == "linear":
+            return 1 - t
+        return (2 / math.pi * torch.asin(1 - torch.sin(math.pi / 2 * t.double()))).to(t.dtype)
 
 
 @dataclass(frozen=True)
 class Noise:
     """What a loss needs to know about the noise of a batch.
 
-    t: float32 [B, L], the time of every position (constant within its row or block), in (0, 1).
+    t: float32 [B, L], the time of every position (constant within its document or block), in (0, 1).
     masked: bool [B, L], the positions that the mask token replaces.
     """
 
@@ -52,7 +61,7 @@ class Noise:
 
 def sample_noise(
     labels: torch.Tensor,
-    example_ids: Sequence[int],
+    example_ids: Sequence[int] | torch.Tensor,
     *,
     seed: int = 0,
     epoch: int = 0,
@@ -60,16 +69,23 @@ def sample_noise(
     eps: float = 1e-3,
     block_size: int | None = None,
     stratified: bool = True,
+    document_lengths: torch.Tensor | None = None,
+    complementary: bool = False,
 ) -> Noise:
-    """Times and masks for `labels` int64 [B, L]; positions whose label is -100 are never masked.
+    """Return times and masks for `labels` int64 [B, L]; positions whose label is -100 are never masked.
 
-    t = eps + (1 - eps) u lies in [eps, 1): one per row, or one per block of `block_size` positions.
-    u is iid, or, when `stratified`, u_n = frac(u_0 + n (sqrt(5) - 1) / 2) for the n-th row or block counted
-    over example ids: uniform for each n, and evenly spread (antithetic) over consecutive examples,
-    however these are cut into batches.
+    Every document of a row has its own time, or every block of `block_size` positions of a document.
+    document_lengths: int64 [B, D], zero-filled; None: a row is one document.
+    t = eps + (1 - eps) u lies in [eps, 1); with `complementary` it ends where the time of the inverted mask
+    (`Schedule.complement`) is eps. u is iid, or, when `stratified`,
+    u = frac(u_0 + n (sqrt(5) - 1) / 2 + k (sqrt(2) - 1)) for the k-th document or block of example n: uniform
+    for each of them, and evenly spread (antithetic) over consecutive examples and within each, however they
+    are cut into batches and padded.
     """
     if labels.ndim != 2:
         raise ValueError(f"labels has shape {tuple(labels.shape)}; expected [B, L]")
+    if isinstance(example_ids, torch.Tensor):
+        example_ids = example_ids.tolist()
     if len(example_ids) != labels.shape[0]:
         raise ValueError(f"example_ids has {len(example_ids)} entries for {labels.shape[0]} rows of labels")
     if not 0 < eps < 1:
@@ -78,22 +94,42 @@ def sample_noise(
         raise ValueError(f"block_size is {block_size}; expected a positive integer or None")
     schedule = Schedule(schedule) if isinstance(schedule, str) else schedule
     length = labels.shape[1]
+    last = 1.0
+    if complementary:
+        last = float(schedule.complement(torch.tensor(eps, dtype=torch.float64, device="cpu")))
+        if last <= eps:
+            raise ValueError(f"eps is {eps}; complementary masks have times of at most {last}, so take less")
     ids = np.asarray(example_ids, dtype=np.int64)
-    times_per_row = 1 if block_size is None else -(-length // block_size)
+    unit = _units(length, block_size, document_lengths).expand(len(ids), -1)
+    units = int(unit.max()) + 1 if unit.numel() else 1
     if stratified:
-        start = _random_bits(1, np.zeros(1, dtype=np.int64), seed, epoch, SHIFT_STREAM)
-        n = ids[:, None] * times_per_row + np.arange(times_per_row)
-        golden = 2654435769  # 2**32 (sqrt(5) - 1) / 2
-        bits = ((start.astype(np.uint64) + n.astype(np.uint64) * np.uint64(golden)) & 0xFFFFFFFF).astype(
-            np.uint32
-        )
+        start = _random_bits(1, np.zeros(1, dtype=np.int64), seed, epoch, SHIFT_STREAM).astype(np.uint64)
+        n, k = ids.astype(np.uint64)[:, None], np.arange(units, dtype=np.uint64)
+        bits = ((start + n * _GOLDEN + k * _SILVER) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
     else:
-        bits = _random_bits(times_per_row, ids, seed, epoch, TIME_STREAM)
-    t = torch.from_numpy(eps + (1 - eps) * _uniform(bits)).to(labels.device, torch.float32)
-    t = t.repeat_interleave(block_size or length, dim=1)[:, :length]
+        bits = _random_bits(units, ids, seed, epoch, TIME_STREAM)
+    t = torch.from_numpy(eps + (last - eps) * _uniform(bits)).to(labels.device, torch.float32)
+    t = t.gather(1, unit.to(labels.device))
     uniform = _uniform(_random_bits(length, ids, seed, epoch, MASK_STREAM))
     uniform = torch.from_numpy(uniform).to(labels.device, torch.float32)
     return Noise(t, (uniform < 1 - schedule.alpha(t)) & (labels != IGNORED_LABEL))
+
+
+def _units(length: int, block_size: int | None, document_lengths: torch.Tensor | None) -> torch.Tensor:
+    """Return the number, within its row, of each position's document or block, int64 [B or 1, L]."""
+    where = places(length, document_lengths)
+    if block_size is None:
+        unit = where.document
+    elif document_lengths is None:
+        unit = where.position // block_size
+    else:
+        before = pad((-(-document_lengths // block_size)).cumsum(1), (1, 0))
+        unit = before.gather(1, where.document) + where.position // block_size
+    return unit.masked_fill(~where.inside, 0)
+
+
+# 2**32 times the fractional parts above, whose multiples are spread most evenly.
+_GOLDEN, _SILVER = np.uint64(2654435769), np.uint64(1779033704)
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:

@@ -3,240 +3,226 @@
 MDLM (Sahoo et al. 2024, LLaDA): the whole row is noised at one time t and denoised bidirectionally.
 BD3LM (Arriola et al. 2025): each block is noised and denoised given the clean blocks before it, in one
 forward pass over x_t followed by x_0 under the block diffusion mask.
+Dream (Ye et al. 2025): MDLM with shifted predictions, weighted by how much context a position has.
 
-Both minimise  sum_i w(t_i) CE_i  over masked positions, normalised. With
-w(t) = -alpha'(t)/(1 - alpha(t)) that sum is in expectation an upper bound on -log p(x). Hidden states are
-taken from the base model; only the rows of masked positions are projected on the vocabulary.
+All minimise  sum_i w_i CE_i  over masked positions, normalised. With
+w(t) = -alpha'(t)/(1 - alpha(t)) that sum is in expectation an upper bound on -log p(x). CE is that of the
+model's own logits, of which only the rows of masked positions are made. It is computed inside the forward of
+the model, so wrappers of it work: DistributedDataParallel, FSDP, DeepSpeed, peft, torch.compile.
 """
 
-import functools
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
+from torch import Tensor, nn
 
-from dllm_kernels import SpanMask, linear_diffusion_cross_entropy
-from dllm_train.noise import IGNORED_LABEL, Schedule, sample_noise
+from dllm_kernels._arguments import integer, number
+from dllm_train.diffusion_loss import LossOutput, check_not_negative, diffusion_loss
+from dllm_train.loss_weights import check_choice, loss_normalizer
+from dllm_train.noise import Noise, Schedule
+from dllm_train.noised_batch import noised_batch
+
+__all__ = ["LossOutput", "bd3lm_loss", "dream_loss", "loss_normalizer", "mdlm_loss"]
 
 
-@dataclass(frozen=True)
-class LossOutput:
-    """loss: scalar with gradient. The rest is detached and sums over this batch.
+def mdlm_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask_id: int,
+    noise: Noise | None = None,
+    example_ids: Sequence[int] | Tensor | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    eps: float = 1e-3,
+    stratified: bool = True,
+    lengths: Tensor | None = None,
+    document_lengths: Tensor | None = None,
+    schedule: Schedule | str = "linear",
+    loss_weight_type: str = "scheduler",
+    loss_norm_type: str = "token",
+    normalizer: float | Tensor | None = None,
+    shift: bool = False,
+    bos_id: int | None = None,
+    weight_eps: float = 0.0,
+    bar_mask_token: bool = False,
+    complementary: bool = False,
+    certainty_weight: float = 0.0,
+    certainty_temperature: float = 1.0,
+    reach: int | None = None,
+) -> LossOutput:
+    """Return the masked diffusion loss over whole rows; every position sees the whole row.
 
-    nll_sum: float, sum of w(t) CE with scheduler weights, in nats. tokens: maskable positions.
-    masked: masked positions. ce_sum: unweighted sum of CE over masked positions.
+    Tensors of the batch may lie on the CPU while the model is elsewhere: then the host waits for no device.
+
+    model: a transformers model with a vocabulary head, or any wrapper of it; its own sliding windows hold.
+    input_ids: int64 [B, L]. labels: int64 [B, L], -100 where a token is given and never masked, else equal to
+      input_ids; None: input_ids. mask_id: the mask token.
+    noise: a `Noise` of the same shape as input_ids; None: drawn by `sample_noise` from `example_ids`
+      (default 0..B-1), `seed`, `epoch`, `eps`, `stratified`.
+    lengths: int64 [B], valid tokens of right-padded rows; None: all.
+    document_lengths: int64 [B, D], zero-filled, the documents of packed rows. Each is as if it were a row:
+      it sees no other, its positions start at 0, and it has its own times.
+    schedule: "linear" | "cosine".  loss_weight_type: "scheduler" w(t) | "uniform" 1.
+    loss_norm_type: "token" (maskable positions) | "sequence" (mean over rows of sum / maskable of the row)
+      | "batch" (rows); documents count as rows. `normalizer` replaces the count of maskable positions, or of
+      rows, by that of the global batch (all ranks and accumulation steps), which `loss_normalizer` counts.
+    shift: the prediction for position i comes from the output at i - 1. `bos_id` is put before every row
+      whose first token has a label; if there is one, a given noise has L + 1 columns. The first token of a
+      packed document is taken as given instead.
+    weight_eps: added to the denominator of w(t) (dLLM adds 1e-6).
+    bar_mask_token: leave the mask token out of the softmax.
+    complementary: take every example twice, the second time with its mask inverted, at the time t' with
+      1 - alpha(t') = alpha(t), and return the mean (Fast-dLLM v2). nll is a bound with the linear schedule.
+    certainty_weight: adds this times the mean entropy of softmax(logits / certainty_temperature) over masked
+      positions whose argmax is right (dParallel). The mean is that of this batch, which then weighs what it
+      has of `normalizer`.
+    reach: query i sees keys before i + 1 + reach, to anneal a causal model's mask (DiffuLLaMA); None: all.
+    Raises TypeError and ValueError for arguments, models and wrappers that it cannot compute this loss for.
     """
-
-    loss: torch.Tensor
-    nll_sum: torch.Tensor
-    ce_sum: torch.Tensor
-    tokens: int
-    masked: int
-
-    @property
-    def nll(self) -> float:
-        """nll_sum / tokens: a bound on the negative log-likelihood of a token, in nats."""
-        return float(self.nll_sum) / max(self.tokens, 1)
-
-
-def mdlm_loss(model, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **options) -> LossOutput:
-    """Masked diffusion loss over whole rows; every position sees the whole row.
-
-    input_ids: int64 [B, L]. labels: int64 [B, L], -100 where a token is given and never masked;
-    None: input_ids.
-    Options:
-      mask_id: the mask token (required).
-      noise: a `Noise` of the same shape as input_ids; None: drawn by `sample_noise` from `example_ids`
-        (default 0..B-1), `seed`, `epoch`, `eps`.
-      lengths: int64 [B], valid tokens of right-padded rows; None: all.
-      schedule: "linear" | "cosine".  loss_weight_type: "scheduler" w(t) | "uniform" 1.
-      loss_norm_type: "token" (maskable positions) | "sequence" (mean over rows of sum / maskable of the row)
-        | "batch" (rows). `normalizer` replaces the count of maskable positions, or of rows, by that of the
-        global batch (all ranks and accumulation steps).
-      shift: the prediction for position i comes from the output at i - 1. Unless column 0 of labels is all
-        -100, `bos_id` is put before every row; a given noise then has L + 1 columns.
-      weight_eps: added to the denominator of w(t) (dLLM adds 1e-6).
-      bar_mask_token: leave the mask token out of the softmax.
-    """
-    return _diffusion_loss(model, input_ids, labels, block_size=None, **options)
+    batch = noised_batch(
+        input_ids, labels, lengths, document_lengths, noise=noise, example_ids=example_ids, seed=seed,
+        epoch=epoch, eps=eps, schedule=schedule, stratified=stratified, time_block=None, shift=shift,
+        bos_id=bos_id, complementary=complementary,
+    )  # fmt: skip
+    check_choice("loss_weight_type", loss_weight_type, ("scheduler", "uniform"))
+    return diffusion_loss(
+        model, batch, attention=_whole_rows(reach), mask_id=mask_id, loss_weight_type=loss_weight_type,
+        loss_norm_type=loss_norm_type, normalizer=normalizer, shift=shift, weight_eps=weight_eps,
+        bar_mask_token=bar_mask_token, complementary=complementary, certainty_weight=certainty_weight,
+        certainty_temperature=certainty_temperature,
+    )  # fmt: skip
 
 
 def bd3lm_loss(
-    model,
-    input_ids: torch.Tensor,
-    labels: torch.Tensor | None = None,
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor | None = None,
     *,
     block_size: int,
-    time_per="block",
-    **options,
+    mask_id: int,
+    time_per: str = "block",
+    clean: str = "block_causal",
+    ar_weight: float = 0.0,
+    ar_normalizer: float | Tensor | None = None,
+    noise: Noise | None = None,
+    example_ids: Sequence[int] | Tensor | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    eps: float = 1e-3,
+    stratified: bool = True,
+    lengths: Tensor | None = None,
+    document_lengths: Tensor | None = None,
+    schedule: Schedule | str = "linear",
+    loss_weight_type: str = "scheduler",
+    loss_norm_type: str = "token",
+    normalizer: float | Tensor | None = None,
+    shift: bool = False,
+    bos_id: int | None = None,
+    weight_eps: float = 0.0,
+    bar_mask_token: bool = False,
+    complementary: bool = False,
+    certainty_weight: float = 0.0,
+    certainty_temperature: float = 1.0,
 ) -> LossOutput:
-    """Block diffusion loss: block b of x_t sees itself and the blocks before b of x_0.
+    """Return the block diffusion loss: block b of x_t sees itself and the blocks before b of x_0.
 
-    Arguments and options as in `mdlm_loss`; `time_per`: "block" | "row", what shares one t when noise is
-    drawn here. Block of position p: p // block_size. With `shift` the first prediction of a block comes from
-    the x_0 half, as in sampling, and the others from the x_t half.
+    Arguments as in `mdlm_loss`; `time_per`: "block" | "row", what shares one t when noise is drawn here: a
+    block, or all blocks of a row or document. Block of position p: p // block_size, counted in each document.
+    With `shift` the first prediction of a block comes from the x_0 half, as in sampling, and the others from
+    the x_t half.
+    clean: what x_0 sees, "block_causal" its own block and those before, or "causal" no token after.
+    ar_weight: with clean="causal", adds this times the mean CE of next tokens predicted by the x_0 half
+      (I-DLM, NeMo Automodel), over all labels that a token of their document precedes. `ar_normalizer`
+      replaces their count by that of the global batch (`loss_normalizer(..., "next_token")`), and is needed
+      beside `normalizer`.
     """
-    if block_size < 1:
-        raise ValueError(f"block_size is {block_size}; expected a positive integer")
-    if time_per not in ("block", "row"):
-        raise ValueError(f"time_per is {time_per!r}; allowed: 'block', 'row'")
-    return _diffusion_loss(
-        model,
-        input_ids,
-        labels,
-        block_size=block_size,
-        time_block=block_size if time_per == "block" else None,
-        **options,
-    )
+    block_size = integer("block_size", block_size, 1)
+    check_choice("time_per", time_per, ("block", "row"))
+    check_choice("clean", clean, ("block_causal", "causal"))
+    check_choice("loss_weight_type", loss_weight_type, ("scheduler", "uniform"))
+    batch = noised_batch(
+        input_ids, labels, lengths, document_lengths, noise=noise, example_ids=example_ids, seed=seed,
+        epoch=epoch, eps=eps, schedule=schedule, stratified=stratified,
+        time_block=block_size if time_per == "block" else None, shift=shift, bos_id=bos_id,
+        complementary=complementary,
+    )  # fmt: skip
+    if block_size > batch.input_ids.shape[1]:
+        raise ValueError(f"block_size is {block_size}, and rows have {batch.input_ids.shape[1]} tokens")
+    _check_ar(ar_weight, ar_normalizer, normalizer, clean)
+    return diffusion_loss(
+        model, batch, attention={"kind": "block_diffusion", "block_size": block_size, "clean": clean},
+        mask_id=mask_id, loss_weight_type=loss_weight_type, loss_norm_type=loss_norm_type,
+        normalizer=normalizer, shift=shift, weight_eps=weight_eps, bar_mask_token=bar_mask_token,
+        complementary=complementary, certainty_weight=certainty_weight,
+        certainty_temperature=certainty_temperature, ar_weight=ar_weight, ar_normalizer=ar_normalizer,
+    )  # fmt: skip
 
 
-def _diffusion_loss(
-    model,
-    input_ids,
-    labels,
+def dream_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor | None = None,
     *,
-    block_size,
-    mask_id,
-    time_block=None,
-    noise=None,
-    example_ids=None,
-    seed=0,
-    epoch=0,
-    eps=1e-3,
-    lengths=None,
-    schedule="linear",
-    loss_weight_type="scheduler",
-    loss_norm_type="token",
-    normalizer=None,
-    shift=False,
-    bos_id=None,
-    weight_eps=0.0,
-    bar_mask_token=False,
+    mask_id: int,
+    cart_p: float = 0.3,
+    noise: Noise | None = None,
+    example_ids: Sequence[int] | Tensor | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    eps: float = 1e-3,
+    stratified: bool = True,
+    lengths: Tensor | None = None,
+    document_lengths: Tensor | None = None,
+    schedule: Schedule | str = "linear",
+    loss_weight_type: str = "cart",
+    loss_norm_type: str = "token",
+    normalizer: float | Tensor | None = None,
+    shift: bool = True,
+    bos_id: int | None = None,
+    weight_eps: float = 0.0,
+    bar_mask_token: bool = False,
+    complementary: bool = False,
+    certainty_weight: float = 0.0,
+    certainty_temperature: float = 1.0,
+    reach: int | None = None,
 ) -> LossOutput:
-    _check("loss_weight_type", loss_weight_type, ("scheduler", "uniform"))
-    _check("loss_norm_type", loss_norm_type, ("token", "sequence", "batch"))
-    schedule = Schedule(schedule) if isinstance(schedule, str) else schedule
-    labels = input_ids if labels is None else labels
-    if input_ids.ndim != 2 or labels.shape != input_ids.shape:
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}; "
-            "expected both [B, L]"
-        )
-    if lengths is not None:
-        inside = torch.arange(input_ids.shape[1], device=labels.device) < lengths[:, None]
-        labels = labels.masked_fill(~inside, IGNORED_LABEL)
-    if shift and bool((labels[:, 0] != IGNORED_LABEL).any()):
-        input_ids, labels, lengths = _prepend_bos(input_ids, labels, lengths, bos_id)
-    batch, length = input_ids.shape
-    if noise is None:
-        example_ids = range(batch) if example_ids is None else example_ids
-        noise = sample_noise(
-            labels, example_ids, seed=seed, epoch=epoch, schedule=schedule, eps=eps, block_size=time_block
-        )
-    if noise.masked.shape != input_ids.shape or noise.t.shape != input_ids.shape:
-        raise ValueError(
-            f"noise has shapes t {tuple(noise.t.shape)}, masked {tuple(noise.masked.shape)}; "
-            f"expected {tuple(input_ids.shape)}" + (" (BOS included)" if shift else "")
-        )
-    maskable = labels != IGNORED_LABEL
-    masked = noise.masked & maskable
-    noised = input_ids.masked_fill(masked, mask_id)
+    """Return Dream's loss: as `mdlm_loss`, shifted, with context-adaptive weights in place of w(t).
 
-    if block_size is None:
-        hidden = hidden_states(model, noised, kind="full", lengths=lengths)
-    else:
-        both = torch.cat([noised, input_ids], dim=1)
-        hidden = hidden_states(model, both, kind="block_diffusion", lengths=lengths, block_size=block_size)
-    row, column = masked.nonzero(as_tuple=True)
-    source = column
-    if shift:
-        source = (column - 1).clamp(min=0)
-        if block_size is not None:
-            source = torch.where(column % block_size == 0, length + source, source)
-    scheduler_weight = schedule.weight(noise.t[row, column], eps=weight_eps)
-    weights = scheduler_weight if loss_weight_type == "scheduler" else torch.ones_like(scheduler_weight)
-    tokens = int(maskable.sum())
-    if loss_norm_type == "token":
-        weights = weights / max(tokens if normalizer is None else normalizer, 1)
-    else:
-        weights = weights / (batch if normalizer is None else normalizer)
-        if loss_norm_type == "sequence":
-            weights = weights / maskable.sum(1).clamp(min=1)[row]
-    head = model.get_output_embeddings()
-    loss, ce = linear_diffusion_cross_entropy(
-        hidden[row, source],
-        head.weight,
-        labels[row, column],
-        weights,
-        getattr(head, "bias", None),
-        suppress_tokens=(mask_id,) if bar_mask_token else None,
-        return_ce=True,
-    )
-    return LossOutput(loss, (ce * scheduler_weight).sum(), ce.sum(), tokens, len(row))
-
-
-def hidden_states(model, input_ids, *, kind, lengths=None, block_size=None) -> torch.Tensor:
-    """Last hidden states [B, S, hidden] of a causal-LM model under attention `kind`.
-
-    kind: "full" | "causal" | "block_causal" | "block_diffusion" (input_ids is then x_t ⊕ x_0, and both halves
-    carry positions 0..S/2-1). A model on our attention ("dllm") gets the SpanMask, any other a 4-D mask.
+    Other arguments as in `mdlm_loss`. loss_weight_type: "cart" | "scheduler" | "uniform".
+    cart_p: with "cart", w_i is the sum of ½ p (1 - p)^(|i - j| - 1) over the positions j of i's document that
+    are not masked, in (0, 1].
     """
-    length = input_ids.shape[1]
-    if kind == "block_diffusion":
-        length //= 2
-    positions = torch.arange(length, device=input_ids.device)
-    if kind == "block_diffusion":
-        positions = positions.repeat(2)
-    ours = model.config._attn_implementation == "dllm"
-    mask = (
-        {"attention_mask": None, "dllm_mask": span_mask(kind, length, block_size, lengths)}
-        if ours
-        else {"attention_mask": dense_mask(kind, length, block_size, lengths, input_ids.device)}
-    )
-    output = model.base_model(
-        input_ids=input_ids, position_ids=positions.expand(input_ids.shape[0], -1), use_cache=False, **mask
-    )
-    return output.last_hidden_state
+    if not 0 < number("cart_p", cart_p) <= 1:
+        raise ValueError(f"cart_p is {cart_p}; expected 0 < cart_p <= 1")
+    batch = noised_batch(
+        input_ids, labels, lengths, document_lengths, noise=noise, example_ids=example_ids, seed=seed,
+        epoch=epoch, eps=eps, schedule=schedule, stratified=stratified, time_block=None, shift=shift,
+        bos_id=bos_id, complementary=complementary,
+    )  # fmt: skip
+    check_choice("loss_weight_type", loss_weight_type, ("cart", "scheduler", "uniform"))
+    return diffusion_loss(
+        model, batch, attention=_whole_rows(reach), mask_id=mask_id, loss_weight_type=loss_weight_type,
+        loss_norm_type=loss_norm_type, normalizer=normalizer, shift=shift, weight_eps=weight_eps,
+        bar_mask_token=bar_mask_token, complementary=complementary, certainty_weight=certainty_weight,
+        certainty_temperature=certainty_temperature, cart_p=cart_p,
+    )  # fmt: skip
 
 
-def span_mask(kind, length, block_size=None, lengths=None) -> SpanMask:
-    """The SpanMask of an attention kind; for "block_diffusion" `length` is that of one half."""
-    if kind == "full":
-        return SpanMask.full(length, lengths=lengths)
-    if kind == "causal":
-        return SpanMask.causal(length, lengths=lengths)
-    constructor = {"block_causal": SpanMask.block_causal, "block_diffusion": SpanMask.block_diffusion}
-    _check("kind", kind, ("full", "causal", *constructor))
-    return constructor[kind](length, block_size, lengths=lengths)
+def _whole_rows(reach: int | None) -> dict:
+    """Return the attention of MDLM and Dream."""
+    return {"kind": "full"} if reach is None else {"kind": "causal", "reach": integer("reach", reach, 0)}
 
 
-def project(model, hidden: torch.Tensor) -> torch.Tensor:
-    """Vocabulary logits [N, V] of hidden states [N, hidden]."""
-    head = model.get_output_embeddings()
-    return F.linear(hidden, head.weight, getattr(head, "bias", None))
-
-
-def dense_mask(kind, length, block_size, lengths, device) -> torch.Tensor:
-    """bool [B or 1, 1, S, S]; a padding query sees itself, since softmax needs one key."""
-    if lengths is None:
-        return _unpadded_dense_mask(kind, length, block_size, str(device))
-    mask = span_mask(kind, length, block_size, lengths.to(device)).to_dense()
-    return (mask | torch.eye(mask.shape[-1], dtype=torch.bool, device=device))[:, None]
-
-
-@functools.lru_cache(maxsize=16)
-def _unpadded_dense_mask(kind, length, block_size, device):
-    return span_mask(kind, length, block_size).to_dense()[:, None].to(device)
-
-
-def _prepend_bos(input_ids, labels, lengths, bos_id):
-    if bos_id is None:
-        raise ValueError("bos_id is None; with shift it is needed unless every label of column 0 is -100")
-    bos = torch.full_like(input_ids[:, :1], bos_id)
-    labels = torch.cat([torch.full_like(bos, IGNORED_LABEL), labels], dim=1)
-    return torch.cat([bos, input_ids], dim=1), labels, None if lengths is None else lengths + 1
-
-
-def _check(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
+def _check_ar(ar_weight, ar_normalizer, normalizer, clean: str) -> None:
+    check_not_negative(ar_weight=ar_weight)
+    if ar_weight and clean != "causal":
+        raise ValueError(
+            f'ar_weight is {ar_weight}, and clean is {clean!r}; expected clean="causal", since other x_0 '
+            "tokens see what they would predict"
+        )
+    if ar_weight and normalizer is not None and ar_normalizer is None:
+        raise ValueError(
+            "ar_normalizer is None, and normalizer is given; expected both counts of the global batch: "
+            'loss_normalizer(labels, "next_token") gives the former'
+        )

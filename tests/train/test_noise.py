@@ -25,6 +25,14 @@ def test_alpha_goes_from_one_to_zero(name):
     torch.testing.assert_close(ends, torch.tensor([1.0, 0.0], dtype=torch.float64), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_float32_weights_of_small_times_keep_their_digits(name):
+    t = torch.tensor([1e-3, 1e-2, 0.5])
+    torch.testing.assert_close(
+        Schedule(name).weight(t), Schedule(name).weight(t.double()).float(), rtol=3e-7, atol=0
+    )
+
+
 def test_weight_eps_is_added_to_the_denominator():
     t = torch.tensor([1e-3])
     torch.testing.assert_close(Schedule().weight(t, eps=1e-6), torch.tensor([1 / (1e-3 + 1e-6)]))

@@ -1,11 +1,13 @@
 """mdlm_loss and bd3lm_loss against their formulas written out: dense masks, float64, one term at a time."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from dllm_train import Noise, bd3lm_loss, mdlm_loss, sample_noise
+from tests.train.models import tiny
 
 MASK, BOS = 39, 38
 
@@ -99,7 +101,7 @@ def test_loss_equals_the_formula(tiny_model, block_size, schedule, weighting, no
     for r, n in enumerate(lengths):
         labels[r, n:] = -100
     noise = sample_noise(labels, [4, 9, 2], seed=3, schedule=schedule, eps=0.1, block_size=block_size)
-    assert noise.masked.sum() > 5
+    assert noise.masked.sum() > 4
     loss = mdlm_loss if block_size is None else bd3lm_loss
     output = loss(
         tiny_model,
@@ -218,10 +220,56 @@ def test_a_batch_without_masks_has_loss_zero(tiny_model):
         ("noise", {"noise": Noise(torch.ones(2, 5), torch.ones(2, 5, dtype=torch.bool))}),
         ("block_size", {"block_size": 0}),
         ("time_per", {"time_per": "token"}),
+        ("block_size", {"block_size": 2.0}),
+        ("block_size", {"block_size": None}),
+        ("block_size is 7, and rows have 6 tokens", {"block_size": 7}),
+        ("mask_id", {"mask_id": 40}),
+        ("mask_id", {"mask_id": -1}),
+        ("mask_id", {"mask_id": 3.5}),
+        ("bos_id", {"bos_id": 40, "shift": True}),
+        ("bos_id", {"bos_id": -1, "shift": True}),
+        ("labels", {"labels": torch.zeros(2, 6)}),
+        ("lengths", {"lengths": [6, 6]}),
+        ("lengths", {"lengths": torch.tensor([6.0, 6.0])}),
+        ("lengths", {"lengths": torch.tensor([7, 6])}),
+        ("noise", {"noise": (torch.ones(2, 6), torch.ones(2, 6))}),
+        ("noise.masked", {"noise": Noise(torch.ones(2, 6), torch.ones(2, 6))}),
+        ("normalizer", {"normalizer": float("nan")}),
+        ("weight_eps", {"weight_eps": -1.0}),
     ],
 )
 def test_bad_arguments_are_named(tiny_model, name, options):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises((TypeError, ValueError), match=name):
         bd3lm_loss(
-            tiny_model, torch.zeros(2, 6, dtype=torch.int64), mask_id=MASK, **({"block_size": 2} | options)
+            tiny_model, torch.zeros(2, 6, dtype=torch.int64), **(dict(block_size=2, mask_id=MASK) | options)
         )
+
+
+@pytest.mark.parametrize("ids", [torch.zeros(2, 0), torch.zeros(0, 6), torch.full((2, 6), 40)])
+def test_bad_ids_are_named(tiny_model, ids):
+    with pytest.raises(ValueError, match="input_ids"):
+        mdlm_loss(tiny_model, ids.long(), mask_id=MASK)
+    with pytest.raises(TypeError, match=r"input_ids .*int32.*int64"):
+        mdlm_loss(tiny_model, ids.int(), mask_id=MASK)
+
+
+@pytest.mark.parametrize(
+    ("name", "positions"), [("gpt2", 80), ("opt", 80), ("bert", 80), ("roberta", 79), ("llama", None)]
+)
+@pytest.mark.parametrize("loss", [mdlm_loss, partial(bd3lm_loss, block_size=4)])
+def test_rows_beyond_the_learned_positions_are_refused(name, positions, loss):
+    """RoBERTa counts from padding token + 1; rotary models have any number."""
+    model, ids = tiny(name), torch.full((1, (positions or 80) + 1), 5)
+    assert loss(model, ids[:, 1:], mask_id=MASK).loss.isfinite()
+    if positions is None:
+        assert loss(model, ids, mask_id=MASK).loss.isfinite()
+    else:
+        with pytest.raises(ValueError, match=f"{positions + 1} tokens.* has {positions} positions"):
+            loss(model, ids, mask_id=MASK)
+
+
+def test_one_block_of_a_whole_row_is_full_attention(tiny_model):
+    ids = torch.randint(0, 39, (2, 6))
+    noise = Noise(torch.full((2, 6), 0.5), torch.rand(2, 6) < 0.6)
+    found = bd3lm_loss(tiny_model, ids, mask_id=MASK, noise=noise, block_size=6).loss
+    torch.testing.assert_close(found, mdlm_loss(tiny_model, ids, mask_id=MASK, noise=noise).loss)

@@ -1,0 +1,1 @@
+"""The steps of `dllm_train.convert`, one file each."""

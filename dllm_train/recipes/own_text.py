@@ -1,0 +1,212 @@
+"""Text that a model writes itself: completions of prompts, with their loops set apart, and filled lines.
+
+Greedy completions of small models run into loops, which decode fast: a student of them would loop more. So a
+block that loops is drawn once more at a temperature, and the loop is kept as what the student is to unlearn.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import dllm_kernels as dk
+from dllm_train.noise import IGNORED_LABEL
+
+ROWS_AT_ONCE = 24
+RECENT_LINES = 12
+WINDOW, PHRASE, MOST_PHRASES = 24, 3, 3  # tokens, tokens, times
+
+
+@dataclass
+class Completion:
+    """A prompt and what the model wrote after it. trained: for each token, whether a student learns it: those
+    of greedy blocks, unless `leave_out_common_phrases` takes them out."""
+
+    prompt: list[int]
+    ids: list[int] = field(default_factory=list)
+    trained: list[bool] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A context and a block after it, whose tokens [start, end) repeat what stands before them."""
+
+    ids: list[int]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class FilledRow:
+    """A row, the row with its gaps filled by the model, and the gaps [start, end)."""
+
+    given: list[int]
+    filled: list[int]
+    gaps: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `complete` returns. tokens_per_forward: of the greedy blocks."""
+
+    completions: list[Completion]
+    loops: list[Loop]
+    tokens_per_forward: float
+
+
+def complete(
+    model, prompts: Sequence[list[int]], ends: np.ndarray, *, end_ids: Sequence[int], block_size: int,
+    tokens: int, threshold: float, temperature: float, seed: int,
+) -> Written:  # fmt: skip
+    """Complete prompts block by block, up to `tokens` tokens.
+
+    prompts: ids, of lengths that are equal modulo block_size. A block that loops is drawn once more at
+    `temperature`. A completion ends before a block that loops again, and after an end token.
+    """
+    completions, loops = [Completion(list(prompt)) for prompt in prompts], []
+    live, written, forwards = completions, 0, 0
+    first = block_size - len(prompts[0]) % block_size
+    for number, size in enumerate([first] + [block_size] * ((tokens - first) // block_size)):
+        waiting = live
+        for greedy in (True, False):
+            if not waiting:
+                break
+            contexts = [c.prompt + c.ids for c in waiting]
+            output = dk.sample(
+                model, contexts, max_new_tokens=size, block_size=block_size, threshold=threshold,
+                temperature=0.0 if greedy else temperature, seed=seed + number,
+            )  # fmt: skip
+            looping = []
+            for row, (completion, context) in enumerate(zip(waiting, contexts, strict=True)):
+                block = slice(len(context), len(context) + min(size, int(output.lengths[row]) + 1))
+                ids = output.sequences[row, block].tolist()
+                if greedy:
+                    written += len(ids)
+                    forwards += int(output.unmask_step[row, block].max()) + 1
+                span = find_loop(context, ids, ends)
+                if span is None:
+                    completion.ids += ids
+                    completion.trained += [greedy] * len(ids)
+                else:
+                    looping.append(completion)
+                    if greedy:
+                        loops.append(Loop(context + ids, len(context) + span[0], len(context) + span[1]))
+            waiting = looping
+        stopped = set(map(id, waiting))
+        live = [c for c in live if id(c) not in stopped and not set(end_ids) & set(c.ids)]
+    return Written([c for c in completions if any(c.trained)], loops, written / max(forwards, 1))
+
+
+def find_loop(context: Sequence[int], ids: Sequence[int], ends: np.ndarray) -> tuple[int, int] | None:
+    """Return the part [start, end) of `ids` that is the first loop after `context`, or None.
+
+    A loop is a line like the line before it (eight tokens of an unfinished line are enough), a line of four
+    tokens or more that stands twice in the twelve lines before it, or the same three tokens four times in 24.
+    """
+    whole, first = [*context, *ids], len(context)
+    edges = [0, *(place + 1 for place, token in enumerate(whole) if ends[token])]
+    if edges[-1] < len(whole):
+        edges.append(len(whole))
+    lines: list[tuple[int, ...]] = []
+    for start, end in pairwise(edges):
+        line = tuple(token for token in whole[start:end] if not ends[token])
+        if not line:
+            continue
+        if end > first:
+            finished, before = ends[whole[end - 1]], lines[-1] if lines else ()
+            again = line == before if finished else len(line) >= 8 and line == before[: len(line)]
+            if again or (finished and len(line) >= 4 and lines[-RECENT_LINES:].count(line) >= 2):
+                return max(start, first) - first, end - first
+        lines.append(line)
+    for end in range(max(first + 1, WINDOW), len(whole) + 1):
+        window = whole[end - WINDOW : end]
+        phrases = Counter(tuple(window[place : place + PHRASE]) for place in range(WINDOW - PHRASE + 1))
+        if max(phrases.values()) > MOST_PHRASES:
+            return max(end - WINDOW // 2, first) - first, end - first
+    return None
+
+
+def leave_out_common_phrases(completions: Sequence[Completion], size: int = 8, others: int = 2) -> float:
+    """Leave the tokens of common phrases out of what is trained; returns their share.
+
+    A phrase is `size` tokens in a row. It is common if more than `others` other completions have it, or its
+    own one had it before. A student of common phrases writes them more often, and in the end nothing else.
+    """
+    phrases = [
+        [tuple(text.ids[start : start + size]) for start in range(len(text.ids) - size + 1)]
+        for text in completions
+    ]
+    owners = Counter(phrase for found in phrases for phrase in set(found))
+    tokens, common = 0, 0
+    for text, found in zip(completions, phrases, strict=True):
+        mark, seen = np.zeros(len(text.ids), dtype=bool), set()
+        for start, phrase in enumerate(found):
+            if phrase in seen or owners[phrase] > others + 1:
+                mark[start : start + size] = True
+            seen.add(phrase)
+        text.trained = (np.array(text.trained) & ~mark).tolist()
+        tokens, common = tokens + len(mark), common + int(mark.sum())
+    return common / max(tokens, 1)
+
+
+def fill(model, rows, gaps, *, mask_id: int, threshold: float) -> list[FilledRow]:
+    """Let the model fill the gaps of every row that has some. rows: lists of ids. gaps: lists of spans."""
+    pairs = [(list(ids), spans) for ids, spans in zip(rows, gaps, strict=True) if spans]
+    filled = []
+    for first in range(0, len(pairs), ROWS_AT_ONCE):
+        part = pairs[first : first + ROWS_AT_ONCE]
+        canvases = [list(ids) for ids, _ in part]
+        for canvas, (_, spans) in zip(canvases, part, strict=True):
+            for start, end in spans:
+                canvas[start:end] = [mask_id] * (end - start)
+        sequences = dk.infill(model, canvases, threshold=threshold).sequences.tolist()
+        filled += [
+            FilledRow(ids, row[: len(ids)], spans) for row, (ids, spans) in zip(sequences, part, strict=True)
+        ]
+    return filled
+
+
+def ends_line(tokenizer, end_ids: Sequence[int]) -> np.ndarray:
+    """Return bool [V]: the tokens whose text holds a newline, and the end tokens."""
+    ends = np.array(["\n" in text for text in tokenizer.batch_decode([[i] for i in range(len(tokenizer))])])
+    ends[list(end_ids)] = True
+    return ends
+
+
+def line_starts(ids: Sequence[int], ends: np.ndarray) -> list[int]:
+    """Return where lines begin in `ids`, 0 included."""
+    return [0, *(np.flatnonzero(ends[np.asarray(ids[:-1])]) + 1).tolist()]
+
+
+def choose_gaps(ids: Sequence[int], ends: np.ndarray, rng, longest: int = 24) -> list[tuple[int, int]]:
+    """Return the spans of some lines of up to `longest` tokens, none next to another, without their ends."""
+    starts, gaps = line_starts(ids, ends), []
+    number = int(rng.integers(1, 4))
+    while number < len(starts) - 1:
+        start, end = starts[number], starts[number + 1] - 1
+        if 0 < end - start <= longest:
+            gaps.append((start, end))
+            number += int(rng.integers(1, 4))
+        number += 1
+    return gaps
+
+
+def decoding_states(labels: Tensor, block_size: int, rng) -> Tensor:
+    """Return bool [B, L]: which tokens with a label are masked, as in states that a sampler passes.
+
+    All of a block in half of the blocks; in the others those from a random place on, of which every other
+    time up to 40% are written already.
+    """
+    rows, length = labels.shape
+    blocks = -(-length // block_size)
+    labelled = torch.nn.functional.pad(labels != IGNORED_LABEL, (0, blocks * block_size - length))
+    labelled = labelled.view(rows, blocks, block_size)
+    kind, place, share = torch.from_numpy(rng.random((3, rows, blocks, 1)))
+    reached = labelled.cumsum(2) / labelled.sum(2, keepdim=True).clamp(min=1)
+    written = torch.from_numpy(rng.random(labelled.shape)) < 0.4 * share
+    masked = labelled & ((kind < 0.5) | (reached >= place)) & ~((kind > 0.75) & written)
+    return masked.view(rows, -1)[:, :length]

@@ -1,0 +1,450 @@
+"""Teaches a diffusion language model to decode more tokens per forward, from its own text.
+
+    python -m dllm_train.recipes.parallel_decoding --model CKPT --dataset SPEC --output DIR
+
+or the same under `torchrun --nproc-per-node N -m`. In every round the model completes prompts and fills lines
+of the dataset. Then it is trained on what it wrote, in the states that a sampler passes: cross entropy and,
+where the argmax is right, entropy (certainty forcing, Chen et al. 2025, dParallel). Loops are unlearned
+(unlikelihood, Welleck et al. 2020). The model's own objectives on rows of the dataset keep its bound.
+OUTPUT/model is the student after the last finished round; --resume goes on from there.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+
+import dllm_kernels as dk
+from dllm_kernels.models.families import diffusion_of
+from dllm_train.attention_masks import hidden_states
+from dllm_train.data import load_pretraining_dataset
+from dllm_train.noise import IGNORED_LABEL, Noise
+from dllm_train.objectives import bd3lm_loss, mdlm_loss
+from dllm_train.recipes import own_text
+
+
+@dataclass
+class Settings:
+    """Numbers of rows and texts are those of all processes together.
+
+    rounds, steps: rounds of writing, and training steps after each. length: tokens of a row, of which prompts
+    take an eighth to a half. prompts, gap_rows: what the model completes, and fills, in a round. memory: how
+    many rounds' texts are trained on. rows, loops: of a batch of own text, and of loops to unlearn.
+    threshold, fill_threshold: of the sampler that completes, and of the one that fills. temperature: of a
+    block that replaces a loop. given_share: of the filled gaps that are trained on, how many have the
+    dataset's own text instead. *_weight: of a loss in the sum. eps: least noise of the dataset's rows.
+    bfloat16: compute in it; the weights stay as they are. student_share: of the weights in the end; the rest
+    is the checkpoint's from before, which brings the bound back (WiSE-FT, Wortsman et al. 2022).
+    """
+
+    rounds: int = 8
+    steps: int = 40
+    length: int = 256
+    prompts: int = 64
+    gap_rows: int = 24
+    memory: int = 4
+    rows: int = 8
+    loops: int = 4
+    threshold: float = 0.9
+    fill_threshold: float = 0.6
+    temperature: float = 0.8
+    given_share: float = 0.5
+    learning_rate: float = 3e-4
+    warmup_steps: int = 20
+    certainty_weight: float = 1.0
+    unlikelihood_weight: float = 3.0
+    real_weight: float = 6.0
+    eps: float = 0.05
+    bfloat16: bool = False
+    student_share: float = 1.0
+    seed: int = 0
+
+
+class Teaching:
+    """A run: the model, its optimizers, and the texts that it wrote in the last rounds.
+
+    model: as `dk.load` gives it. row: a function from an index to `settings.length` ids of the dataset.
+    optimizers: a function from the model and the learning rate to a list of optimizers; None: `adamw`.
+    also: a function from a random generator to one more loss of every step, or None.
+    Raises ValueError for a checkpoint or settings that the recipe cannot train.
+    """
+
+    def __init__(
+        self, model, tokenizer, row: Callable[[int], Sequence[int]], output: Path, settings: Settings, *,
+        optimizers: Callable | None = None, also: Callable | None = None,
+    ):  # fmt: skip
+        self.model, self.tokenizer, self.row, self.settings = model, tokenizer, row, settings
+        self.output, self.also = output, also
+        self.rank = distributed.get_rank() if distributed.is_initialized() else 0
+        self.world = distributed.get_world_size() if distributed.is_initialized() else 1
+        self.kinds = list(model.config.diffusion["attention"])
+        self.completing = "block_causal" if "block_causal" in self.kinds else self.kinds[0]
+        diffusion = diffusion_of(model)
+        self.block_size, self.mask_id = diffusion.block_size or 32, diffusion.mask_id
+        self.shift, self.end_ids = diffusion.shift, diffusion.eos_ids
+        self._check()
+        self.ends = own_text.ends_line(tokenizer, self.end_ids)
+        self.optimizers = (optimizers or adamw)(model, settings.learning_rate)
+        self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.step, self.round, self.texts = 0, 0, []
+
+    def run(self) -> None:
+        """Teach to the end of the last round. log.jsonl gets a line with the settings, and one per round,
+        which ends with a checkpoint."""
+        start = {"event": "start", "step": self.step, "processes": self.world}
+        self._log(start | {"settings": asdict(self.settings)})
+        while self.round < self.settings.rounds:
+            started, totals = time.monotonic(), {}
+            texts, figures = self.write()
+            self.texts = [*self.texts, texts][-self.settings.memory :]
+            figures["seconds_of_writing"] = time.monotonic() - started
+            self.model.train()
+            for _ in range(self.settings.steps):
+                for name, loss in self.train_step().items():
+                    totals.setdefault(name, []).append(loss)
+            self.round += 1
+            self.save()
+            figures |= {name: float(np.mean(losses)) for name, losses in totals.items()}
+            figures["seconds"] = time.monotonic() - started
+            figures = {name: round(value, 4) for name, value in figures.items()}
+            self._log({"round": self.round, "step": self.step} | figures)
+
+    def write(self) -> tuple[dict, dict]:
+        """Let the model as it stands complete prompts and fill gaps: this process's share of a round.
+
+        Returns {"completions", "loops", and for each kind of attention its filled rows}, and figures of them.
+        """
+        s, rng = self.settings, np.random.default_rng([self.settings.seed, 1, self.round, self.rank])
+        writers, texts, speeds = self._writers(), {"completions": [], "loops": []}, []
+        count = -(-s.prompts // self.world)
+        for first in range(0, count, own_text.ROWS_AT_ONCE):
+            written = own_text.complete(
+                writers[self.completing], self._prompts(min(own_text.ROWS_AT_ONCE, count - first), rng),
+                self.ends, end_ids=self.end_ids, block_size=self.block_size, tokens=s.length // 2,
+                threshold=s.threshold, temperature=s.temperature, seed=int(rng.integers(2**31)),
+            )  # fmt: skip
+            texts["completions"] += written.completions
+            texts["loops"] += written.loops
+            speeds.append(written.tokens_per_forward)
+        common = own_text.leave_out_common_phrases(texts["completions"])
+        rows = [self._any_row(rng) for _ in range(-(-s.gap_rows // self.world))]
+        gaps = [own_text.choose_gaps(ids, self.ends, rng) for ids in rows]
+        for kind, writer in writers.items():
+            texts[kind] = own_text.fill(writer, rows, gaps, mask_id=self.mask_id, threshold=s.fill_threshold)
+        figures = {
+            "tokens_per_forward": float(np.mean(speeds)),
+            "loops_per_completion": len(texts["loops"]) / count,
+            "common_phrases": common,
+        }
+        return texts, figures
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step on the sum of all losses; returns them."""
+        s, rng = self.settings, np.random.default_rng([self.settings.seed, 2, self.step, self.rank])
+        factor = min(1.0, (self.step + 1) / s.warmup_steps) * (1 - self.step / (s.rounds * s.steps))
+        for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        kind = self.kinds[self.step % len(self.kinds)]
+        losses = {
+            "completed": self.completed_loss,
+            f"filled_{kind}": lambda rng: self.filled_loss(kind, rng),
+            f"real_{kind}": lambda rng: self.real_loss(kind),
+            "loops": self.loops_loss,
+        }
+        weights = {f"real_{kind}": s.real_weight, "loops": s.unlikelihood_weight}
+        if self.also:
+            losses["also"] = self.also
+        figures = {}
+        for name, loss in losses.items():
+            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=s.bfloat16):
+                value = loss(rng)
+            if value is not None:
+                if not torch.isfinite(value):
+                    raise FloatingPointError(f"step {self.step}: the loss {name!r} is {float(value)}")
+                (value * weights.get(name, 1.0) / self.world).backward()
+                figures[name] = float(value.detach())
+        self._sum_gradients()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return figures
+
+    # ---- losses; None where there is no text for them ---------------------------------------------------
+    def completed_loss(self, rng) -> Tensor | None:
+        """Loss on what is trained of completions, in states of decoding."""
+        chosen = self._choose("completions", self.settings.rows, rng)
+        ids, labels = self._blank(len(chosen))
+        for row, text in enumerate(chosen):
+            start, end = len(text.prompt), len(text.prompt) + len(text.ids)
+            ids[row, :end] = torch.tensor(text.prompt + text.ids)
+            trained = torch.tensor(text.trained)
+            labels[row, start:end] = torch.where(trained, ids[row, start:end], IGNORED_LABEL)
+        ids, labels, masked = self._decoding_states(ids, labels, rng)
+        return self._own_loss(self.completing, ids, labels, masked) if masked.any() else None
+
+    def filled_loss(self, kind: str, rng) -> Tensor | None:
+        """Loss on six of ten gaps that the model filled under attention `kind`, masked wholly or in part."""
+        chosen = self._choose(kind, self.settings.rows, rng)
+        ids, labels = self._blank(len(chosen))
+        masked = torch.zeros_like(ids, dtype=torch.bool)
+        for row, text in enumerate(chosen):
+            ids[row, : len(text.given)] = torch.tensor(text.given)
+            for number in rng.permutation(len(text.gaps))[: -(-6 * len(text.gaps) // 10)]:
+                start, end = text.gaps[number]
+                source = text.given if rng.random() < self.settings.given_share else text.filled
+                ids[row, start:end] = labels[row, start:end] = torch.tensor(source[start:end])
+                share = 1.0 if rng.random() < 0.6 else rng.random()
+                masked[row, start:end] = torch.from_numpy(rng.random(end - start) < share)
+        return self._own_loss(kind, ids, labels, masked) if masked.any() else None
+
+    def real_loss(self, kind: str) -> Tensor:
+        """The objective of attention `kind` on rows of the dataset."""
+        count = max(1, self.settings.rows // self.world)
+        first = (self.step * self.world + self.rank) * count
+        numbers = range(first, first + count)
+        ids = torch.tensor([list(map(int, self.row(number))) for number in numbers])
+        loss, options = self._objective(kind)
+        return loss(
+            self.model, ids, example_ids=numbers, seed=self.settings.seed, eps=self.settings.eps, **options
+        ).loss
+
+    def loops_loss(self, rng) -> Tensor | None:
+        """Mean of -log(1 - p) over the tokens of loops, in states of decoding."""
+        chosen = self._choose("loops", self.settings.loops, rng)
+        ids, labels = self._blank(len(chosen))
+        looping = torch.zeros_like(ids, dtype=torch.bool)
+        for row, text in enumerate(chosen):
+            start, end = text.start // self.block_size * self.block_size, len(text.ids)
+            ids[row, :end] = torch.tensor(text.ids)
+            labels[row, start:end] = ids[row, start:end]
+            looping[row, text.start : text.end] = True
+        ids, labels, masked = self._decoding_states(ids, labels, rng)
+        if not (looping & masked).any():
+            return None
+        noised = ids.masked_fill(masked, self.mask_id)
+        if self.completing == "block_causal":
+            both = torch.cat([noised, ids], dim=1)
+            hidden = hidden_states(self.model, both, kind="block_diffusion", block_size=self.block_size)
+        else:
+            hidden = hidden_states(self.model, noised, kind="full")
+        row, column = (looping & masked).nonzero(as_tuple=True)
+        return unlikelihood(self.model, hidden[row, column - int(self.shift)], ids[row, column])
+
+    # ---- state -------------------------------------------------------------------------------------------
+    def save(self) -> None:
+        """Write OUTPUT/model, and what a resumed run needs besides."""
+        if self.rank == 0:
+            dk.save(self.model, self.tokenizer, self.output / "model")
+        state = {
+            "step": self.step,
+            "round": self.round,
+            "texts": self.texts,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        path = self.output / f"state-{self.rank}.pt"
+        torch.save(state, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def load(self) -> None:
+        """Take up what `save` wrote."""
+        path = self.output / f"state-{self.rank}.pt"
+        if not path.exists():
+            raise ValueError(f"resume: {str(path)!r} does not exist")
+        state = torch.load(path, map_location="cpu", weights_only=False)
+        self.step, self.round, self.texts = state["step"], state["round"], state["texts"]
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+    # ---- helpers -----------------------------------------------------------------------------------------
+    def _log(self, entry: dict) -> None:
+        if self.rank == 0:
+            with (self.output / "log.jsonl").open("a") as log:
+                log.write(json.dumps(entry) + "\n")
+
+    def _check(self) -> None:
+        s = self.settings
+        if self.mask_id is None:
+            raise ValueError("model has no mask_token_id; convert it first (dllm convert)")
+        if self.shift and self.completing == "block_causal":
+            raise ValueError("model predicts shifted tokens in blocks; this recipe has no loss for that")
+        if s.length < 4 * self.block_size:
+            raise ValueError(
+                f"length is {s.length}; expected at least four blocks of {self.block_size} tokens"
+            )
+        for name in ("rows", "prompts", "gap_rows"):
+            if getattr(s, name) < self.world:
+                raise ValueError(f"{name} is {getattr(s, name)}; expected at least one for each process")
+
+    def _writers(self) -> dict:
+        """Save the model, and return a copy of it to sample from for each kind of attention."""
+        if self.rank == 0:
+            dk.save(self.model, self.tokenizer, self.output / "model")
+        if self.world > 1:
+            distributed.barrier()
+        options = {"device": self.model.device, "dtype": self.model.dtype}
+        if self.settings.bfloat16:
+            options["dtype"] = torch.bfloat16
+        return {kind: dk.load(self.output / "model", attention=kind, **options)[0] for kind in self.kinds}
+
+    def _any_row(self, rng) -> list[int]:
+        return list(map(int, self.row(int(rng.integers(2**31)))))
+
+    def _prompts(self, count: int, rng) -> list[list[int]]:
+        """Return beginnings of rows, of lengths that are equal modulo the block size: to the end of a line,
+        where rows with such lines are found."""
+        residue = int(rng.integers(self.block_size))
+        lengths = range(self.settings.length // 8, self.settings.length // 2 + 1)
+        lengths, prompts = {n for n in lengths if n % self.block_size == residue}, []
+        for tried in range(64 * count):
+            ids = self._any_row(rng)
+            fitting = lengths & set(own_text.line_starts(ids, self.ends)) if tried < 32 * count else lengths
+            if fitting:
+                prompts.append(ids[: rng.choice(sorted(fitting))])
+            if len(prompts) == count:
+                break
+        return prompts
+
+    def _choose(self, name: str, count: int, rng) -> list:
+        """Draw this process's share of `count` texts, half of them from the last round."""
+        rounds = [texts[name] for texts in self.texts]
+        remembered = [text for texts in rounds for text in texts]
+        chosen = []
+        for _ in range(max(1, count // self.world) if remembered else 0):
+            texts = rounds[-1] if rounds[-1] and rng.random() < 0.5 else remembered
+            chosen.append(texts[rng.integers(len(texts))])
+        return chosen
+
+    def _blank(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Return ids of masks and labels of -100, int64 [rows, length]."""
+        ids = torch.full((rows, self.settings.length), self.mask_id)
+        return ids, torch.full_like(ids, IGNORED_LABEL)
+
+    def _decoding_states(self, ids: Tensor, labels: Tensor, rng) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (ids, labels, masked). Under bidirectional attention one block of each row keeps its labels,
+        and all that follows it is masked."""
+        if self.completing == "bidirectional":
+            block = torch.arange(ids.shape[1]) // self.block_size
+            for row, labelled in enumerate(labels != IGNORED_LABEL):
+                if labelled.any():
+                    chosen = int(rng.choice(block[labelled]))
+                    ids[row, block > chosen] = self.mask_id
+                    labels[row, block != chosen] = IGNORED_LABEL
+        return ids, labels, own_text.decoding_states(labels, self.block_size, rng)
+
+    def _own_loss(self, kind: str, ids: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
+        """Cross entropy and certainty of own text where it is masked."""
+        loss, options = self._objective(kind)
+        return loss(
+            self.model, ids, labels, noise=Noise(torch.ones(ids.shape), masked), loss_weight_type="uniform",
+            normalizer=int(masked.sum()), certainty_weight=self.settings.certainty_weight, **options,
+        ).loss  # fmt: skip
+
+    def _objective(self, kind: str) -> tuple[Callable, dict]:
+        options = {"mask_id": self.mask_id, "bar_mask_token": True}
+        if kind == "block_causal":
+            return bd3lm_loss, options | {"block_size": self.block_size}
+        return mdlm_loss, options | {"shift": self.shift, "bos_id": self.tokenizer.bos_token_id}
+
+    def _sum_gradients(self) -> None:
+        if self.world == 1:
+            return
+        gradients = [p.grad for p in self.model.parameters()]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def unlikelihood(model, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Return the mean of -log(1 - p(token)) for hidden states [N, hidden] and int64 tokens [N]."""
+    logits = model.get_output_embeddings()(hidden).float()
+    log_p = logits.log_softmax(-1).gather(1, tokens[:, None])
+    return -torch.log1p(-log_p.exp().clamp(max=0.999)).mean()
+
+
+def adamw(model, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """AdamW; norms and biases do not decay."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    return [torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))]
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="checkpoint folder or name, as dk.load takes it")
+    parser.add_argument("--dataset", required=True, help="dataset specification; its train split is used")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--text-field", default="text")
+    parser.add_argument("--resume", action="store_true", help="go on from the last finished round of OUTPUT")
+    add_settings(parser)
+    options = parser.parse_args(arguments)
+    start_processes()
+    model, tokenizer = dk.load(options.model, dtype=torch.float32)
+    settings = settings_of(options)
+    rows = load_pretraining_dataset(
+        options.dataset, tokenizer, max_length=settings.length, text_field=options.text_field, packing=False,
+        drop_tail=True, seed=settings.seed,
+    )["train"]  # fmt: skip
+    teach(
+        model, tokenizer, lambda i: rows[i % len(rows)]["input_ids"], options.output, settings, options.resume
+    )
+
+
+def teach(model, tokenizer, row, output: Path, settings: Settings, resume: bool = False, **options) -> None:
+    """Run a `Teaching` from the beginning, or from where `output` stands, and mix the weights in the end."""
+    output.mkdir(parents=True, exist_ok=True)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    teaching = Teaching(model, tokenizer, row, output, settings, **options)
+    if resume:
+        teaching.load()
+    elif teaching.rank == 0:
+        (output / "log.jsonl").unlink(missing_ok=True)
+    teaching.run()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(before[name].lerp(weight, settings.student_share))
+    if teaching.rank == 0:
+        dk.save(model, tokenizer, output / "model")
+
+
+def start_processes() -> None:
+    """Join the processes that torchrun started, if it did; each computes on a GPU of its own, or one core."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        else:
+            torch.set_num_threads(1)
+        distributed.init_process_group()
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add an option for every field of Settings."""
+    for field in fields(Settings):
+        name = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            parser.add_argument(name, action="store_true")
+        else:
+            parser.add_argument(name, type=field.type, default=field.default)
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    return Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The embedded model `tiny-python`: its corpus, tokenizer, training, evaluation and export."""

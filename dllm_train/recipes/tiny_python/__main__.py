@@ -1,0 +1,3 @@
+from dllm_train.recipes.tiny_python.train import main
+
+main()

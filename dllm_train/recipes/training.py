@@ -1,0 +1,173 @@
+"""What finetune and pretrain share: the trainer of an objective, resumption and the record of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from dllm_train.arguments import DataArguments, DiffusionTrainingArguments
+from dllm_train.checkpoints import last_complete
+from dllm_train.collate import DiffusionCollator
+from dllm_train.objective_settings import DEFAULT_BLOCK_SIZE
+from dllm_train.trainer import BD3LMTrainer, DiffusionTrainer, DreamTrainer, MDLMTrainer
+
+TRAINERS = {"mdlm": MDLMTrainer, "bd3lm": BD3LMTrainer, "dream": DreamTrainer}
+
+
+@dataclass
+class ObjectiveArguments:
+    """Which objective is trained."""
+
+    objective: str | None = field(
+        default=None,
+        metadata={
+            "help": "mdlm (bidirectional), bd3lm (block diffusion) or dream (Dream's weights and shift). "
+            "None: bd3lm for block-causal checkpoints, else mdlm.",
+            "choices": list(TRAINERS),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An objective, its trainer, and the length of the blocks of sampling and, for bd3lm, of training."""
+
+    objective: str
+    trainer: type[DiffusionTrainer]
+    block_size: int
+
+    @property
+    def whole_blocks(self) -> int | None:
+        """Return what the length of rows has to be a multiple of, or None."""
+        return self.block_size if self.objective == "bd3lm" else None
+
+
+def make_plan(objective: str | None, config, training_args: DiffusionTrainingArguments) -> Plan:
+    """Return the plan for a model of this config; an objective that is None is that of the config."""
+    entry = getattr(config, "diffusion", None) or {}
+    if objective is None:
+        kinds = entry.get("attention") or ["bidirectional"]
+        objective = "bd3lm" if kinds[0] == "block_causal" else "mdlm"
+    return Plan(
+        objective,
+        TRAINERS[objective],
+        training_args.block_size or entry.get("block_size") or DEFAULT_BLOCK_SIZE,
+    )
+
+
+def read_dataset(load: Callable, kind: str, options: Sequence[str], plan: Plan, tokenizer, data_args, args):
+    """Return the splits of data_args.preprocessed, or what `load` makes of data_args.dataset.
+
+    kind: "sft" | "pretraining". options: the fields of data_args that `load` takes besides the common ones.
+    """
+    if bool(data_args.dataset) == bool(data_args.preprocessed):
+        raise ValueError(
+            f"dataset is {data_args.dataset!r} and preprocessed {data_args.preprocessed!r}; give one of them"
+        )
+    common = {"block_size": plan.whole_blocks, "seed": args.data_seed}
+    common |= {name: getattr(data_args, name) for name in ("streaming", "shuffle_buffer")}
+    if data_args.preprocessed:
+        from dllm_train.data import load_preprocessed_dataset
+
+        return load_preprocessed_dataset(data_args.preprocessed, tokenizer, kind=kind, **common)
+    given = {name: getattr(data_args, name) for name in ("max_length", "num_proc", *options)}
+    with args.main_process_first(desc="preparing the dataset"):
+        return load(data_args.dataset, tokenizer, **common, **given)
+
+
+def train(
+    plan: Plan, model, tokenizer, dataset, data_args: DataArguments, args: DiffusionTrainingArguments
+) -> None:
+    """Train on dataset["train"], evaluate on dataset["test"] if there is one, and save to args.output_dir.
+
+    End tokens fill rows up to a multiple of pad_to_multiple_of, or else of what divides both a block and
+    max_length.
+    """
+    if "train" not in dataset:
+        name = data_args.dataset or data_args.preprocessed
+        raise ValueError(f"dataset is {name!r}, which has no split to train on")
+    collator = DiffusionCollator(
+        tokenizer,
+        block_size=_padding_multiple(plan, data_args),
+        train_padding=data_args.train_padding,
+        random_truncation=data_args.random_truncation,
+        response_crop=data_args.response_crop,
+        batch_response_crop=data_args.batch_response_crop,
+        seed=args.noise_seed,
+    )
+    checkpoint = _checkpoint(args)
+    trainer = plan.trainer(
+        model=model, args=args, data_collator=collator, train_dataset=dataset["train"],
+        eval_dataset=dataset.get("test"), processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.add_callback(_Record(trainer, plan.objective))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if args.do_eval and "test" in dataset:
+        trainer.save_metrics("eval", trainer.evaluate(), combined=False)
+
+
+def _padding_multiple(plan: Plan, data_args: DataArguments) -> int:
+    """Return what rows are filled up to a multiple of; a row cut at max_length is not filled up."""
+    multiple = data_args.pad_to_multiple_of
+    if multiple is None:
+        return math.gcd(plan.block_size, data_args.max_length)
+    if multiple < 1 or data_args.max_length % multiple or multiple % (plan.whole_blocks or 1):
+        blocks = f" and a multiple of block_size, {plan.whole_blocks}" if plan.whole_blocks else ""
+        raise ValueError(
+            f"pad_to_multiple_of is {multiple}; expected a divisor of max_length, {data_args.max_length}"
+            f"{blocks}"
+        )
+    return multiple
+
+
+def _checkpoint(args: DiffusionTrainingArguments) -> str | None:
+    """Return the folder to resume from; refuse to mix a new run with an older one's checkpoints."""
+    last = last_complete(args.output_dir)
+    if args.resume_from_checkpoint == "last":
+        return None if last is None else str(last)
+    if last is not None and args.resume_from_checkpoint is None:
+        raise ValueError(
+            f"output_dir is {args.output_dir!r}, which holds {last.name} of an earlier run; give "
+            "--resume_from_checkpoint last to go on from it, or another output_dir"
+        )
+    return args.resume_from_checkpoint
+
+
+class _Record(TrainerCallback):
+    """Writes output_dir/run.json and prints it when training begins."""
+
+    def __init__(self, trainer: DiffusionTrainer, objective: str):
+        self.trainer, self.objective = trainer, objective
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        facts = {"objective": self.objective, **run_facts(self.trainer)}
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+            print(", ".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
+
+
+def run_facts(trainer: DiffusionTrainer) -> dict:
+    """Return how the model of a trainer that has begun is held: processes, wrapper, kinds of weights."""
+    weights = list(trainer.model.parameters())
+    sizes = [getattr(weight, "ds_numel", weight.numel()) for weight in weights]
+    return {
+        "world_size": trainer.args.world_size,
+        "distributed_type": trainer.accelerator.distributed_type.value,
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "parameter_types": sorted({"ZeRO-3" if hasattr(w, "ds_id") else type(w).__name__ for w in weights}),
+        "dtypes": sorted({str(w.dtype).removeprefix("torch.") for w in weights}),
+        "mixed_precision": trainer.accelerator.mixed_precision,
+        "gradient_checkpointing": trainer.args.gradient_checkpointing or trainer.args.selective_checkpointing,
+        "device": trainer.args.device.type,
+        "weights": sum(sizes),
+        "trained_weights": sum(size for w, size in zip(weights, sizes, strict=True) if w.requires_grad),
+    }

@@ -1,0 +1,293 @@
+"""The recipe for parallel decoding: loops, states of decoding, and micro runs of the whole."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import dllm_kernels as dk
+from dllm_train.noise import Noise
+from dllm_train.objectives import mdlm_loss
+from dllm_train.recipes import own_text, parallel_decoding
+from dllm_train.recipes.parallel_decoding import Settings, Teaching, unlikelihood
+from dllm_train.recipes.tiny_python.tokenizer import train_tokenizer
+
+BLOCK = 8
+NEWLINE, END = 0, 1
+TEXTS = [
+    "".join(f"def f_{i}_{j}(a):\n    b = a * {j}\n    return b + {i}\n\n" for j in range(8))
+    for i in range(24)
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, vocab_size=300)
+
+
+def micro_checkpoint(folder, tokenizer, attention):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, intermediate_size=24, max_position_embeddings=64,
+        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    model.config.mask_token_id = tokenizer.mask_token_id
+    model.config.diffusion = {"block_size": BLOCK, "attention": attention, "shift": False}
+    dk.save(model, tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory, tokenizer):
+    """A checkpoint of both kinds of attention."""
+    folder = tmp_path_factory.mktemp("both")
+    return micro_checkpoint(folder, tokenizer, ["block_causal", "bidirectional"])
+
+
+@pytest.fixture(scope="module", params=["both", "bidirectional"])
+def checkpoint(request, both, tmp_path_factory, tokenizer):
+    if request.param == "both":
+        return both
+    return micro_checkpoint(tmp_path_factory.mktemp("checkpoint"), tokenizer, ["bidirectional"])
+
+
+SETTINGS = Settings(
+    rounds=2, steps=2, length=48, prompts=6, gap_rows=4, memory=2, rows=4, loops=2, threshold=0.5,
+    learning_rate=1e-3,
+)  # fmt: skip
+
+
+def teaching(checkpoint, output, **changes):
+    model, tokenizer = dk.load(checkpoint, dtype=torch.float32)
+    stream = np.concatenate([tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS])
+    output.mkdir(exist_ok=True)
+
+    def row(index):
+        start = index * 17 % (len(stream) - SETTINGS.length)
+        return stream[start : start + SETTINGS.length]
+
+    return Teaching(model, tokenizer, row, output, Settings(**(vars(SETTINGS) | changes)))
+
+
+# ---- loops ----------------------------------------------------------------------------------------------
+def ends(vocabulary=100):
+    ends = np.zeros(vocabulary, dtype=bool)
+    ends[[NEWLINE, END]] = True
+    return ends
+
+
+@pytest.mark.parametrize(
+    ("context", "ids", "expected"),
+    [
+        ([5, 6, 7, NEWLINE], [5, 6, 7, NEWLINE, 8, 9], (0, 4)),  # a line like the one before
+        ([5, 6, 7, NEWLINE, NEWLINE], [5, 6, 7, NEWLINE], (0, 4)),  # empty lines do not count
+        ([5, 6, 7, NEWLINE, 5], [6, 7, NEWLINE], (0, 3)),  # a line that the context began
+        ([*range(5, 20), NEWLINE], [4, NEWLINE, *range(5, 13)], None),
+        ([*range(5, 20), NEWLINE], [*range(5, 13)], (0, 8)),  # eight tokens of an unfinished line
+        ([*range(5, 20), NEWLINE], [*range(5, 12)], None),  # seven
+        ([5, 6, 7, 8, 0, 9, 0, 5, 6, 7, 8, 0, 9, 0], [5, 6, 7, 8, 0], (0, 5)),  # a third time
+        ([5, 6, 7, 0, 9, 0, 5, 6, 7, 0, 8, 0], [5, 6, 7, 0], None),  # short lines may come back
+        ([*range(20, 50)], [5] * 8, (0, 6)),  # four times the same three tokens
+        ([*range(20, 50)], [5] * 5, None),
+    ],
+)
+def test_loops_are_found_where_they_begin(context, ids, expected):
+    assert own_text.find_loop(context, ids, ends()) == expected
+
+
+def test_a_loop_of_the_context_alone_is_none():
+    assert own_text.find_loop([5, 6, 0, 5, 6, 0], [7, 8], ends()) is None
+
+
+def test_common_phrases_are_not_trained():
+    def text(ids):
+        return own_text.Completion([1], list(ids), [True] * len(ids))
+
+    shared, own, twice = range(10, 18), range(20, 29), range(30, 38)
+    texts = [text([*shared, 40 + number, *own]) for number in range(4)]
+    for number, completion in enumerate(texts[1:]):
+        completion.ids[9:] = range(50 + 10 * number, 59 + 10 * number)
+    texts.append(text([*twice, 5, *twice]))
+    texts.append(text(twice))
+    share = own_text.leave_out_common_phrases(texts)
+    for completion in texts[:4]:
+        assert completion.trained == [False] * 8 + [True] * 10
+    assert texts[4].trained == [True] * 9 + [False] * 8  # the second time
+    assert all(texts[5].trained)  # one other completion has it
+    assert share == (4 * 8 + 8) / (4 * 18 + 17 + 8)
+
+
+def test_gaps_are_single_lines_without_their_ends():
+    rng, ids = np.random.default_rng(0), [2, 3, 0, 4, 0, 5, 6, 0, 0, 7, 8, 9, 0, *range(10, 40), 0, 2, 0, 3]
+    for _ in range(50):
+        gaps = own_text.choose_gaps(ids, ends(), rng)
+        for start, end in gaps:
+            assert 0 < end - start <= 24
+            assert ids[start - 1] == ids[end] == NEWLINE
+            assert NEWLINE not in ids[start:end]
+        assert all(end + 1 < start for (_, end), (start, _) in pairwise(gaps))
+
+
+def test_ends_of_lines_are_read_from_the_text_of_tokens(tokenizer):
+    found = own_text.ends_line(tokenizer, (tokenizer.eos_token_id,))
+    texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    assert [i for i in range(len(texts)) if found[i]] == [
+        i for i, text in enumerate(texts) if "\n" in text or i == tokenizer.eos_token_id
+    ]
+
+
+# ---- states of decoding ---------------------------------------------------------------------------------
+def test_states_of_decoding_mask_a_block_or_its_end():
+    labels = torch.randint(5, 50, (400, 4 * BLOCK))
+    labels[:, :11] = -100
+    masked = own_text.decoding_states(labels, BLOCK, np.random.default_rng(0))
+    assert not masked[labels == -100].any()
+    blocks = masked[:, 2 * BLOCK :].reshape(-1, BLOCK)
+    whole = blocks.all(1)
+    assert 0.5 < whole.float().mean() < 0.65
+    assert blocks.any(1).float().mean() > 0.95
+    suffixes = blocks.int().diff(dim=1).clamp(max=0).eq(0).all(1)
+    assert 0.8 < suffixes.float().mean() < 0.95
+    assert not masked[:, :BLOCK].any()
+
+
+def test_unlikelihood_is_written_out():
+    model = torch.nn.Linear(4, 9)
+    model.get_output_embeddings = lambda: model
+    hidden, tokens = torch.randn(6, 4), torch.randint(0, 9, (6,))
+    p = model(hidden).softmax(-1)[torch.arange(6), tokens]
+    torch.testing.assert_close(unlikelihood(model, hidden, tokens), -(1 - p).log().mean())
+
+
+# ---- runs -----------------------------------------------------------------------------------------------
+def test_completions_follow_their_prompts(checkpoint, tmp_path):
+    run = teaching(checkpoint, tmp_path)
+    texts, _ = run.write()
+    for text in texts["completions"]:
+        assert len(text.prompt) + len(text.ids) <= SETTINGS.length
+        assert len(text.trained) == len(text.ids)
+        assert own_text.find_loop(text.prompt, text.ids, run.ends) is None
+    for loop in texts["loops"]:
+        assert 0 < loop.start < loop.end <= len(loop.ids) <= SETTINGS.length
+    for kind in run.kinds:
+        for text in texts[kind]:
+            shown = np.ones(SETTINGS.length, dtype=bool)
+            for start, end in text.gaps:
+                shown[start:end] = False
+            assert np.array_equal(np.array(text.given)[shown], np.array(text.filled)[shown])
+            assert run.mask_id not in text.filled
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(both, tmp_path):
+    whole = teaching(both, tmp_path / "whole")
+    whole.run()
+    first = teaching(both, tmp_path / "parts")
+
+    def interrupted(step=first.train_step):
+        if first.step == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    first.train_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    second = teaching(both, tmp_path / "parts")
+    second.load()
+    assert second.round == 1
+    second.run()
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, second.model.state_dict()[name])
+
+
+def test_every_round_leaves_a_checkpoint_and_its_figures(both, tmp_path):
+    run = teaching(both, tmp_path)
+    run.run()
+    model, _ = dk.load(tmp_path / "model", dtype=torch.float32)
+    for name, weight in run.model.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])
+    rounds = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rounds[0]["settings"] == vars(run.settings)
+    assert [(entry["round"], entry["step"]) for entry in rounds[1:]] == [(1, 2), (2, 4)]
+    assert all(f"real_{kind}" in rounds[1] for kind in run.kinds)
+
+
+@pytest.mark.parametrize("name", ["completed_loss", "filled_loss", "loops_loss"])
+def test_steps_on_one_loss_lower_it(checkpoint, tmp_path, name):
+    run = teaching(checkpoint, tmp_path, certainty_weight=0.0)
+    run.texts = [run.write()[0]]
+    run.texts[0]["loops"] = [own_text.Loop([5, 6, 7, 8] * 10, 32, 40)]
+
+    def loss():
+        arguments = (run.kinds[-1],) if name == "filled_loss" else ()
+        return getattr(run, name)(*arguments, np.random.default_rng(0))
+
+    before = loss()
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert loss() < before
+
+
+def test_the_command_reads_a_dataset(tmp_path, tokenizer):
+    checkpoint = micro_checkpoint(tmp_path / "checkpoint", tokenizer, ["block_causal"])
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    command = ["--model", str(checkpoint), "--dataset", str(file), "--output", str(tmp_path / "out")]
+    sizes = ["--rounds", "1", "--steps", "1", "--length", "48", "--prompts", "2", "--gap-rows", "2"]
+    parallel_decoding.main([*command, *sizes])
+    _, loaded = dk.load(tmp_path / "out" / "model")
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    parallel_decoding.main([*command, *sizes[:1], "2", *sizes[2:], "--resume"])
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [entry.get("round") for entry in log] == [None, 1, None, 2]
+
+
+def test_the_finished_weights_are_a_mix(tmp_path, tokenizer):
+    checkpoint = micro_checkpoint(tmp_path / "checkpoint", tokenizer, ["block_causal"])
+    before, _ = dk.load(checkpoint, dtype=torch.float32)
+    run = teaching(checkpoint, tmp_path / "student")
+    run.run()
+    model, _ = dk.load(checkpoint, dtype=torch.float32)
+    settings = Settings(**(vars(SETTINGS) | {"student_share": 0.25}))
+    parallel_decoding.teach(model, tokenizer, run.row, tmp_path / "mixed", settings)
+    mixed, _ = dk.load(tmp_path / "mixed" / "model", dtype=torch.float32)
+    for (_, a), (_, b), (_, c) in zip(
+        before.named_parameters(), run.model.named_parameters(), mixed.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(c, 0.75 * a + 0.25 * b)
+
+
+def test_certainty_of_one_right_token_has_a_finite_gradient(tmp_path, tokenizer):
+    checkpoint = micro_checkpoint(tmp_path / "checkpoint", tokenizer, ["bidirectional"])
+    model, _ = dk.load(checkpoint, dtype=torch.float32)
+    ids, mask_id = torch.tensor([[5, 6, 7, 8]]), tokenizer.mask_token_id
+    masked = torch.tensor([[False, True, False, False]])
+    with torch.no_grad():
+        logits = model(ids.masked_fill(masked, mask_id)).logits[0, 1]
+        logits[mask_id] = float("-inf")
+        ids[0, 1] = logits.argmax()
+    noise = Noise(torch.ones(1, 4), masked)
+    output = mdlm_loss(model, ids, mask_id=mask_id, noise=noise, certainty_weight=8.0, bar_mask_token=True)
+    output.loss.backward()
+    assert int(output.right) == 1
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# ---- refusals -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("name", "value"), [("length", 24), ("rows", 0), ("prompts", 0), ("gap_rows", 0)])
+def test_settings_that_cannot_work_are_named(both, tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"^{name} is {value}; expected"):
+        teaching(both, tmp_path, **{name: value})
+
+
+def test_resuming_without_a_state_is_refused(both, tmp_path):
+    with pytest.raises(ValueError, match=r"^resume: .* does not exist"):
+        teaching(both, tmp_path).load()
