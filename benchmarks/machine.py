@@ -37,9 +37,14 @@ def about(device: str) -> dict:
 
 @functools.cache
 def commit() -> str:
-    """Short hash, with a + when files other than results differ from it; or what DLLM_COMMIT says."""
+    """Return the short hash, with a + when files other than results differ from it; or what DLLM_COMMIT says.
+
+    A package that is installed elsewhere is no commit of this checkout: its version is said.
+    """
     if os.environ.get("DLLM_COMMIT"):
         return os.environ["DLLM_COMMIT"]
+    if not Path(dllm_kernels.__file__).is_relative_to(ROOT):
+        return f"of the package {dllm_kernels.__version__}"
     if shutil.which("git") is None:
         return "unknown"
     git = ["git", "-C", str(ROOT)]
@@ -48,6 +53,12 @@ def commit() -> str:
         [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"], capture_output=True, text=True
     )
     return head.stdout.strip() + "+" * bool(changed.stdout.strip()) if head.returncode == 0 else "unknown"
+
+
+def peaks(device: str) -> dict[str, float]:
+    """Return what `device`, as in `about`, reaches: "flops" and "bytes" per second."""
+    where = "cpu" if device == "cpu" else "cuda"
+    return {"flops": peak_flops(where), "bytes": peak_bandwidth(where)}
 
 
 @functools.cache

@@ -1,124 +1,91 @@
-"""Results of the benchmarks: a JSON file and a plot per device, and a table at the end of the run."""
+"""What a run of the benchmarks leaves: a table on the console, and JSON, Markdown, plot and page per device.
 
-import dataclasses
-import datetime
+python -m benchmarks.report benchmarks/results/cpu.json report.html    # the page of results that are there
+"""
+
+from __future__ import annotations
+
 import json
-import re
-import statistics
+import sys
 from pathlib import Path
 
-import numpy
 import pytest
 
-from benchmarks import machine, plot
+from benchmarks import charts, html_page, machine, results, tables
 
 ROWS = pytest.StashKey[list]()
+EXISTING = pytest.StashKey[dict]()  # (on a GPU, suite) -> the cases that there are, where all were collected
 FOLDER = Path(__file__).parent / "results"
 
 
-@dataclasses.dataclass
-class Row:
-    """One comparison; durations in seconds, in the order in which they were measured."""
-
-    suite: str
-    case: str
-    device: str
-    ours: list[float]
-    baselines: dict[str, list[float]]
-    work: dict[str, float | None]  # flops, dense_flops, bytes of one call
-    size: int | None = None  # place on the plot's axis
-    memory: dict[str, int | None] = dataclasses.field(default_factory=dict)  # peak bytes: "ours", baselines
-
-    def summary(self) -> dict:
-        """Medians with 20th and 80th percentile; a speed-up is taken within each round, then its median."""
-        median = statistics.median(self.ours)
-        baselines = {}
-        for name, seconds in self.baselines.items():
-            ratios = [theirs / ours for theirs, ours in zip(seconds, self.ours, strict=True)]
-            baselines[name] = {"seconds": _spread(seconds), "speedup": _spread(ratios)}
-            if self.memory.get(name) is not None:
-                baselines[name]["peak_bytes"] = self.memory[name]
-        summary = {"rounds": len(self.ours), "ours_seconds": _spread(self.ours)}
-        summary |= {f"{name}_per_second": amount / median for name, amount in self.work.items() if amount}
-        if self.size is not None:
-            summary["size"] = self.size
-        if self.memory.get("ours") is not None:
-            summary["peak_bytes"] = self.memory["ours"]
-        return summary | {"baselines": baselines}
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    p20, median, p80 = (float(f"{value:.4g}") for value in numpy.percentile(values, [20, 50, 80]))
-    return {"median": median, "p20": p20, "p80": p80}
-
-
 def finish(terminal, config) -> None:
-    """Writes the results (not those of a smoke run) and prints the table."""
-    rows: list[Row] = config.stash[ROWS]
+    """Print the table and write what the options ask for; a smoke run writes only what they name."""
+    rows: list[results.Row] = config.stash[ROWS]
     if not rows:
         return
+    folder, page, own = (config.getoption(name) for name in ("--results", "--report", "--json"))
     smoke = config.getoption("--smoke")
-    folder = config.getoption("--results") or (None if smoke else FOLDER)
+    if folder is None and not (smoke or config.getoption("--no-save")):
+        folder = FOLDER
     terminal.section("benchmarks")
+    shown, measured = [], {}
     for device in dict.fromkeys(row.device for row in rows):
-        about = machine.about(device)
-        where = "cpu" if device == "cpu" else "cuda"
-        peaks = {} if smoke else {"flops": machine.peak_flops(where), "bytes": machine.peak_bandwidth(where)}
         here = [row for row in rows if row.device == device]
-        terminal.write_line(", ".join(f"{name} {value}" for name, value in about.items()))
-        for name, unit in (("flops", "GFLOP/s in torch's square product"), ("bytes", "GB/s in a copy")):
-            if name in peaks:
-                terminal.write_line(f"peak: {peaks[name] / 1e9:.4g} {unit}")
-        for line in table(here, peaks):
-            terminal.write_line(line)
+        run = results.new_run(machine.about(device), {} if smoke else machine.peaks(device))
+        _print(terminal, run, here)
+        measured[device] = results.merged({}, run, here)
+        shown.append(measured[device])
         if folder:
-            for path in write(folder, about, peaks, here):
-                terminal.write_line(f"written: {path}")
+            path = results.path_of(folder, device)
+            before = results.read(path) if path.exists() else {}
+            shown[-1] = results.merged(before, run, here, _existing(config, device))
+            results.write(path, shown[-1])
+            for written in (path, *write_beside(path, shown[-1], page is None)):
+                terminal.write_line(f"written: {written}")
+    if own:
+        own.parent.mkdir(parents=True, exist_ok=True)
+        own.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
+        terminal.write_line(f"written: {own}")
+    if page:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(html_page.page(shown))
+        terminal.write_line(f"written: {page}")
 
 
-def write(folder: Path, about: dict, peaks: dict, rows: list[Row]) -> list[Path]:
-    """Merges rows into the device's file and draws its plot. Other suites stay; of a suite that is measured
-    again only cases of the same machine, versions and commit do."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-") + ".json")
-    results = json.loads(path.read_text()) if path.exists() else {}
-    today = datetime.date.today().isoformat()
-    for suite in dict.fromkeys(row.suite for row in rows):
-        before = results.get(suite, {})
-        cases = before["cases"] if before.get("machine") == about else {}
-        cases |= {row.case: row.summary() for row in rows if row.suite == suite}
-        results[suite] = {"date": today, "machine": about, "peaks": peaks, "cases": cases}
-    partial = path.with_suffix(".new")
-    partial.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    partial.replace(path)
-    return [path, *plot.draw(results, path.with_suffix(".svg"))]
+def _print(terminal, run: dict, rows: list[results.Row]) -> None:
+    terminal.write_line(", ".join(f"{name} {value}" for name, value in run["machine"].items()))
+    for name, unit in (("flops", "GFLOP/s in torch's square product"), ("bytes", "GB/s in a copy")):
+        if name in run["peaks"]:
+            terminal.write_line(f"peak: {run['peaks'][name] / 1e9:.4g} {unit}")
+    for line in tables.console(rows, run["peaks"]):
+        terminal.write_line(line)
 
 
-def table(rows: list[Row], peaks: dict[str, float]) -> list[str]:
-    """Lines of text: time, rates and their share of the peak; below, every baseline with the ratio."""
-    width = max(len(name) for row in rows for name in (row.case, *(f"vs {other}" for other in row.baselines)))
-    lines = []
-    for row in rows:
-        summary = row.summary()
-        line = f"{row.case:{width}}  {_time(summary['ours_seconds'])}"
-        for name, unit in (("flops", "GFLOP/s"), ("bytes", "GB/s")):
-            if row.work.get(name):
-                rate = summary[f"{name}_per_second"]
-                line += f"  {rate / 1e9:.4g} {unit}"
-                line += f" ({rate / peaks[name]:.0%} of peak)" if name in peaks else ""
-        lines.append(line + _megabytes(summary))
-        for name, other in summary["baselines"].items():
-            ratio = other["speedup"]
-            spread = f"{ratio['median']:.2f}x [{ratio['p20']:.2f}, {ratio['p80']:.2f}]"
-            lines.append(f"{'vs ' + name:>{width}}  {_time(other['seconds'])}  {spread}{_megabytes(other)}")
-    return lines
+def _existing(config, device: str) -> dict[str, set[str]]:
+    on_gpu = device != "cpu"
+    return {suite: cases for (gpu, suite), cases in config.stash[EXISTING].items() if gpu == on_gpu}
 
 
-def _time(spread: dict[str, float]) -> str:
-    low, middle, high = (spread[name] * 1e6 for name in ("p20", "median", "p80"))
-    scale, unit = (1e3, "ms") if middle >= 1e3 else (1, "µs")
-    return f"{middle / scale:9.2f} {unit} [{low / scale:.2f}, {high / scale:.2f}]"
+def write_beside(path: Path, content: dict, page: bool = True) -> list[Path]:
+    """Write the Markdown, the plot and the page of a device's file beside it; return their paths."""
+    files = {".md": tables.markdown(content), ".svg": plot(content)}
+    if page:
+        files[".html"] = html_page.page([content])
+    for suffix, text in files.items():
+        if text:
+            path.with_suffix(suffix).write_text(text)
+    return [path.with_suffix(suffix) for suffix, text in files.items() if text]
 
 
-def _megabytes(figures: dict) -> str:
-    return f"  peak {figures['peak_bytes'] / 1e6:.1f} MB" if "peak_bytes" in figures else ""
+def plot(content: dict) -> str:
+    """Return the scaling plots of a device's file as an SVG file; "" where no case has a place on an axis."""
+    drawn = [
+        chart for axis in ("length", "batch") for chart in html_page.scaling_charts(content["suites"], axis)
+    ]
+    width = charts.CURVE_WIDTH + 20
+    return charts.standalone(drawn, len(drawn) * width, charts.CURVE_HEIGHT + 10) if drawn else ""
+
+
+if __name__ == "__main__":
+    *sources, target = map(Path, sys.argv[1:])
+    target.write_text(html_page.page([results.read(source) for source in sources]))

@@ -23,6 +23,7 @@ def test_block_attention_bd3lm(compare, pick, smoke, seq_len):
         lambda q, k, v: dk.block_attention(q, k, v, mask),
         others,
         inputs=attention_inputs(length),
+        title=f"block_attention, BD3LM mask, L = {mask.kv_len // 2}",
         flops=attention_flops(length, mask.density()),
         dense_flops=attention_flops(length, 1),
         tolerance=TOLERANCE,
@@ -38,9 +39,10 @@ def test_block_attention_scaling(compare, pick, smoke, seq_len):
         lambda q, k, v: dk.block_attention(q, k, v, mask),
         {} if dense is None else {"sdpa": lambda q, k, v: baselines.sdpa(q, k, v, dense)},
         inputs=attention_inputs(mask.kv_len),
+        title=f"block_attention, BD3LM mask, L = {mask.kv_len // 2}, with memory",
         flops=attention_flops(mask.kv_len, mask.density()),
         tolerance=TOLERANCE,
-        size=seq_len,
+        length=seq_len,
         memory=True,
     )
 
@@ -53,6 +55,7 @@ def test_block_attention_bd3lm_with_gradients(compare, pick, seq_len):
         with_gradients(lambda q, k, v: dk.block_attention(q, k, v, mask)),
         {"sdpa": with_gradients(lambda q, k, v: baselines.sdpa(q, k, v, dense))},
         inputs=attention_inputs(length),
+        title=f"block_attention, BD3LM mask, L = {length // 2}, forward and backward",
         flops=GRADIENT_FLOPS * attention_flops(length, mask.density()),
         dense_flops=GRADIENT_FLOPS * attention_flops(length, 1),
         tolerance=GRADIENT_TOLERANCE,
@@ -66,6 +69,7 @@ def test_block_attention_full(compare, pick):
         dk.block_attention,
         {"sdpa": baselines.sdpa},
         inputs=attention_inputs(length),
+        title=f"block_attention, no mask, {length} tokens",
         flops=attention_flops(length, 1),
         tolerance=TOLERANCE,
     )

@@ -16,7 +16,8 @@ def test_cached_block_attention(compare, pick, cached):
         lambda *step: dk.cached_block_attention(*step[:7]),
         {"sdpa, gathered": lambda *step: baselines.sdpa(step[0], *step[7:])},
         inputs=lambda: cached_step(cached),
+        title=f"cached_block_attention, 32 queries, {cached} cached",
         flops=cached_flops(cached),
         tolerance=TOLERANCE,
-        size=cached,
+        length=cached,
     )

@@ -19,6 +19,7 @@ def test_linear_token_stats(compare, pick, rows):
             torch.randn(rows, hidden_size),
             torch.randn(vocabulary, hidden_size) / hidden_size**0.5,
         ),
+        title=f"linear_token_stats, {rows} rows, {hidden_size} → {vocabulary}, float32",
         flops=2 * rows * hidden_size * vocabulary,
         bytes=4 * hidden_size * vocabulary,
         tolerance={"atol": 1e-4, "rtol": 1e-4},
@@ -36,6 +37,9 @@ def test_linear_token_stats_narrow_weight(compare, pick, dtype):
         lambda hidden: dk.linear_token_stats(hidden, weight)[:2],
         {"float32 linear, softmax, argmax, gather": lambda x: baselines.projected_statistics(x, wide)},
         inputs=lambda: (torch.randn(rows, hidden_size),),
+        title=f"linear_token_stats, {rows} rows, {hidden_size} → {vocabulary}, {dtype} weight".replace(
+            "torch.", ""
+        ),
         flops=2 * rows * hidden_size * vocabulary,
         bytes=2 * hidden_size * vocabulary,
         tolerance={"atol": 1e-4, "rtol": 1e-4},

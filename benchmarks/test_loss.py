@@ -25,6 +25,7 @@ def test_linear_loss(compare, pick):
         projected,
         {"torch": baselines.projected_cross_entropy, "torch, compacted": baselines.compacted_cross_entropy},
         inputs=head_inputs(rows, size, vocabulary),
+        title=f"linear_diffusion_cross_entropy, {rows} rows, {size} → {vocabulary}, forward and backward",
         flops=head_flops(rows, size, vocabulary),
         tolerance=TOLERANCE,
         memory=True,
@@ -37,6 +38,7 @@ def test_loss(compare, pick):
         of_logits,
         {"torch": baselines.cross_entropy_gradients},
         inputs=lambda: (torch.randn(rows, vocabulary).requires_grad_(), *half_masked(rows, vocabulary)),
+        title=f"diffusion_cross_entropy, {rows} rows of {vocabulary}, forward and backward",
         bytes=4 * vocabulary * (rows // 2 * 2 + rows),  # masked rows are read twice, the gradient is whole
         tolerance=TOLERANCE,
         memory=True,

@@ -1,7 +1,4 @@
-"""dk.sample against the loops that it replaces, on the same model and prompt.
-
-pytest benchmarks -k sampling --peer llada=DIR --peer dllm=DIR    # and against real checkouts
-"""
+"""dk.sample against the loops that it replaces, on the same model and prompt."""
 
 import functools
 
@@ -10,18 +7,22 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import dllm_kernels as dk
-from benchmarks import loops, peers
-from dllm_train import arithmetic, data
-from dllm_train.recipes.tiny_python_evaluate import code_prompts, spread
+from benchmarks import loops
+from benchmarks.llada_shaped import parameters
+from dllm_train.recipes.tiny_python import arithmetic, data
+from dllm_train.recipes.tiny_python.evaluate import code_prompts, spread
 
 BLOCK, PROMPT, NEW_TOKENS = 32, 256, 128
 VOCABULARY, MASK_ID = 32_000, 31_999
 FEW_ROUNDS = 3  # a run of the plain loop takes half a minute
+PROMPT_LENGTHS = [40, 77, 100, 128, 161, 190, 233, 256]  # of a batch
+CACHES = {"none": "no cache (exact)", "dual": "dual cache (approximate)"}
+COMPILED = {False: "", True: ", torch.compile"}
 
 
 @functools.cache
 def random_model(attention: str, smoke: bool) -> Qwen3ForCausalLM:
-    """Qwen3-shaped, 58M parameters, random; `attention` is what it counts as trained for."""
+    """Qwen3-shaped, 60M parameters, random; `attention` is what it counts as trained for."""
     layers, hidden, vocabulary = (2, 32, 120) if smoke else (8, 512, VOCABULARY)
     config = Qwen3Config(
         vocab_size=vocabulary,
@@ -51,30 +52,20 @@ def sequences(model, prompts, new_tokens, **options):
     return output.sequences
 
 
-def peer_loops(request, kind: str, model, new_tokens: int) -> dict:
-    named = dict(value.split("=", 1) for value in request.config.getoption("--peer"))
-    mask_id = model.config.mask_token_id
-    return {
-        f"{name} ({kind})": functools.partial(run, model, new_tokens, BLOCK, mask_id)
-        for name, folder in named.items()
-        for run in peers.loops(name, folder, kind)
-    }
-
-
 @pytest.mark.parametrize(
     "cache, compile",
     [("none", False), ("none", True), ("dual", False), ("dual", True)],
     ids=["none", "none-compiled", "dual", "dual-compiled"],
 )
-def test_sampling_bidirectional(compare, pick, smoke, request, cache, compile):
+def test_sampling_bidirectional(compare, pick, smoke, cache, compile):
     model = random_model("bidirectional", smoke)
     length, new_tokens = pick((PROMPT, NEW_TOKENS), (16, 8))
     mask_id = model.config.mask_token_id
     compare(
         lambda prompt: sequences(model, [prompt], new_tokens, cache=cache, compile=compile),
-        {"LLaDA's loop": lambda prompt: loops.plain_loop(model, prompt, new_tokens, BLOCK, mask_id)}
-        | peer_loops(request, "mdlm", model, new_tokens),
+        {"LLaDA's loop": lambda prompt: loops.plain_loop(model, prompt, new_tokens, BLOCK, mask_id)},
         inputs=lambda: (random_prompt(length, model),),
+        title=f"{new_tokens} tokens, {parameters(model)} model, {CACHES[cache]}{COMPILED[compile]}",
         tolerance={"atol": 0, "rtol": 0} if cache == "none" and not compile else None,
         rounds=FEW_ROUNDS,
     )
@@ -82,7 +73,7 @@ def test_sampling_bidirectional(compare, pick, smoke, request, cache, compile):
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_sampling_host_work(compare, pick, rows):
-    """What the sampler does besides the model: one of no size, against the bare loop around each row."""
+    """Sampler overhead, measured with a zero-size model, against the bare loop around each row."""
     model = random_model("bidirectional", smoke=True)
     prompts, new_tokens = [random_prompt(8, model) for _ in range(rows)], pick(BLOCK, 8)
 
@@ -90,28 +81,34 @@ def test_sampling_host_work(compare, pick, rows):
         for prompt in prompts:
             loops.plain_loop(model, prompt, new_tokens, BLOCK, model.config.mask_token_id)
 
-    compare(lambda: sequences(model, prompts, new_tokens, cache="none"), {"bare loop": bare_loop})
+    compare(
+        lambda: sequences(model, prompts, new_tokens, cache="none"),
+        {"bare loop": bare_loop},
+        title=f"sampler overhead, zero-size model, batch {rows}",
+    )
 
 
-def test_sampling_block_causal(compare, pick, smoke, request):
+def test_sampling_block_causal(compare, pick, smoke):
     model = random_model("block_causal", smoke)
     length, new_tokens = pick((PROMPT, NEW_TOKENS), (BLOCK, 2 * BLOCK))
     mask_id = model.config.mask_token_id
     compare(
         lambda prompt: sequences(model, [prompt], new_tokens, cache="block"),
-        {"copying loop": lambda prompt: loops.copying_loop(model, prompt, new_tokens, BLOCK, mask_id)}
-        | peer_loops(request, "bd3lm", model, new_tokens),
+        {"copying loop": lambda prompt: loops.copying_loop(model, prompt, new_tokens, BLOCK, mask_id)},
         inputs=lambda: (random_prompt(length, model),),
+        title=f"{new_tokens} tokens, {parameters(model)} block-causal model, block cache (exact)",
         tolerance={"atol": 0, "rtol": 0},
         rounds=FEW_ROUNDS,
     )
 
 
-def test_sampling_batch(compare, pick, smoke):
-    """Eight unequal prompts together, and one by one."""
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+def test_sampling_batch(compare, pick, smoke, rows):
+    """Unequal prompts together, and one by one."""
     model = random_model("block_causal", smoke)
     new_tokens = pick(64, 8)
-    lengths = pick([40, 77, 100, 128, 161, 190, 233, 256], [3, 9])
+    every = len(PROMPT_LENGTHS) // rows
+    lengths = pick(PROMPT_LENGTHS[every // 2 :: every], [3, 9, 4, 7, 5, 8, 6, 2][:rows])
 
     def one_by_one(*prompts):
         for prompt in prompts:
@@ -121,6 +118,8 @@ def test_sampling_batch(compare, pick, smoke):
         lambda *prompts: sequences(model, list(prompts), new_tokens),
         {"one by one": one_by_one},
         inputs=lambda: tuple(random_prompt(length, model) for length in lengths),
+        title=f"{new_tokens} tokens, {parameters(model)} block-causal model, batch of {rows}",
+        batch=rows,
         rounds=FEW_ROUNDS,
     )
 
@@ -145,7 +144,12 @@ def test_sampling_tiny_python(compare, pick, compile):
         for prompt in prompts:
             loops.plain_loop(plain, prompt, new_tokens, BLOCK, mask_id)
 
-    compare(ours, {"plain loop": plain_loop}, rounds=5)
+    compare(
+        ours,
+        {"plain loop": plain_loop},
+        title=f"{len(prompts)} × {new_tokens} tokens of code, tiny-python, threshold 0.9{COMPILED[compile]}",
+        rounds=5,
+    )
 
 
 @functools.cache
@@ -165,9 +169,11 @@ def test_sampling_threshold(compare, pick, task, new_tokens, threshold):
     """Many tokens a step, by the embedded model's confidence, and one."""
     model, _ = dk.load("tiny-python")
     prompts = held_out_prompts(task, pick(16, 2))
-    options = dict(max_new_tokens=pick(new_tokens, 16), stop_on_eos=False)
+    new_tokens = pick(new_tokens, 16)
+    options = dict(max_new_tokens=new_tokens, stop_on_eos=False)
     compare(
         lambda: dk.sample(model, prompts, threshold=threshold, **options),
         {"one token per step": lambda: dk.sample(model, prompts, **options)},
+        title=f"{len(prompts)} × {new_tokens} tokens of {task}, tiny-python, threshold {threshold}",
         rounds=5,
     )

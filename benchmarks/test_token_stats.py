@@ -29,6 +29,7 @@ def test_token_stats_greedy(compare, pick, dtype):
         greedy,
         {"softmax, argmax, gather": baselines.softmax_statistics},
         inputs=random_logits(rows, vocabulary, dtype=dtype),
+        title=f"token_stats, {rows} rows of {vocabulary}, greedy, {dtype}".replace("torch.", ""),
         bytes=dtype.itemsize * rows * vocabulary,
         tolerance={"atol": 1e-5, "rtol": 1e-4},
     )
@@ -40,6 +41,7 @@ def test_token_stats_sampled(compare, pick):
         sampled,
         {"float64 Gumbel": lambda x: baselines.gumbel_statistics(x, 1.0)},
         inputs=random_logits(rows, vocabulary),
+        title=f"token_stats, {rows} rows of {vocabulary}, temperature 1",
         bytes=4 * rows * vocabulary,
     )
 
@@ -51,6 +53,7 @@ def test_token_stats_filtered(compare, pick):
         lambda x: dk.token_stats(x, top_p=top_p, top_k=top_k)[:2],
         {"sort, softmax, max": lambda x: baselines.filtered_statistics(x, top_p, top_k)},
         inputs=random_logits(rows, vocabulary),
+        title=f"token_stats, {rows} rows of {vocabulary}, top-p and top-k",
         bytes=4 * rows * vocabulary,
         tolerance={"atol": 1e-5, "rtol": 1e-4},
     )

@@ -1,63 +1,109 @@
-"""Writes measured figures into the pages: between `<!-- figures: NAME -->` and `<!-- end -->`.
+"""Write measured figures into the pages: between `<!-- figures: NAME -->` and `<!-- end -->`.
 
-    python tools/figures.py           rewrite README.md and docs/*.md
-    python tools/figures.py --check   say which pages are out of date, exit 1 if any is
+    python tools/figures.py           rewrite README.md, docs/*.md and the plots of benchmarks/results
+    python tools/figures.py --check   say which of them are out of date, exit 1 if any is
 
-NAME `cpu` is the benchmark results of that device (benchmarks/results/cpu.json), `cpu-headlines` a few of
-them, `gpu` those of every other device, `tiny-python` the evaluation of the embedded model (its
-evaluation.json). Nobody types a figure into a page.
+NAME `cpu` is the benchmark results of that device (benchmarks/results/cpu.json), `headline`,
+`cpu-headlines` and `training` a few of them, `gpu` those of every other device, `thresholds` and
+`tiny-python` the evaluation of the embedded model (its evaluation.json), `smollm2` that of the recipe
+(docs/smollm2.json). Nobody types a figure into a page.
 """
 
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from dllm_train.recipes.tiny_python_export import ATTENTION, percent, table, threshold_table  # noqa: E402
+from benchmarks import report, results  # noqa: E402
+from benchmarks.tables import duration, grid, machine, markdown  # noqa: E402
+from dllm_train.recipes import smollm2  # noqa: E402
+from dllm_train.recipes.tiny_python.export import percent  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "benchmarks" / "results"
-SECTION = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+OPENING = "<!-- figures:"
+SECTION = re.compile(OPENING + r" (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def render(page: str) -> str:
-    """The page with every section filled from the results."""
-    return SECTION.sub(lambda match: match[1] + SECTIONS[match[2]]() + match[3], page)
+    """Return the page with every section filled from the results.
+
+    Raises ValueError for a section that is not known, or does not end before the next one.
+    """
+    sections = list(SECTION.finditer(page))
+    if len(sections) != page.count(OPENING):
+        raise ValueError(f"{page.count(OPENING)} times {OPENING}, but {len(sections)} sections with an end")
+    for section in sections:
+        if section[1] not in SECTIONS:
+            raise ValueError(f"figures: {section[1]} is not known; known: {', '.join(SECTIONS)}")
+    return SECTION.sub(
+        lambda section: f"{OPENING} {section[1]} -->\n{SECTIONS[section[1]]()}<!-- end -->", page
+    )
 
 
-HEADLINES = {
-    ("attention", "block_attention_bd3lm[1024]"): "attention, BD3LM training mask, 1024 tokens",
-    ("attention", "block_attention_bd3lm_with_gradients[1024]"): "the same with gradients",
-    ("cached_attention", "cached_block_attention[4096]"): "a block of 32 over 4096 cached tokens",
-    ("token_stats", "token_stats_greedy[float32]"): "token and confidence of 32 rows, greedy",
-    ("token_stats", "token_stats_sampled"): "the same at temperature 1",
-    ("linear_token_stats", "linear_token_stats[32]"): "the same from hidden states, greedy",
-    ("loss", "linear_loss"): "projected loss with gradients, half masked",
-    ("sampling", "sampling_bidirectional[none]"): "128 tokens from a 58M-parameter model, exact",
-    ("sampling", "sampling_bidirectional[none-compiled]"): "the same compiled",
-    ("sampling", "sampling_bidirectional[dual]"): "the same with the dual cache, approximate",
-    ("sampling", "sampling_bidirectional[dual-compiled]"): "the same compiled",
-    ("sampling", "sampling_block_causal"): "the same block-causal, exact",
-    ("sampling", "sampling_tiny_python[eager]"): "384 tokens of code from the embedded model, threshold 0.9",
-    ("sampling", "sampling_tiny_python[compiled]"): "the same compiled",
-}
+LLADA = "LLaDA's loop"
+HEADLINES = (
+    "sampling_bidirectional[none]",
+    "sampling_bidirectional[none-compiled]",
+    "sampling_bidirectional[dual]",
+    "sampling_bidirectional[dual-compiled]",
+    "sampling_block_causal",
+    "sampling_tiny_python[eager]",
+    "sampling_tiny_python[compiled]",
+)
+
+
+def on_cpu(suite: str, names: Iterable[str] | None = None) -> tuple[dict[str, dict], dict]:
+    """Return cases of a suite, and the CPU's file with the runs of these cases alone."""
+    content = results.read(RESULTS / "cpu.json")
+    cases = content["suites"][suite]
+    cases = {name: cases[name] for name in (cases if names is None else names)}
+    used = {figures["run"] for figures in cases.values()}
+    return cases, content | {"runs": {name: run for name, run in content["runs"].items() if name in used}}
+
+
+def measured_on(content: dict) -> str:
+    """Say on which machines and commits the runs of `content` were measured."""
+    machines = dict.fromkeys(machine(run["machine"]) for run in content["runs"].values())
+    return f"measured on {'; '.join(machines)}."
+
+
+def headline() -> str:
+    """What the library does, in one sentence with its speedups."""
+    names = [f"sampling_bidirectional[{case}]" for case in ("none", "dual-compiled")]
+    cases, content = on_cpu("sampling", names)
+    exact, fastest = (cases[name]["baselines"][LLADA]["speedup"]["median"] for name in names)
+    threads = {run["machine"]["threads"] for run in content["runs"].values()}
+    return (
+        "Fast sampling for diffusion language models (LLaDA, Dream, MDLM, BD3LM and related models):\n"
+        f"on {' or '.join(map(str, sorted(threads)))} CPU threads, `dk.sample()` gives the tokens of LLaDA's "
+        f"loop {exact:.1f}× as fast,\nand is {fastest:.1f}× as fast with an approximate cache and "
+        "`torch.compile`.\n"
+    )
 
 
 def cpu_headlines() -> str:
-    """The comparisons of HEADLINES, without machine: the page that is linked names it."""
-    results = json.loads((RESULTS / "cpu.json").read_text())
-    lines = ["| on a CPU | ours | how many times as fast |", "|---|---|---|"]
-    for (suite, case), what in HEADLINES.items():
-        figures = results[suite]["cases"][case]
-        times = (f"{other['speedup']['median']:.1f}× {name}" for name, other in figures["baselines"].items())
-        lines.append(f"| {what} | {_duration(figures['ours_seconds']['median'])} | {', '.join(times)} |")
-    return "\n".join([*lines, ""])
+    """The comparisons of HEADLINES with the machine that they were measured on."""
+    cases, content = on_cpu("sampling", HEADLINES)
+    rows = [
+        (
+            figures["title"],
+            f"{name}, {duration(other['seconds']['median'])}",
+            duration(figures["ours_seconds"]["median"]),
+            f"{other['speedup']['median']:.1f}×",
+        )
+        for figures in cases.values()
+        for name, other in figures["baselines"].items()
+    ]
+    columns = ("sampling on a CPU", "baseline", "ours", "speedup")
+    return f"{grid(columns, rows)}\n\nMedians, {measured_on(content)}\n"
 
 
 def cpu_table() -> str:
-    return results_table(RESULTS / "cpu.json")
+    return markdown(results.read(RESULTS / "cpu.json"))
 
 
 def gpu_tables() -> str:
@@ -65,84 +111,35 @@ def gpu_tables() -> str:
     files = sorted(path for path in RESULTS.glob("*.json") if path.stem != "cpu")
     if not files:
         return "No GPU has been measured yet.\n"
-    return "\n".join(f"### {_device(path)}\n\n{results_table(path)}" for path in files)
-
-
-def _device(path: Path) -> str:
-    return next(iter(json.loads(path.read_text()).values()))["machine"]["device"]
-
-
-def results_table(path: Path) -> str:
-    """One line for each comparison: our median time, and how many times as long each alternative takes."""
-    results = json.loads(path.read_text())
-    lines = ["| suite | case | ours | rate | alternatives take | memory |", "|---|---|---|---|---|---|"]
-    machines = {}
-    for suite, measured in results.items():
-        machines.setdefault(f"{_machine(measured['machine'])}, {measured['date']}", []).append(suite)
-        for case, figures in measured["cases"].items():
-            others = figures["baselines"]
-            times = (f"{other['speedup']['median']:.2f}× as long: {name}" for name, other in others.items())
-            memory = (
-                f"{figures['peak_bytes'] / other['peak_bytes']:.0%} of {name}"
-                for name, other in others.items()
-                if "peak_bytes" in figures and other.get("peak_bytes")
-            )
-            cells = (
-                suite,
-                case,
-                _duration(figures["ours_seconds"]["median"]),
-                _rate(figures, measured["peaks"]),
-                ", ".join(times),
-                ", ".join(memory),
-            )
-            lines.append(f"| {' | '.join(cells)} |")
-    where = (f"{', '.join(suites)}: {machine}." for machine, suites in machines.items())
-    return "\n".join([*lines, "", "Medians. Measured on:", "", *(f"- {line}" for line in where), ""])
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-
-
-def _rate(figures: dict, peaks: dict) -> str:
-    """Useful operations or bytes per second, and their share of the machine's peak."""
-    for name, unit in (("flops", "FLOP/s"), ("bytes", "B/s")):
-        if rate := figures.get(f"{name}_per_second"):
-            scale, prefix = (1e12, "T") if rate >= 1e12 else (1e9, "G")
-            share = f" ({rate / peaks[name]:.0%})" if name in peaks else ""
-            return f"{rate / scale:.3g} {prefix}{unit}{share}"
-    return ""
+    contents = map(results.read, files)
+    return "\n".join(f"### {content['device']}\n\n{markdown(content)}" for content in contents)
 
 
 def tiny_python() -> str:
-    """The embedded model's held-out figures, each with its kind of attention."""
+    """What the embedded model does best, and where the rest stands."""
     evaluation = json.loads((ROOT / "dllm_kernels/assets/tiny-python/evaluation.json").read_text())
-    bound, where = evaluation["bound"], evaluation["environment"]
-    additions, infill = evaluation["additions"], evaluation["infill"]
-    exact = {kind: percent(infill[kind]["one_per_step"]["exact"]) for kind in ATTENTION}
-    return f"""\
-`tiny-python` has {evaluation["model"]["parameters"] / 1e6:.1f}M parameters. On held-out data:
+    additions = evaluation["additions"]
+    parameters = f"{evaluation['model']['parameters'] / 1e6:.1f}M"
+    exact, tokens = (additions["0.9"][name] for name in ("exact", "tokens_per_forward"))
+    return (
+        f"`tiny-python` ({parameters} parameters) comes with the package. It completes {percent(exact)} of "
+        f"{additions['pairs']} held-out additions\nexactly, with {tokens:.2f} tokens per forward at "
+        "threshold 0.9. Code is harder for it: its\n"
+        "[model card](dllm_kernels/assets/tiny-python/README.md) has every figure.\n"
+    )
 
-- {bound["bd3lm_bits_per_byte"]:.2f} bits per byte at most (block_causal); `gzip -9` needs \
-{bound["gzip_bits_per_byte"]:.2f}
-- {percent(additions["one_per_step"]["exact"])} of {additions["pairs"]} additions of two-digit numbers exact \
-at one token per step (block_causal)
-- {exact["bidirectional"]} of {infill["lines"]} infilled lines exact (bidirectional), \
-{exact["block_causal"]} without sight of what follows the block (block_causal)
 
-Tokens per forward by the threshold of the rule:
-
-{threshold_table(evaluation)}
-
-Measured on {where["machine"]}, {where["cores"]} cores, torch {where["versions"]["torch"]}, commit \
-{where["commit"]}. More in the [model card](dllm_kernels/assets/tiny-python/README.md).
-"""
+THRESHOLDS = ("0.9", "0.7", "0.5")
+TASKS = {"additions-16": "additions", "code-128": "completion"}  # of the benchmark -> of the evaluation
 
 
 def threshold_figures() -> str:
     """Speed and accuracy of the embedded model by the threshold of its rule."""
     evaluation = json.loads((ROOT / "dllm_kernels/assets/tiny-python/evaluation.json").read_text())
-    measured = json.loads((RESULTS / "cpu.json").read_text())["sampling"]
+    cases, content = on_cpu(
+        "sampling",
+        [f"sampling_threshold[{threshold}-{task}]" for threshold in THRESHOLDS for task in TASKS],
+    )
     tokens = "tokens per forward"
     columns = ("threshold", "additions: exact", tokens, "speed", f"code: {tokens}", "speed")
     rows = [
@@ -155,43 +152,82 @@ def threshold_figures() -> str:
             "1",
         ]
     ]
-    for threshold in ("0.9", "0.7", "0.5"):
+    for threshold in THRESHOLDS:
         cells = [threshold, percent(evaluation["additions"][threshold]["exact"])]
-        for task, figures in (("additions-16", "additions"), ("code-128", "completion")):
-            case = measured["cases"][f"sampling_threshold[{threshold}-{task}]"]["baselines"]
+        for task, figures in TASKS.items():
+            case = cases[f"sampling_threshold[{threshold}-{task}]"]["baselines"]
             cells.append(f"{evaluation[figures][threshold]['tokens_per_forward']:.2f}")
             cells.append(f"{case['one token per step']['speedup']['median']:.2f}×")
         rows.append(cells)
-    return f"{table(columns, rows)}\n\nSpeed measured on {_machine(measured['machine'])}.\n"
+    return f"{grid(columns, rows)}\n\nSpeed {measured_on(content)}\n"
 
 
-def _machine(machine: dict) -> str:
-    return (
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, "
-        f"torch {machine['torch']}, commit {machine['commit']}"
-    )
+TRAINING = {
+    "mdlm-512-2": "MDLM, 2 rows of 512",
+    "bd3lm-512-2": "BD3LM, 2 rows of 512",
+    "bd3lm-2048-1": "BD3LM, 1 row of 2048",
+    "bd3lm-4096-1": "BD3LM, 1 row of 4096",
+}
+
+
+TRAINING_MODES = {"eager": "", "selective": ", selective checkpointing", "compiled": ", `torch.compile`"}
+
+
+def training_table() -> str:
+    """Whole trainers, and the memory of a step, against the plain implementation."""
+    cases, content = on_cpu("training")
+    rows = []
+    for case, what in TRAINING.items():
+        for mode, name in TRAINING_MODES.items():
+            run, step = (cases.get(f"training_{kind}[{case}-{mode}]") for kind in ("run", "step"))
+            if run is None or step is None:
+                continue
+            plain = step["baselines"]["dense mask, all logits"]
+            rows.append(
+                (
+                    what + name,
+                    duration(step["ours_seconds"]["median"]),
+                    f"{plain['speedup']['median']:.2f}×",
+                    f"{run['baselines']['plain trainer']['speedup']['median']:.2f}×",
+                    f"{step['peak_bytes'] / plain['peak_bytes']:.0%}",
+                )
+            )
+    columns = ("60M model, float32, CPU", "our step", "speedup of the step", "of the whole trainer", "memory")
+    note = "Memory: beyond weights, gradients and optimizer state, as a share of the plain implementation's."
+    return f"{grid(columns, rows)}\n\n{note}\nMedians, {measured_on(content)}\n"
+
+
+def smollm2_run() -> str:
+    """What became of SmolLM2 in the recipe."""
+    return smollm2.page_section(json.loads((ROOT / "docs/smollm2.json").read_text()))
 
 
 SECTIONS = {
     "cpu": cpu_table,
     "cpu-headlines": cpu_headlines,
     "gpu": gpu_tables,
+    "headline": headline,
+    "smollm2": smollm2_run,
     "thresholds": threshold_figures,
     "tiny-python": tiny_python,
+    "training": training_table,
 }
 
 
+def plots() -> dict[Path, str]:
+    """Return the scaling plot of every device by its path."""
+    return {
+        path.with_suffix(".svg"): report.plot(results.read(path)) for path in sorted(RESULTS.glob("*.json"))
+    }
+
+
 def main(check: bool) -> int:
-    stale = []
-    for page in PAGES:
-        before = page.read_text()
-        after = render(before)
-        if after != before:
-            stale.append(page.relative_to(ROOT))
-            if not check:
-                page.write_text(after)
-    for page in stale:
-        print(f"{page} {'is out of date: run python tools/figures.py' if check else 'rewritten'}")
+    wanted = {page: render(page.read_text()) for page in PAGES} | plots()
+    stale = [path for path, text in wanted.items() if text != (path.read_text() if path.exists() else "")]
+    for path in stale:
+        if not check:
+            path.write_text(wanted[path])
+        print(f"{path.relative_to(ROOT)} {'is out of date: run make figures' if check else 'rewritten'}")
     return int(check and bool(stale))
 
 

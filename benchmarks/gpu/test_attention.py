@@ -35,6 +35,7 @@ def test_block_attention_bd3lm(compare, pick, smoke, device, head_dim, heads):
         lambda q, k, v: dk.block_attention(q, k, v, mask),
         alternatives(mask, inputs, smoke),
         inputs=inputs,
+        title=f"block_attention, BD3LM mask, L = {mask.kv_len // 2}, {heads}, head size {head_dim}",
         flops=attention_flops(mask.kv_len, mask.density(), **shape),
         dense_flops=attention_flops(mask.kv_len, 1, **shape),
         tolerance=TOLERANCE,
@@ -49,9 +50,10 @@ def test_block_attention_scaling(compare, pick, smoke, device, seq_len):
         lambda q, k, v: dk.block_attention(q, k, v, mask),
         alternatives(mask, inputs, smoke),
         inputs=inputs,
+        title=f"block_attention, BD3LM mask, L = {mask.kv_len // 2}",
         flops=attention_flops(mask.kv_len, mask.density(), **shape),
         tolerance=TOLERANCE,
-        size=seq_len,
+        length=seq_len,
     )
 
 
@@ -63,6 +65,7 @@ def test_block_attention_bd3lm_with_gradients(compare, pick, smoke, device):
         with_gradients(lambda q, k, v: dk.block_attention(q, k, v, mask)),
         {name: with_gradients(attention) for name, attention in others.items()},
         inputs=inputs,
+        title=f"block_attention, BD3LM mask, L = {mask.kv_len // 2}, forward and backward",
         flops=GRADIENT_FLOPS * attention_flops(mask.kv_len, mask.density(), **shape),
         dense_flops=GRADIENT_FLOPS * attention_flops(mask.kv_len, 1, **shape),
         tolerance={"atol": 5e-2, "rtol": 5e-2},
@@ -77,6 +80,7 @@ def test_block_attention_full(compare, pick, device):
         lambda q, k, v: torch.ops.dllm_kernels.block_attention(q, k, v, None, 128**-0.5)[0],
         baselines.full_attention(device) | {"dk.block_attention": dk.block_attention},
         inputs=attention_inputs(length, dtype=DTYPE, device=device, **shape),
+        title=f"our attention kernel, no mask, {length} tokens",
         flops=attention_flops(length, 1, **shape),
         tolerance=TOLERANCE,
     )

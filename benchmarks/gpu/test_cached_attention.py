@@ -21,10 +21,11 @@ def test_cached_block_attention(compare, pick, device, cached, heads):
         lambda *step: dk.cached_block_attention(*step[:7]),
         baselines.gathered_attention(),
         inputs=lambda: cached_step(cached, dtype=torch.bfloat16, device=device, **shape),
+        title=f"cached_block_attention, 32 queries, {cached} cached, {heads}",
         flops=cached_flops(cached, **shape),
         bytes=2 * 2 * shape["kv_heads"] * shape["head_dim"] * cached,
         tolerance={"atol": 2e-2, "rtol": 2e-2},
-        size=cached if heads == "multi-head" else None,
+        length=cached if heads == "multi-head" else None,
     )
 
 
@@ -43,5 +44,6 @@ def test_kv_write(compare, pick, device):
         dk.kv_write_,
         {"index_put": baselines.write_slots},
         inputs=inputs,
+        title=f"kv_write_, {batch} rows of {block} tokens",
         bytes=2 * 2 * 2 * batch * heads * block * head_dim,
     )

@@ -19,6 +19,7 @@ def test_linear_loss(compare, pick, device):
         projected,
         others,
         inputs=head_inputs(rows, size, vocabulary, device=device, dtype=torch.bfloat16, uniform=True),
+        title=f"linear_diffusion_cross_entropy, {rows} rows, {size} → {vocabulary}, forward and backward",
         flops=head_flops(rows, size, vocabulary),
         memory=True,
     )
@@ -35,6 +36,7 @@ def test_loss(compare, pick, device):
         of_logits,
         {"torch": baselines.cross_entropy_gradients},
         inputs=inputs,
+        title=f"diffusion_cross_entropy, {rows} rows of {vocabulary}, forward and backward",
         bytes=2 * vocabulary * (rows // 2 * 2 + rows),
         memory=True,
     )

@@ -54,6 +54,7 @@ def test_merged_projections(compare, pick, device, rows):
     compare(
         launch(merged),
         {"seven products": launch(stock)},
+        title=f"decoder layer, merged projections, {rows} rows",
         flops=2 * rows * sum(p.numel() for p in stock.parameters() if p.dim() == 2),
         bytes=sum(p.nbytes for p in stock.parameters()),
         tolerance={"atol": 5e-2, "rtol": 5e-2},

@@ -10,16 +10,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import dllm_kernels as dk
 from benchmarks import loops
 from dllm_kernels.models.merged_projections import merge_projections
-from dllm_kernels.sampling.block_rounds import BlockRounds
-from dllm_kernels.sampling.canvases import completions
-from dllm_kernels.sampling.job import prepare
-from dllm_kernels.sampling.refreshed_rounds import RefreshedRounds
+from dllm_kernels.sampling.loop import BlockRounds, RefreshedRounds
+from dllm_kernels.sampling.plan import make_plan
+from dllm_kernels.sampling.prompts import completions
 
 BLOCK = 32
 LAYERS = {  # merged projections, compiled
     "stock": (False, False),
     "compiled": (False, True),
     "merged-compiled": (True, True),
+}
+NAMES = {
+    "stock": "stock layers",
+    "compiled": "stock layers, torch.compile",
+    "merged-compiled": "merged projections, torch.compile",
 }
 CACHES = {"block": "block_causal", "dual": "bidirectional"}
 LLADA_8B = dict(hidden=4096, intermediate=12_288, layers=32, heads=32, vocabulary=126_464)
@@ -68,10 +72,10 @@ def test_step(compare, pick, smoke, device, layers):
     """One denoising step of one row with `length` tokens before its block: ours is one launch."""
     merged, compile = LAYERS[layers]
     model, length = random_model(device, smoke, "block_causal", merged), pick(1184, 2 * BLOCK)
-    job = prepare(model, None, None, dict(max_new_tokens=BLOCK, steps_per_block=10**6, compile=compile))
+    plan = make_plan(model, None, None, dict(max_new_tokens=BLOCK, steps_per_block=10**6, compile=compile))
     prompt = random_prompt(model, length)
-    canvas = torch.tensor([prompt + [job.mask_id] * BLOCK], device=device)
-    rounds = BlockRounds(job, completions([prompt], job))
+    canvas = torch.tensor([prompt + [plan.mask_id] * BLOCK], device=device)
+    rounds = BlockRounds(plan, completions([prompt], plan))
     with rounds.prepared():
         rounds.admit(deque([0]))
         for _ in range(BLOCK + 1):  # with so many steps, those after the first few commit nothing
@@ -79,7 +83,8 @@ def test_step(compare, pick, smoke, device, layers):
             rounds.slots.canvas[:, : canvas.shape[1]].copy_(canvas)
         compare(
             rounds.launch,
-            {"eager block, cache copied": loops.block_step(model, canvas, BLOCK, job.mask_id)},
+            {"eager block, cache copied": loops.block_step(model, canvas, BLOCK, plan.mask_id)},
+            title=f"one step, block cache, {length} tokens before, {NAMES[layers]}",
             bytes=parameter_bytes(model),
         )
 
@@ -89,10 +94,12 @@ def test_dual_step(compare, pick, smoke, device, layers):
     """The same with a dual cache: two launches, and two flags that the host waits for."""
     merged, compile = LAYERS[layers]
     model, length = random_model(device, smoke, "bidirectional", merged), pick(1184, 2 * BLOCK)
-    job = prepare(model, None, None, dict(max_new_tokens=BLOCK, cache="dual", threshold=1.0, compile=compile))
+    plan = make_plan(
+        model, None, None, dict(max_new_tokens=BLOCK, cache="dual", threshold=1.0, compile=compile)
+    )
     prompt = random_prompt(model, length)
-    canvas = torch.tensor([prompt + [job.mask_id] * BLOCK], device=device)
-    rounds = RefreshedRounds(job, completions([prompt], job))
+    canvas = torch.tensor([prompt + [plan.mask_id] * BLOCK], device=device)
+    rounds = RefreshedRounds(plan, completions([prompt], plan))
 
     def step() -> None:
         rounds.round(deque())
@@ -103,7 +110,8 @@ def test_dual_step(compare, pick, smoke, device, layers):
         rounds.round(deque([0]))
         compare(
             step,
-            {"eager block, cache copied": loops.block_step(model, canvas, BLOCK, job.mask_id)},
+            {"eager block, cache copied": loops.block_step(model, canvas, BLOCK, plan.mask_id)},
+            title=f"one step, dual cache, {length} tokens before, {NAMES[layers]}",
             bytes=parameter_bytes(model),
         )
 
@@ -117,5 +125,6 @@ def test_sampling(compare, pick, smoke, device, cache, threshold):
     compare(
         lambda: dk.sample(model, [prompt], max_new_tokens=new_tokens, threshold=threshold, cache=cache),
         {"plain loop": lambda: loops.plain_loop(model, prompt, new_tokens, BLOCK, mask_id)},
+        title=f"{new_tokens} tokens after {length}, {cache} cache",
         rounds=3,
     )

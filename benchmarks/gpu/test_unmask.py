@@ -22,6 +22,7 @@ def test_token_stats_greedy(compare, pick, device, rows):
         greedy,
         {"softmax, argmax, gather": baselines.softmax_statistics},
         inputs=random_logits(rows, vocabulary, dtype=torch.bfloat16, device=device),
+        title=f"token_stats, {rows} rows of {vocabulary}, greedy",
         bytes=2 * rows * vocabulary,
         tolerance=None,  # equal bfloat16 logits: torch takes any of the largest
     )
@@ -34,6 +35,7 @@ def test_token_stats_sampled(compare, pick, device, rows):
         lambda x: dk.token_stats(x, temperature=1.0)[:2],
         {"float64 Gumbel": lambda x: baselines.gumbel_statistics(x, 1.0)},
         inputs=random_logits(rows, vocabulary, dtype=torch.bfloat16, device=device),
+        title=f"token_stats, {rows} rows of {vocabulary}, temperature 1",
         bytes=2 * rows * vocabulary,
     )
 
@@ -57,6 +59,7 @@ def test_unmask(compare, pick, device, batch):
         ours,
         {"softmax, threshold, scatter": lambda canvas, x: baselines.threshold_step(canvas, x, 0.9, MASK_ID)},
         inputs=inputs,
+        title=f"unmask_, {batch} blocks of {BLOCK}, vocabulary {vocabulary}",
         bytes=2 * batch * BLOCK * vocabulary,
     )
 
@@ -71,6 +74,7 @@ def test_linear_token_stats(compare, pick, device, rows):
             torch.randn(rows, size, device=device, dtype=torch.bfloat16),
             torch.randn(vocabulary, size, device=device, dtype=torch.bfloat16) / size**0.5,
         ),
+        title=f"linear_token_stats, {rows} rows, {size} → {vocabulary}",
         flops=2 * rows * size * vocabulary,
         bytes=2 * size * vocabulary,
         memory=True,
