@@ -4,60 +4,70 @@ VENV        ?= .venv
 PYTHON      ?= $(VENV)/bin/python
 BASE_PYTHON ?= python3
 TORCH       ?= torch==2.13.0
-PIP         := $(PYTHON) -m pip --disable-pip-version-check
-DLLM        := $(PYTHON) -m dllm_kernels.cli
+PIP         := "$(PYTHON)" -m pip --disable-pip-version-check
+DLLM        := "$(PYTHON)" -m dllm_kernels
 TORCH_FITS  := from importlib.metadata import version; \
                assert tuple(map(int, version('torch').split('.')[:2])) >= (2, 11)
 BUILD_NEEDS := $(shell sed -n '/^\[build-system\]/,/^$$/s/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 DEV_NEEDS   := $(shell sed -n 's/^dev = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 
-CLANG_FILES := 'csrc/*' 'tests/simt/*.cpp' 'tests/simt/*.h' 'tests/simt/*.cuh' 'tests/simt/*.cu'
+ifneq ($(words $(VENV)),1)
+$(error VENV is '$(VENV)'; allowed: a path without spaces)
+endif
+
+CLANG_FILES := 'csrc/*' 'tools/*.cpp' 'simt/*.cpp' 'simt/*.h' 'simt/*.cuh' 'simt/*.cu'
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 INSTALLED := $(VENV)/.installed
 DEV_TOOLS := $(VENV)/.dev-tools
 endif
 
-.PHONY: help demo test lint format bench cuda gpu-check gpu-sanitize asan build clean
+.PHONY: help demo test fuzz lint format figures bench cuda gpu-check gpu-sanitize asan build clean
 .DEFAULT_GOAL := help
 
 help:       ## this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: build        ## complete and infill code with the embedded model
+demo: build        ## add numbers, complete and infill code with the embedded model
 	$(DLLM) demo
 
-test: build        ## the test suite (without a GPU, CUDA kernels run on the emulator)
-	$(PYTHON) -m pytest -q $(ARGS)
+test: build        ## the test suite (without a GPU, CUDA kernels run on the emulator); ARGS="-m slow": the slow sweeps
+	"$(PYTHON)" -m pytest -q -n logical --dist loadfile $(ARGS)
+
+fuzz: build        ## random calls of operators and sampler for SECONDS=120; ARGS="--seed 7", ARGS="--case 7:1234"
+	"$(PYTHON)" tools/fuzz.py --seconds $(or $(SECONDS),120) $(ARGS)
 
 lint: $(DEV_TOOLS) ## ruff and clang-format, in the versions that pyproject.toml pins
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
-	git ls-files $(CLANG_FILES) | xargs $(dir $(PYTHON))clang-format --dry-run -Werror
+	"$(PYTHON)" -m ruff check .
+	"$(PYTHON)" -m ruff format --check .
+	git ls-files $(CLANG_FILES) | xargs "$$(dirname "$(PYTHON)")/clang-format" --dry-run -Werror
 
 format: $(DEV_TOOLS) ## what lint checks, applied
-	$(PYTHON) -m ruff check --fix .
-	$(PYTHON) -m ruff format .
-	git ls-files $(CLANG_FILES) | xargs $(dir $(PYTHON))clang-format -i
+	"$(PYTHON)" -m ruff check --fix .
+	"$(PYTHON)" -m ruff format .
+	git ls-files $(CLANG_FILES) | xargs "$$(dirname "$(PYTHON)")/clang-format" -i
+
+figures: $(INSTALLED) ## measured figures into README.md, docs and plots; ARGS=--check says which are out of date
+	"$(PYTHON)" tools/figures.py $(ARGS)
 
 bench: build       ## benchmarks against what a user would otherwise run; ARGS="-k attention", ARGS=--smoke
-	$(PYTHON) -m pytest -q benchmarks $(ARGS)
+	"$(PYTHON)" -m pytest -q benchmarks $(ARGS)
 
 cuda: $(DEV_TOOLS) $(INSTALLED) ## the CUDA library for 80 and 90a on any machine with nvcc, with its compile gates
-	DLLM_CUDA=ON DLLM_CUDA_ARCHS="80;90a" $(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) tools/cuda_gates.py build
+	DLLM_CUDA=ON DLLM_CUDA_ARCHS="80;90a" "$(PYTHON)" setup.py -q build_ext --inplace
+	"$(PYTHON)" tools/cuda_gates.py build
 
-gpu-check:         ## on a GPU machine: tests/gpu and GPU benchmarks; results in $OUT, else benchmarks/results
+gpu-check:         ## on a GPU machine: tests/cuda and GPU benchmarks; results in $OUT, else benchmarks/results
 	bash tools/gpu.sh check
 
-gpu-sanitize:      ## on a GPU machine: tests/gpu under compute-sanitizer
+gpu-sanitize:      ## on a GPU machine: tests/cuda under compute-sanitizer
 	bash tools/gpu.sh sanitize
 
 asan: $(INSTALLED) ## CPU operators under address and undefined-behaviour sanitizers
-	bash tools/asan.sh $(PYTHON) $(ARGS)
+	bash tools/asan.sh "$(PYTHON)" $(ARGS)
 
 build: $(INSTALLED) ## compile what changed into dllm_kernels/lib
-	$(PYTHON) setup.py -q build_ext --inplace
+	"$(PYTHON)" setup.py -q build_ext --inplace
 
 clean:             ## everything that was built, but not .venv
 	rm -rf build dist dllm_kernels/lib *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
@@ -66,7 +76,7 @@ $(VENV)/bin/pip:
 	$(BASE_PYTHON) -m venv $(VENV)
 
 $(VENV)/.torch: | $(VENV)/bin/pip
-	$(PYTHON) -c "$(TORCH_FITS)" 2>/dev/null || $(PIP) install -q "$(TORCH)"
+	"$(PYTHON)" -c "$(TORCH_FITS)" 2>/dev/null || $(PIP) install -q "$(TORCH)"
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py MANIFEST.in

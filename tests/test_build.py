@@ -4,11 +4,14 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
+from email import message_from_string
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -51,7 +54,7 @@ def sdist(source) -> Path:
 
 def test_sdist_holds_what_a_build_needs_and_no_tests(source, sdist):
     packed = files_under(sdist)
-    needed = {"CMakeLists.txt", "setup.py", "pyproject.toml"}
+    needed = {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "CHANGELOG.md"}
     for folder in ("cmake", "csrc", "dllm_kernels", "dllm_train"):
         needed |= {f"{folder}/{path}" for path in files_under(source / folder)}
     assert needed <= packed, sorted(needed - packed)
@@ -68,7 +71,24 @@ def test_wheel_holds_every_module_and_data_file(source):
     assert result.returncode == 0, result.stderr
     packages = {"dllm_kernels", "dllm_train"} & {path.name for path in source.iterdir()}
     expected = {f"{name}/{path}" for name in packages for path in files_under(source / name)}
-    assert files_under(source / "staged") == {path for path in expected if "__pycache__" not in path}
+    staged = files_under(source / "staged")
+    assert staged == {path for path in expected if "__pycache__" not in path}
+    assert {"dllm_kernels/py.typed", "dllm_kernels/__init__.pyi", "dllm_train/py.typed"} <= staged
+
+
+def test_metadata_names_license_authors_and_source(source):
+    result = run(sys.executable, "setup.py", "-q", "dist_info", "--output-dir", source.parent, cwd=source)
+    assert result.returncode == 0, result.stderr
+    (folder,) = source.parent.glob("*.dist-info")
+    metadata = message_from_string((folder / "METADATA").read_text())
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Author"] == "The dllm_kernels authors"
+    assert {"Documentation", "Source", "Changelog"} <= {
+        link.split(",")[0] for link in metadata.get_all("Project-URL")
+    }
+    text = (folder / "licenses" / "LICENSE").read_text()
+    assert text == (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "Copyright 2026 The dllm_kernels authors" in text
 
 
 @pytest.mark.skipif(not os.environ.get("CI"), reason="compiles everything; CI runs it")
@@ -95,6 +115,90 @@ def test_makefile_reads_its_requirements_from_pyproject():
     ):
         (value,) = re.findall(rf"^{name} := (.*)$", variables, re.MULTILINE)
         assert shlex.split(value) == wanted
+
+
+# ---- the path of the source tree ----------------------------------------------------------------------
+def moved(source: Path, folder: Path) -> Path:
+    """What a build needs, copied to `folder`."""
+    for name in ("csrc", "cmake"):
+        shutil.copytree(source / name, folder / name)
+    (folder / "dllm_kernels").mkdir()
+    for name in (
+        "setup.py",
+        "CMakeLists.txt",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "dllm_kernels/__init__.py",
+    ):
+        shutil.copy(source / name, folder / name)
+    return folder
+
+
+def build_host(tree: Path) -> subprocess.CompletedProcess:
+    """Build the smallest library in place."""
+    command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    return run(*command, cwd=tree, DLLM_TARGET="_host", DLLM_CUDA="OFF")
+
+
+def test_a_path_may_hold_spaces_quotes_and_letters_of_any_alphabet(source, tmp_path):
+    tree = moved(source, tmp_path / "My Projects" / "Größe, 'dllm' (1) & #[2] @100%=+~")
+    result = build_host(tree)
+    assert result.returncode == 0, result.stderr
+    assert [path.name.split(".")[0] for path in (tree / "dllm_kernels" / "lib").iterdir()] == ["_host"]
+
+
+@pytest.mark.parametrize("character", ['"', "$", ";", "<", ">", "\\", "`", "|", "\n"])
+def test_a_path_that_build_files_cannot_hold_is_refused(source, tmp_path, character):
+    tree = moved(source, tmp_path / f"one{character}two")
+    result = build_host(tree)
+    assert result.returncode != 0
+    assert f"CMake and Ninja cannot build with {character!r} in a path" in result.stderr
+    assert not (tree / "build").exists()
+
+
+@pytest.mark.parametrize("character", ["'", ","])
+def test_a_path_that_nvcc_cannot_read_is_the_reason_to_leave_cuda_out(tmp_path, character):
+    result = configure(tmp_path / f"one{character}two", DLLM_CUDA="ON")
+    assert result.returncode != 0
+    assert "nvcc reads no path with ' or a comma" in " ".join(result.stderr.split())
+
+
+def test_make_takes_a_python_whose_path_holds_spaces():
+    commands = run("make", "-n", "cuda", "lint", "PYTHON=/my tools/python").stdout.splitlines()
+    words = [shlex.split(line) for line in commands]
+    assert all("/my" not in line and "tools/python" not in line for line in words)
+    assert any("/my tools/python" in line for line in words)
+
+
+@pytest.mark.parametrize("name", ["tests", "benchmarks"])
+def test_a_package_of_another_project_does_not_stand_for_ours(name, tmp_path):
+    """One of the same name that is installed, and so stands later on the path, would win over a folder."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("")
+    found = PathFinder.find_spec(name, [str(ROOT), str(tmp_path)])
+    assert found.origin == str(ROOT / name / "__init__.py")
+
+
+def test_libraries_know_the_sources_they_were_built_from(tmp_path):
+    hashing = runpy.run_path(str(ROOT / "cmake" / "source_hash.py"))
+    for name in ("csrc", "cmake"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
+
+    def up_to_date() -> bool:
+        return run(sys.executable, tmp_path / "cmake/source_hash.py", tmp_path).returncode == 0
+
+    assert not up_to_date()
+    (tmp_path / "build_info.json").write_text(json.dumps({hashing["NAME"]: hashing["source_hash"]()}))
+    assert up_to_date()
+    for change in ("CMakeLists.txt", "csrc/cuda/launch_kernel.h", "cmake/cuda.cmake"):
+        before = (tmp_path / change).read_text()
+        (tmp_path / change).write_text(before + "\n")
+        assert not up_to_date(), change
+        (tmp_path / change).write_text(before)
+    (tmp_path / "csrc/cuda/launch_kernel.h").rename(tmp_path / "csrc/cuda/launch.h")
+    assert not up_to_date()
 
 
 # ---- configuration -----------------------------------------------------------------------------------
@@ -230,6 +334,42 @@ def test_each_gate_can_fail(old, new, message):
     failures = gates().report_failures(CLEAN.replace(old, new), ["80", "90a"])
     assert failures
     assert any(message in failure for failure in failures)
+
+
+PLANS = {"cached_tiles_kernel<128,1>": 64 * 1024, "sm90::forward_kernel<64>": 200 * 1024}
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "dynamic", "limit"),
+    [
+        ("_ZN4dllm4cuda19cached_tiles_kernelI6__halfLi128ELb1EEEvNS0_11SplitParamsE", "sm_80", 64, 99),
+        ("_ZN4dllm4cuda19cached_tiles_kernelI6__halfLi128ELb1EEEvNS0_11SplitParamsE", "sm_90a", 64, 227),
+        ("_ZN4dllm4cuda4sm9014forward_kernelI6__halfLi64EEEvNS1_13ForwardParamsE", "sm_90a", 200, 227),
+        ("_ZN4dllm4cuda19cached_tiles_kernelI6__halfLi128ELb0EEEvNS0_11SplitParamsE", "sm_80", 0, 99),
+    ],
+)
+def test_static_and_dynamic_shared_memory_fit_a_cta_together(name, arch, dynamic, limit):
+    def failures(statics: int) -> list[str]:
+        report = (
+            CLEAN.replace("_Z6kernelPf", name)
+            .replace("sm_80", arch)
+            .replace("4096 bytes", f"{statics} bytes")
+        )
+        return gates().report_failures(report, [], lambda limit: PLANS)
+
+    most = 1024 * (limit - dynamic)
+    assert not any(f"on {arch}: {1024 * limit} bytes" in failure for failure in failures(most))
+    assert any(f"{1024 * limit + 1} bytes of shared memory" in failure for failure in failures(most + 1))
+
+
+def test_every_plan_of_shared_memory_is_of_a_kernel():
+    plans = gates().shared_plans()
+    kernels = {name.split("<")[0].removeprefix("sm90::") for name in plans(227 * 1024)}
+    sources = "".join(path.read_text() for path in (ROOT / "csrc/cuda").rglob("*.cu*"))
+    assert kernels <= {*re.findall(r"(\w+_kernel)\(", sources)}
+    assert (
+        plans(227 * 1024)["cross_entropy_in_place_kernel"] > plans(99 * 1024)["cross_entropy_in_place_kernel"]
+    )
 
 
 def test_sm90_kernels_must_use_hgmma():

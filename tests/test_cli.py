@@ -1,5 +1,9 @@
 """The commands that generate, on the embedded model: where text and figures go, and errors of one line."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
@@ -9,7 +13,7 @@ PROMPT = "def add(a, b):\n"
 GAPPED = "def add(a, b):\n    return<mask:4>\n\nprint(add(1, 2))\n"
 
 
-def run(*arguments: str, stdin: str | None = None):
+def run(*arguments: str, stdin: str | bytes | None = None):
     return CliRunner().invoke(app, list(arguments), input=stdin)
 
 
@@ -31,7 +35,7 @@ def test_infill_keeps_what_is_given_and_fills_the_gap(tmp_path):
     result = run("infill", str(file))
     assert result.exit_code == 0, result.stderr
     before, after = GAPPED.split("<mask:4>")
-    assert result.stdout.startswith(before) and result.stdout.endswith(after + "\n")
+    assert result.stdout.startswith(before) and result.stdout.endswith(after)
     assert "mask" not in result.stdout
     assert result.stdout == run("infill", "-", stdin=GAPPED).stdout
 
@@ -49,7 +53,10 @@ def test_steps_bound_the_forwards():
         (["sample", PROMPT, "--max-new-tokens", "0"], "max_new_tokens"),
         (["sample", PROMPT, "--cache", "warm"], "cache"),
         (["sample", ""], "empty"),
-        (["infill", "no-such-file.py"], "no-such-file.py"),
+        (["infill", "no-such-file.py"], "no-such-file.py: No such file"),
+        (["infill", "."], "dllm: .: Is a directory"),
+        (["infill", "a\0b"], "null byte"),
+        (["sample", "x = '\ud83d'"], "the prompt is not UTF-8: surrogates not allowed at character 5"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(arguments, reason):
@@ -58,8 +65,78 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, reason):
     assert reason in result.stderr and "Traceback" not in result.stderr
 
 
-def test_demo_shows_both_ways_of_generating():
-    result = run("demo")
-    assert result.exit_code == 0, result.output
-    assert result.stdout.count("plain loop, same rule") == 2
-    assert "tokens/forward" in result.stdout
+CRLF = b"\xef\xbb\xbfa = 'caf\xc3\xa9'\r\nb = <mask:2>\rc = 3"
+
+
+def command(*arguments: str, **options) -> subprocess.CompletedProcess:
+    """`python -m dllm_kernels`, a process of its own."""
+    return subprocess.run([sys.executable, "-m", "dllm_kernels", *arguments], **options)
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n\r\n"], ids=repr)
+def test_infill_writes_the_bytes_that_it_read(tmp_path, end):
+    """Line ends, byte order mark and the end of the file stay."""
+    file = tmp_path / "given.py"
+    file.write_bytes(CRLF + end)
+    result = run("infill", str(file))
+    before, after = (CRLF + end).split(b"<mask:2>")
+    assert result.stdout_bytes.startswith(before) and result.stdout_bytes.endswith(after)
+    assert result.stdout_bytes == run("infill", "-", stdin=CRLF + end).stdout_bytes
+
+
+def test_the_prompt_is_written_as_it_was_given():
+    for prompt in ("a = 1\r\nb = ", "# é\n", "x = 'a\tb'\n\n"):
+        result = run("sample", prompt, "--max-new-tokens", "4")
+        assert result.stdout_bytes.startswith(prompt.encode())
+
+
+def test_text_is_utf8_whatever_the_locale():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    result = command("infill", "-", input=CRLF, capture_output=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    before, after = CRLF.split(b"<mask:2>")
+    assert result.stdout.startswith(before) and result.stdout.endswith(after)
+
+
+def test_input_that_is_not_utf8_is_told_by_file_and_byte(tmp_path):
+    file = tmp_path / "latin.py"
+    file.write_bytes(b"# caf\xe9\n<mask:2>")
+    for result, name in (
+        (run("infill", str(file)), str(file)),
+        (run("infill", "-", stdin=file.read_bytes()), "standard input"),
+        (run("sample", "-", stdin=file.read_bytes()), "standard input"),
+        (run("sample", os.fsdecode(file.read_bytes())), "the prompt"),
+    ):
+        assert result.exit_code == 2 and result.stdout == ""
+        assert f"dllm: {name} is not UTF-8: byte 0xe9 at offset 5" in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_standard_output_that_is_full():
+    for arguments in (["sample", "x = ", "--max-new-tokens", "1"], ["--help"]):
+        with open("/dev/full", "wb") as full:
+            result = command(*arguments, stdout=full, stderr=subprocess.PIPE)
+        assert result.returncode == 1
+        assert result.stderr == b"dllm: standard output cannot be written: No space left on device\n"
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    result = command("info", stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert result.returncode == 141 and result.stderr == b""
+
+
+@pytest.mark.parametrize(
+    ("closed", "code", "reason"),
+    [
+        ("<&-", 2, b"dllm: standard input is closed\n"),
+        (">&-", 1, b"dllm: standard output is closed\n"),
+        ("2>&-", 2, b""),
+    ],
+)
+def test_streams_that_are_closed(closed, code, reason):
+    shell = f'"$0" -m dllm_kernels sample - --cache none --max-new-tokens 0 {closed}'
+    result = subprocess.run(["sh", "-c", shell, sys.executable], input=b"x", capture_output=True)
+    assert (result.returncode, result.stderr, result.stdout) == (code, reason, b"")

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDES = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -24,11 +25,34 @@ def test_examples_run(page):
         exec(code, namespace)
 
 
-def test_readme_has_an_example():
-    assert BLOCK.search((ROOT / "README.md").read_text())
+def test_the_first_screen_of_the_readme_has_a_figure_an_example_and_a_table():
+    text = (ROOT / "README.md").read_text()
+    first = text[: text.index("\n## ")]
+    sentence = re.search(r"<!-- figures: headline -->\n(.*?)<!-- end -->", first, re.DOTALL)[1]
+    assert re.search(r"\d\.\d× as fast", sentence)
+    (example,) = BLOCK.findall(first)
+    assert len([line for line in example.splitlines() if line]) <= 6
+    assert "| speedup |" in first
+    assert len(first.splitlines()) <= 45
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_readmes_table_names_every_row_once():
+    (table,) = re.findall(
+        r"<!-- figures: cpu-headlines -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    names = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(names) == len(set(names)) > 3
+    assert not any("the same" in name for name in names)
+
+
+def test_a_path_that_the_contributing_guide_names_exists():
+    named = re.findall(r"`([\w.]+(?:/[\w.]+)+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert named
+    for path in set(named) - {"some/python"}:
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", [*PAGES, *GUIDES], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
