@@ -20,6 +20,7 @@ from dllm_kernels.models.checkpoint import load_tokenizer
 from dllm_train.evaluate import TASKS, record
 from dllm_train.evaluate.modes import is_instruct
 from dllm_train.evaluate.options import model_options
+from dllm_train.process_group import end_process
 
 log = logging.getLogger("lm_eval.dllm")
 
@@ -71,6 +72,7 @@ def run(arguments: list[str]) -> None:
             _execute(namespace)
         if observed.results is not None:
             _report(observed, arguments, namespace.config, earlier)
+        end_process()
     except KeyboardInterrupt:
         kept = f"finished answers are kept in {use_cache}, and the same command goes on" if use_cache else (
             "nothing is kept; with --use_cache PATH finished answers are"

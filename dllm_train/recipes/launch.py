@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import distributed
 from transformers import HfArgumentParser
+
+from dllm_train.process_group import end_process
 
 _MISTAKES = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 _PATIENCE = 3.0  # seconds in which the launcher ends the other processes of a failed one
@@ -37,8 +38,7 @@ def run(recipe: Callable[[list[str]], None], arguments: list[str] | None = None)
         print(f"{recipe.__name__}{where}: {line}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)  # without the exit handlers of torch, which would wait for the other processes
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    end_process()
 
 
 def parse(kinds: Sequence[type], arguments: list[str]) -> tuple:

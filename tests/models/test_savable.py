@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import dllm_kernels as dk
+from tests.process_groups import end_together
 from tests.sampling.tiny_models import tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -166,8 +167,7 @@ def _save_in_process(rank: int, folder: str) -> None:
             torch.distributed.barrier()
     if rank == 1:
         dk.save(model, None, f"{folder}/own")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    end_together()
 
 
 def test_every_process_writes_whole_checkpoints(model, tmp_path):

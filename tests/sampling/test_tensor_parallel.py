@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM, DistributedConfig
 
 import dllm_kernels as dk
+from tests.process_groups import end_together
 from tests.sampling.tiny_models import prompts_of, tiny_model
 
 RANKS = 2
@@ -40,7 +41,7 @@ def one_rank(rank: int, folder: str) -> None:
         f"{folder}/model", distributed_config=DistributedConfig(tp_size=RANKS)
     )
     torch.save(all_tokens(model.eval()), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    end_together()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import dllm_kernels as dk
 from dllm_train.configs import config_path
+from tests.process_groups import end_together
 from tests.train.models import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -151,7 +152,7 @@ def main() -> None:
         recipes = {"finetune": finetune.finetune, "pretrain": pretrain.pretrain}
         for name, arguments in json.loads(Path(sys.argv[1]).read_text()):
             recipes[name](arguments)
-        torch.distributed.destroy_process_group()
+        end_together()
     else:  # the module of a recipe and its own arguments
         del sys.argv[0]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dllm_train import bd3lm_loss, mdlm_loss, vocabulary_head
+from tests.process_groups import end_together
 from tests.train.models import MASK, tiny
 
 PARTS = (slice(0, 1), slice(1, 4))  # rows of each process: their numbers of masked positions differ
@@ -100,9 +101,7 @@ def work(rank, folder):
             results[name, objective] = whole, gradients(model)
     if rank == 0:
         torch.save(results, f"{folder}/results")
-    distributed.barrier()
-    distributed.barrier()  # whoever is first would take its connections from the other
-    distributed.destroy_process_group()
+    end_together()
 
 
 def run(folder):

@@ -7,6 +7,7 @@ import torch
 from torch import distributed
 from torch.utils.data import IterableDataset
 
+from tests.process_groups import end_together
 from tests.train.trainer_runs import Gradients, examples, losses, trainer
 
 # (batch size of a rank, accumulation steps) for one rank and for two; the global batch is always 8
@@ -80,8 +81,7 @@ def main(folder):
     assert distributed.get_world_size() == 2
     rank = distributed.get_rank()
     torch.save({"world": distributed.get_world_size(), "results": results}, folder / f"results-{rank}")
-    distributed.barrier()  # whoever is first would take its connections from the other
-    distributed.destroy_process_group()
+    end_together()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from torch import distributed
 
 from dllm_train import MDLMTrainer, mdlm_loss
+from tests.process_groups import end_together
 from tests.train.trainer_runs import examples, losses, trainer
 
 # 13 examples in global batches of 4: four steps an epoch.
@@ -79,8 +80,7 @@ def main(folder):
     results = {"resumed": resumed(folder), "stopped": stopped(folder), "peers": peers(folder)}
     results["world"] = distributed.get_world_size()
     torch.save(results, folder / f"results-{distributed.get_rank()}")
-    distributed.barrier()  # whoever is first would take its connections from the other
-    distributed.destroy_process_group()
+    end_together()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import dllm_kernels as dk
 from dllm_kernels.models.checkpoint import checkpoint_folder
 from dllm_train.noise import IGNORED_LABEL
 from dllm_train.objectives import mdlm_loss
+from dllm_train.process_group import end_process
 from dllm_train.recipes.parallel_decoding import add_settings, settings_of, start_processes, teach
 from dllm_train.recipes.tiny_python import arithmetic, data
 from dllm_train.recipes.tiny_python.evaluate import evaluate, write_evaluation
@@ -88,9 +89,9 @@ def main(arguments: list[str] | None = None):
     )  # fmt: skip
     if processes > 1:
         rank = distributed.get_rank()
-        distributed.destroy_process_group()
         if rank > 0:
-            return
+            end_process()
+        distributed.destroy_process_group()
     folder = options.export or options.output / "export"
     export(model, tokenizer, folder, model.config.diffusion["block_size"])
     if not options.no_evaluation:

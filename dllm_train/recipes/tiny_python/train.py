@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from dllm_train.attention_masks import hidden_states
 from dllm_train.noise import IGNORED_LABEL
 from dllm_train.objectives import bd3lm_loss, mdlm_loss
+from dllm_train.process_group import end_process
 from dllm_train.recipes.tiny_python import arithmetic, data, monitor
 from dllm_train.recipes.tiny_python.evaluate import evaluate, write_evaluation
 from dllm_train.recipes.tiny_python.export import export
@@ -322,8 +323,7 @@ def _train_process(rank, world, settings, out, resume, device, rendezvous):
     if rank == 0:
         run.save()
         log.write(run.measure())
-    if world > 1:
-        torch.distributed.destroy_process_group()
+    end_process()
 
 
 def finish(settings: Settings, out: Path, folder: Path) -> None:
