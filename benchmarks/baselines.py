@@ -129,13 +129,13 @@ def threshold_step(canvas: Tensor, logits: Tensor, threshold: float, mask_id: in
     return accepted
 
 
-def write_slots(
+def write_pages(
     cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, page_table: Tensor, positions: Tensor
 ) -> None:
-    """Keys and values [B, H, T, D] to their slots of pages [pages, page_size, H, D] by indexing."""
+    """Keys and values [B, H, T, D] to their places in pages [pages, page_size, H, D] by indexing."""
     page = page_table.gather(1, (positions // cache_k.shape[1]).long()).long()
-    slot = (positions % cache_k.shape[1]).long()
-    cache_k[page, slot], cache_v[page, slot] = k.transpose(1, 2), v.transpose(1, 2)
+    offset = (positions % cache_k.shape[1]).long()
+    cache_k[page, offset], cache_v[page, offset] = k.transpose(1, 2), v.transpose(1, 2)
 
 
 def projected_statistics(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

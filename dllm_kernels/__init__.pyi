@@ -1,6 +1,6 @@
 """Public names, for editors and type checkers; `__init__.py` imports the same names on first use."""
 
-from dllm_kernels.block_cache import BlockKVCache as BlockKVCache
+from dllm_kernels.kv_cache import BlockKVCache as BlockKVCache
 from dllm_kernels.models.attention import enable_attention as enable_attention
 from dllm_kernels.models.checkpoint import load as load
 from dllm_kernels.models.checkpoint import save as save
@@ -8,9 +8,11 @@ from dllm_kernels.ops.advance import BlockRows as BlockRows
 from dllm_kernels.ops.advance import advance_ as advance_
 from dllm_kernels.ops.attention import block_attention as block_attention
 from dllm_kernels.ops.attention import cached_block_attention as cached_block_attention
-from dllm_kernels.ops.kv_cache import kv_write_ as kv_write_
-from dllm_kernels.ops.loss import diffusion_cross_entropy as diffusion_cross_entropy
-from dllm_kernels.ops.loss import linear_diffusion_cross_entropy as linear_diffusion_cross_entropy
+from dllm_kernels.ops.cross_entropy import diffusion_cross_entropy as diffusion_cross_entropy
+from dllm_kernels.ops.kv_write import kv_write_ as kv_write_
+from dllm_kernels.ops.linear_cross_entropy import (
+    linear_diffusion_cross_entropy as linear_diffusion_cross_entropy,
+)
 from dllm_kernels.ops.token_stats import TokenStats as TokenStats
 from dllm_kernels.ops.token_stats import linear_token_stats as linear_token_stats
 from dllm_kernels.ops.token_stats import token_stats as token_stats

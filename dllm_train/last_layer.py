@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from dllm_kernels.models.shared_change import shared_change
+from dllm_kernels.models.nested_patch import nested_patch
 
 KEYWORD = "dllm_outputs"
 
@@ -38,7 +38,7 @@ def cut_last_layer(base: nn.Module, outputs: int | None) -> tuple[AbstractContex
         return nullcontext(), {}
     if _is_recomputed(layer) and not _CHECKPOINTS_FORWARD:
         return nullcontext(), {}  # the backward pass would find the layer whole again
-    return shared_change((KEYWORD, id(layer)), functools.partial(_cutting, layer)), {KEYWORD: outputs}
+    return nested_patch((KEYWORD, id(layer)), functools.partial(_cutting, layer)), {KEYWORD: outputs}
 
 
 class _Cutting:

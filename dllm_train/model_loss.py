@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from dllm_kernels.models.shared_change import shared_change
+from dllm_kernels.models.nested_patch import nested_patch
 from dllm_train.attention_masks import base_arguments, copied
 from dllm_train.last_layer import cut_last_layer
 from dllm_train.mask_check import refuse_models_without_masks
@@ -55,11 +55,11 @@ def loss_in_forward(model: nn.Module, rows: MaskedRows) -> RowLosses:
     """
     inner = wrapped_model(model)
     with ExitStack() as changed:
-        changed.enter_context(shared_change(("loss", id(inner)), partial(_answering_losses, inner)))
+        changed.enter_context(nested_patch(("loss", id(inner)), partial(_answering_losses, inner)))
         for embedding in inner.get_input_embeddings().modules():
             if getattr(embedding, "padding_idx", None) is not None:
                 key = ("padding_idx", id(embedding))
-                changed.enter_context(shared_change(key, partial(_training_every_row, embedding)))
+                changed.enter_context(nested_patch(key, partial(_training_every_row, embedding)))
         losses = model(input_ids=copied(rows.input_ids, inner.device), masked_rows=rows)
     if not isinstance(losses, RowLosses):
         raise ValueError(

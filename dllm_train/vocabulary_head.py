@@ -25,7 +25,7 @@ from dllm_kernels import (
     token_stats,
 )
 from dllm_kernels.models.families import FAMILIES, head_modules
-from dllm_kernels.models.plain_linear import is_plain_linear
+from dllm_kernels.models.merged_projections import is_plain_linear
 from dllm_kernels.ops.token_stats import TokenStats
 from dllm_train.sharding import is_sharded
 

@@ -279,7 +279,7 @@ def test_a_gguf_file_says_what_llamacpp_asks_for(kind_and_tensors, grouped):
     }
     assert {name: said.get(name) for name in expected} == expected
     assert said["llada.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
-    assert "".join(said["tokenizer.ggml.tokens"][id] for id in PROMPT) == gguf_file.text_of(PROMPT)
+    assert "".join(said["tokenizer.ggml.tokens"][token] for token in PROMPT) == gguf_file.text_of(PROMPT)
 
 
 # ---- llama.cpp's program ---------------------------------------------------------------------------------

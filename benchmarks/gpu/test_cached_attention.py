@@ -42,7 +42,7 @@ def test_kv_write(compare, pick, device):
 
     compare(
         dk.kv_write_,
-        {"index_put": baselines.write_slots},
+        {"index_put": baselines.write_pages},
         inputs=inputs,
         title=f"kv_write_, {batch} rows of {block} tokens",
         bytes=2 * 2 * 2 * batch * heads * block * head_dim,

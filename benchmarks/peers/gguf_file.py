@@ -51,13 +51,13 @@ def write(model, path: Path, kind: str) -> None:
 
 
 def text_of(ids: list[int]) -> str:
-    return "".join(f"<{id}>" for id in ids)
+    return "".join(f"<{token}>" for token in ids)
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, config) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([f"<{id}>" for id in range(config.vocab_size)])
+    writer.add_token_list([f"<{token}>" for token in range(config.vocab_size)])
     # User-defined tokens are found in a prompt as they stand, and printed as they stand.
     writer.add_token_types([gguf.TokenType.USER_DEFINED] * config.vocab_size)
     writer.add_token_merges([NO_MERGE])

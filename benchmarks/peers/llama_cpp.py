@@ -50,4 +50,4 @@ def run(peer: Peer, model: Path, prompt: list[int], canvas: int, steps: int) -> 
             f"status {done.returncode}" if done.returncode else "it printed no time per step and completion"
         )
         raise RuntimeError(f"llama.cpp ({peer.path}): {what}\n{last}")
-    return Run(float(time[1]) / 1e3, [int(id) for id in tokens])
+    return Run(float(time[1]) / 1e3, [int(token) for token in tokens])

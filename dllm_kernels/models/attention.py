@@ -30,7 +30,7 @@ from dllm_kernels.models.model_masks import (
     trained_kind,
     unknown_pattern,
 )
-from dllm_kernels.models.shared_change import shared_change
+from dllm_kernels.models.nested_patch import nested_patch
 from dllm_kernels.models.wrappers import unwrapped
 from dllm_kernels.ops.attention import block_attention
 from dllm_kernels.span_mask import SpanMask, trusted_mask
@@ -60,7 +60,7 @@ def enable_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """
     with ExitStack() as switched:
         for config in _configs(model):
-            switched.enter_context(shared_change(("attention", id(config)), partial(_restored, config)))
+            switched.enter_context(nested_patch(("attention", id(config)), partial(_restored, config)))
             config._attn_implementation_internal = NAME
         yield model
 

@@ -18,10 +18,10 @@ from dllm_kernels.models.checkpoint_files import ADAPTER, read_json, stored_tens
 from dllm_kernels.models.config_json import check_tokens, own_entries, read_config
 from dllm_kernels.models.empty_models import empty_model, model_class, skeleton
 from dllm_kernels.models.families import Family, family_of, token_ids
+from dllm_kernels.models.safetensors_io import fill_weights, own_storages, plan_weights, write_weights
 from dllm_kernels.models.savable import refuse_unsavable
 from dllm_kernels.models.staging import CONFIG, interrupted_save, recover, staged
 from dllm_kernels.models.tokenizer_files import FILES, read_tokenizer
-from dllm_kernels.models.weights import fill_weights, own_storages, plan_weights, write_weights
 
 EMBEDDED = {"tiny-python": Path(__file__).parents[1] / "assets" / "tiny-python"}
 

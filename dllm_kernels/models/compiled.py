@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dllm_kernels.models.nested_patch import nested_patch
 from dllm_kernels.models.probe import structure_of
-from dllm_kernels.models.shared_change import shared_change
 
 _FUNCTIONS: weakref.WeakKeyDictionary[PreTrainedModel, tuple[tuple, Callable]] = weakref.WeakKeyDictionary()
 
@@ -40,7 +40,7 @@ def compiled(model: PreTrainedModel) -> Iterator[None]:
     `model` has no layers that can be taken by themselves, or if one of them has a forward of its own (hooks
     of accelerate, for example), which would be passed over.
     """
-    with shared_change(("compiled", id(model)), partial(_replaced_forwards, model)):
+    with nested_patch(("compiled", id(model)), partial(_replaced_forwards, model)):
         yield
 
 

@@ -6,8 +6,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
+from dllm_kernels.models.checkpoint_layouts import Layout
 from dllm_kernels.models.families import FAMILIES, Family, diffusion_entry, token_ids
-from dllm_kernels.models.layouts import Layout
 
 # What it says of files and software, not of the model. Names of attention and expert code may be those of hub
 # repositories, so they are dropped from nested configs too.

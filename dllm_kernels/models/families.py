@@ -14,8 +14,8 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dllm_kernels.models import layouts
-from dllm_kernels.models.layouts import Layout
+from dllm_kernels.models import checkpoint_layouts as layouts
+from dllm_kernels.models.checkpoint_layouts import Layout
 
 ATTENTION = ("block_causal", "bidirectional")
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dllm_kernels.models.attention import enable_attention
-from dllm_kernels.models.shared_change import shared_change
+from dllm_kernels.models.nested_patch import nested_patch
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
 
     ValueError if its attention cannot be hooked.
     """
-    quiet = shared_change(("evaluating", id(model)), partial(_evaluating, model))
+    quiet = nested_patch(("evaluating", id(model)), partial(_evaluating, model))
     with enable_attention(model), torch.no_grad(), quiet:
         yield
 

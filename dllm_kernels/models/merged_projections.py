@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dllm_kernels.models.plain_linear import is_plain_linear
-
 # Modules of one parent that are called with the same input, in the order of their calls.
 GROUPS = (
     ("q_proj", "k_proj", "v_proj"),  # Llama, Qwen, Mistral and most others
@@ -55,6 +53,16 @@ def merge_projections(model: nn.Module) -> int:
             _lay_together(group)
             merged += 1
     return merged
+
+
+def is_plain_linear(module: object) -> bool:
+    """Return whether `module` computes x · weightᵀ + bias alone: no adapter, quantization or hook."""
+    return (
+        type(module) is nn.Linear
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in vars(module)  # where accelerate puts its own
+    )
 
 
 class MergedLinear(nn.Linear):

@@ -11,7 +11,7 @@ from ..span_mask import SpanMask
 from ._autocast import cast, register_autocast
 from ._autograd import register_derivative, register_no_derivative
 from ._fake import register_fake
-from .full_attention import full_attention
+from .vendor_attention import vendor_attention
 
 _ops = torch.ops.dllm_kernels
 
@@ -32,7 +32,7 @@ def block_attention(
     scale defaults to 1 / sqrt(D). Returns out [B, Hq, Sq, D], and with return_lse the natural logarithm of
     the softmax's denominator, float32 [B, Hq, Sq]. A query that sees nothing gets output 0 and lse -inf.
     Differentiable in q, k and v, once and in reverse mode; other derivatives raise NotImplementedError. On a
-    GPU an installed library may serve long calls without a mask (`full_attention.backend` says when); with
+    GPU an installed library may serve long calls without a mask (`vendor_attention.backend` says when); with
     return_lse, and as torch.ops.dllm_kernels.block_attention, it is always ours.
     """
     check_tensors(q=q, k=k, v=v)
@@ -45,7 +45,7 @@ def block_attention(
         if k.dim() == 4 and mask.kv_len != k.shape[2]:
             raise ValueError(f"mask.kv_len must be the number of keys ({k.shape[2]}), got {mask.kv_len}")
         spans = mask.spans
-    elif not return_lse and (out := full_attention(q, k, v, _scale(q, scale))) is not None:
+    elif not return_lse and (out := vendor_attention(q, k, v, _scale(q, scale))) is not None:
         return out
     out, lse = _ops.block_attention(q, k, v, spans, _scale(q, scale))
     return (out, lse) if return_lse else out
@@ -69,11 +69,11 @@ def cached_block_attention(
 
     q [B, Hq, Tq, D] and fresh k, v [B, Hkv, Tq, D] belong to the same Tq tokens; cache_k and cache_v
     [pages, page_size, Hkv, D]; page_table int32 [B, P]: token position p of sequence b lies in page
-    page_table[b, p // page_size], slot p % page_size. cache_spans int32 [B, 1 or Tq, R, 2]: ranges of token
+    page_table[b, p // page_size], offset p % page_size. cache_spans int32 [B, 1 or Tq, R, 2]: ranges of token
     positions that stay visible (1: the same for all queries). fresh_spans int32 [B, Tq, R, 2]: ranges of
     fresh keys, None = all. q_lengths int32 [B]: tokens from there on are neither query nor key and get output
-    0 and lse -inf. Slots outside all spans are never read. Returns as `block_attention`; a backward pass
-    through it raises NotImplementedError.
+    0 and lse -inf. Cached tokens outside all spans are never read. Returns as `block_attention`; a backward
+    pass through it raises NotImplementedError.
     """
     check_tensors(
         q=q, k=k, v=v, cache_k=cache_k, cache_v=cache_v, page_table=page_table, cache_spans=cache_spans

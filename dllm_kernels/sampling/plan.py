@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dllm_kernels.block_cache import BlockKVCache
+from dllm_kernels.kv_cache import BlockKVCache
 from dllm_kernels.models.families import Diffusion, diffusion_of
 from dllm_kernels.models.probe import Traits, traits_of
 from dllm_kernels.models.text import check_tokenizer

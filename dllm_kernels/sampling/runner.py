@@ -18,7 +18,7 @@ from dllm_kernels._arguments import kind
 from dllm_kernels.models.attention import AS_A_FUNCTION, attention_by_view, view_not_handed_on
 from dllm_kernels.models.compiled import compiled, current
 from dllm_kernels.models.inference import inference
-from dllm_kernels.models.plain_linear import is_plain_linear
+from dllm_kernels.models.merged_projections import is_plain_linear
 from dllm_kernels.models.probe import Traits
 from dllm_kernels.ops.token_stats import TokenStats, linear_token_stats, token_stats
 from dllm_kernels.sampling.views import StepView

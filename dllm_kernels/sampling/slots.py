@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from dllm_kernels.block_cache import BlockKVCache
+from dllm_kernels.kv_cache import BlockKVCache
 from dllm_kernels.ops.advance import BlockRows
 from dllm_kernels.rule import Rule
 from dllm_kernels.sampling.config import SampleConfig

@@ -23,10 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dllm_kernels.block_cache import BlockKVCache
+from dllm_kernels.kv_cache import BlockKVCache
 from dllm_kernels.models.attention import within_window
 from dllm_kernels.ops.attention import block_attention, cached_block_attention
-from dllm_kernels.ops.kv_cache import kv_write_
+from dllm_kernels.ops.kv_write import kv_write_
 from dllm_kernels.span_mask import SpanMask
 
 

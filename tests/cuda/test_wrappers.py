@@ -96,8 +96,8 @@ def test_barriers(wrapper, shift):
     got = wrapper("barriers", x, (6, 128), np.int32)
     assert (got[0] == (x > 0).sum()).all() and (got[1] == (x > 0).all()).all()
     assert (got[2] == (x > 0).any()).all()
-    for round in range(3):
-        assert (got[3 + round, 64:] == x[:64][::-1] + round).all()
+    for turn in range(3):
+        assert (got[3 + turn, 64:] == x[:64][::-1] + turn).all()
 
 
 def test_atomics(wrapper):

@@ -67,8 +67,8 @@ def test_a_group_is_there_while_the_next_is_pending(wrapper):
 def test_warpgroups_divide_their_registers(wrapper, division):
     """As the attention kernels do, which the values that a thread holds survive."""
     values = np.random.default_rng(0).integers(-8, 9, 128 * 64).astype(np.float32)
-    thread, round, held = np.ogrid[:256, :4, :160]
-    expected = (values[(thread + 256 * round + 7 * held) % values.size] * (1 + held % 3)).sum((1, 2))
+    thread, turn, held = np.ogrid[:256, :4, :160]
+    expected = (values[(thread + 256 * turn + 7 * held) % values.size] * (1 + held % 3)).sum((1, 2))
     got = wrapper(f"divided_registers_{division}", values, (256,), np.float32)
     assert (got == expected).all()
 

@@ -8,14 +8,14 @@ import torch
 from tokenizers import pre_tokenizers
 
 import dllm_kernels as dk
-from tests.train.models import tiny
 from tests.train.recipe_runs import write_tokenizer
+from tests.train.tiny_models import tiny
 
 _PRINTABLE = {*range(ord(" "), ord("~") + 1), ord("\n")}
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 _OF_BYTE = {chr(byte): byte for byte in range(ord("!"), ord("~") + 1)} | {"\u0120": 32, "\u010a": 10}
 # Ids of the tokenizer of single bytes that are no printable character.
-UNPRINTABLE = tuple(id for id, text in enumerate(_ALPHABET) if _OF_BYTE.get(text) not in _PRINTABLE)
+UNPRINTABLE = tuple(token for token, text in enumerate(_ALPHABET) if _OF_BYTE.get(text) not in _PRINTABLE)
 
 
 def write_random(folder: Path, attention="bidirectional", positions=128) -> Path:

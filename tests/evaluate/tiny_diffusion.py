@@ -1,7 +1,7 @@
 """Tiny random models marked for diffusion, beside their plain float64 copies."""
 
 from tests.evaluate.plain_likelihood import BLOCK, MASK, PlainModel
-from tests.train.models import tiny
+from tests.train.tiny_models import tiny
 
 
 def marked(name="qwen3", *, attention="bidirectional", shift=False, **entries):

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import dllm_kernels as dk
 from dllm_train import convert
-from tests.train.convertible import write
-from tests.train.models import VOCABULARY
+from tests.train.convertible_checkpoints import write
+from tests.train.tiny_models import VOCABULARY
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, VOCABULARY]])
 LORA = dict(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)

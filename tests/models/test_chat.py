@@ -9,7 +9,7 @@ import transformers
 import dllm_kernels as dk
 from dllm_kernels.models.chat import chat_ids
 from dllm_kernels.models.families import FAMILIES, diffusion_of
-from tests.models.checkpoints import EOS, PUBLISHED, VOCABULARY
+from tests.models.published_checkpoints import EOS, PUBLISHED, VOCABULARY
 
 WORDS = [
     "<unk>",

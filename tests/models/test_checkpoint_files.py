@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import dllm_kernels as dk
 from dllm_kernels.models import checkpoint
-from tests.models.checkpoints import EOS, MASK, PUBLISHED
+from tests.models.published_checkpoints import EOS, MASK, PUBLISHED
 
 LLADA = PUBLISHED["llada"]
 

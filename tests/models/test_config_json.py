@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import dllm_kernels as dk
-from tests.models.checkpoints import PUBLISHED
+from tests.models.published_checkpoints import PUBLISHED
 from tests.sampling.tiny_models import tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 8]])

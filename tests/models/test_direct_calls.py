@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import dllm_kernels as dk
-from tests.models.checkpoints import PUBLISHED
+from tests.models.published_checkpoints import PUBLISHED
 
 BLOCK, LENGTH = 4, 14
 IDS = torch.randint(0, 110, (2, LENGTH), generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import dllm_kernels as dk
 from dllm_kernels.models.families import FAMILIES, diffusion_of
-from tests.models.checkpoints import (
+from tests.models.published_checkpoints import (
     EOS,
     HEADS,
     LLADA_FUSED,

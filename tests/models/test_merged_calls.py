@@ -10,7 +10,7 @@ from torch import nn
 
 import dllm_kernels as dk
 from dllm_kernels.models.merged_projections import merge_projections
-from tests.models.merged import Products, compiled_layer, logits, plain
+from tests.models.merged_projection_helpers import Products, compiled_layer, logits, plain
 from tests.models.test_families import IDS
 from tests.sampling.tiny_models import tiny_model
 

@@ -10,8 +10,15 @@ from torch.nn.utils import parametrize, prune
 
 import dllm_kernels as dk
 from dllm_kernels.models.merged_projections import MergedLinear, merge_projections
-from tests.models.checkpoints import EOS, LAYERS, LLADA_FUSED, MASK, PUBLISHED
-from tests.models.merged import Products, assert_alike, compiled_layer, groups_of, is_one_storage, logits
+from tests.models.merged_projection_helpers import (
+    Products,
+    assert_alike,
+    compiled_layer,
+    groups_of,
+    is_one_storage,
+    logits,
+)
+from tests.models.published_checkpoints import EOS, LAYERS, LLADA_FUSED, MASK, PUBLISHED
 from tests.models.test_families import ENCODERS, IDS
 
 CHECKPOINTS = {**PUBLISHED, "llada, fused": LLADA_FUSED}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dllm_kernels as dk
-from tests.ops.committing import MASK, RULES, STEPWISE, accepted_of, stats_of
+from tests.ops.commit_helpers import MASK, RULES, STEPWISE, accepted_of, stats_of
 
 
 def test_quota_takes_the_surest_and_ties_go_to_the_lower_position():

@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 from dllm_kernels import SpanMask, block_attention
 from dllm_kernels.ops import reference
-from tests.ops.instruction_sets import results_of_each
+from tests.ops.instruction_set_helpers import results_of_each
 
 OP = torch.ops.dllm_kernels.block_attention.default
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}

@@ -28,7 +28,7 @@ def random_call(batch=2, kv_heads=2, group=2, length=9, dim=16, page_size=4, pag
 
 
 def poison_unseen(cache_k, cache_v, page_table, spans):
-    """NaN in every slot that no query's spans show."""
+    """NaN in every cached token that no query's spans show."""
     page_size = cache_k.shape[1]
     seen = torch.zeros(cache_k.shape[:2], dtype=torch.bool)
     for b, position in (

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import dllm_kernels as dk
 from dllm_kernels.ops.reference import unmask as reference
-from tests.ops.committing import MASK, RULES, STEPWISE, stats_of
+from tests.ops.commit_helpers import MASK, RULES, STEPWISE, stats_of
 
 # ---- agreement with the reference ----------------------------------------------------------------
 

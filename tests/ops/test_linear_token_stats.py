@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import dllm_kernels as dk
 from dllm_kernels.ops.reference import unmask as reference
 from dllm_kernels.ops.token_stats import chunked_linear_token_stats
-from tests.ops.instruction_sets import results_of_each
+from tests.ops.instruction_set_helpers import results_of_each
 from tests.ops.test_token_stats import DTYPES, assert_equal, random_logits
 
 

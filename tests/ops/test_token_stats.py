@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import dllm_kernels as dk
 from dllm_kernels.ops.reference import unmask as reference
-from tests.ops.instruction_sets import results_of_each
+from tests.ops.instruction_set_helpers import results_of_each
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dllm_kernels as dk
-from tests.ops.committing import MASK, RULES
+from tests.ops.commit_helpers import MASK, RULES
 
 FLAT = (*dk.Rule.threshold(0.5).code, MASK)
 ROW = torch.ones(2, dtype=torch.int32)

@@ -209,7 +209,7 @@ def test_the_model_is_left_as_it_was(layers, traced, request):
         request.getfixturevalue("by_layer")
     model = fresh_model()
 
-    def stop(round):
+    def stop(event):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

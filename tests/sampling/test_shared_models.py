@@ -54,7 +54,7 @@ def test_two_threads_sample_one_model(model, compiled):
     """The one with fewer rows is done first, and must not take the other's attention away."""
     prompts = prompts_of(3, 17, 9, 30)
     work = [(prompts, compiled[0]), (prompts[:1], compiled[1])]
-    expected = [dk.sample(model, some, compile=compile, **OPTIONS).sequences for some, compile in work]
+    expected = [dk.sample(model, some, compile=c, **OPTIONS).sequences for some, c in work]
     for _ in range(4):
         outputs = together(
             *(lambda some=some, c=c: dk.sample(model, some, compile=c, **OPTIONS) for some, c in work)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import dllm_kernels as dk
 from dllm_train.configs import config_path
 from tests.process_groups import end_together
-from tests.train.models import tiny
+from tests.train.tiny_models import tiny
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = (

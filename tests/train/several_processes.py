@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dllm_train import bd3lm_loss, mdlm_loss, vocabulary_head
 from tests.process_groups import end_together
-from tests.train.models import MASK, tiny
+from tests.train.tiny_models import MASK, tiny
 
 PARTS = (slice(0, 1), slice(1, 4))  # rows of each process: their numbers of masked positions differ
 
@@ -46,7 +46,7 @@ def sharded(model, head=False):
     return model
 
 
-# name: (model of tests.train.models, what is done to it first, how it is distributed)
+# name: (model of tests.train.tiny_models, what is done to it first, how it is distributed)
 CASES = {
     "ddp": ("qwen3", None, ddp),
     "ddp-of-a-head-with-a-transform": ("bert", None, ddp),

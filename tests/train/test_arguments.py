@@ -21,7 +21,7 @@ from dllm_train import (
     get_tokenizer,
     mdlm_loss,
 )
-from tests.train.models import MASK, tiny
+from tests.train.tiny_models import MASK, tiny
 from tests.train.trainer_runs import tokenizer
 
 PARSER = HfArgumentParser((ModelArguments, DataArguments, DiffusionTrainingArguments))

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import dllm_kernels as dk
 from dllm_train import convert
-from tests.train.convertible import CHAT, encoder_tokenizer, tokenizer, write
-from tests.train.models import VOCABULARY, tiny
+from tests.train.convertible_checkpoints import CHAT, encoder_tokenizer, tokenizer, write
+from tests.train.tiny_models import VOCABULARY, tiny
 
 DECODERS = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gemma", "gemma3", "phi3", "qwen3-moe")
 MASKED = ("bert", "roberta", "modernbert", "albert")

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 import dllm_kernels as dk
 from dllm_kernels.cli import app
 from dllm_train import ModelArguments, convert, get_model, get_sampler, get_tokenizer, merge_adapter
-from tests.train.convertible import write
-from tests.train.models import VOCABULARY
+from tests.train.convertible_checkpoints import write
+from tests.train.tiny_models import VOCABULARY
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 LORA = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 import dllm_kernels as dk
 from dllm_train import BD3LMTrainer, convert
 from dllm_train.recipes import smollm2
-from tests.train.convertible import tokenizer, write
-from tests.train.models import tiny
+from tests.train.convertible_checkpoints import tokenizer, write
+from tests.train.tiny_models import tiny
 
 FIGURES = {
     "settings": {"steps": 7, "batch_size": 4, "length": 64, "rank": 16, "bf16": True},

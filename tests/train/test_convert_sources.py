@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 import dllm_kernels as dk
 from dllm_kernels.cli import app
 from dllm_train import convert
-from tests.models.checkpoints import MASK, PUBLISHED
-from tests.train.convertible import encoder_tokenizer, write
-from tests.train.models import VOCABULARY, tiny
+from tests.models.published_checkpoints import MASK, PUBLISHED
+from tests.train.convertible_checkpoints import encoder_tokenizer, write
+from tests.train.tiny_models import VOCABULARY, tiny
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 

@@ -10,7 +10,6 @@ import torch
 
 from dllm_train.recipes.finetune import finetune
 from dllm_train.sharding import choose_fsdp_units
-from tests.train.models import tiny
 from tests.train.recipe_runs import (
     environment,
     facts,
@@ -24,6 +23,7 @@ from tests.train.recipe_runs import (
     write_checkpoint,
 )
 from tests.train.saved_checkpoints import assert_loads
+from tests.train.tiny_models import tiny
 
 MODELS = {
     "mdlm": ("llama", "bidirectional"),

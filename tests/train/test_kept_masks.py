@@ -5,7 +5,7 @@ import torch
 
 import dllm_kernels as dk
 from dllm_train import attention_masks, bd3lm_loss, mdlm_loss
-from tests.train.models import MASK, tiny
+from tests.train.tiny_models import MASK, tiny
 
 IDS = torch.randint(3, MASK, (2, 12), generator=torch.Generator().manual_seed(0))
 

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.training_loops import plain_loss
 from dllm_train import bd3lm_loss, last_layer, sample_noise
-from tests.train.models import MASK, tiny
+from tests.train.tiny_models import MASK, tiny
 
 BLOCK, LENGTH, ROWS = 4, 14, 3
 CUT = ("llama", "qwen2", "qwen3", "mistral", "gemma", "qwen3-moe")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dllm_train import Noise, bd3lm_loss, mdlm_loss, sample_noise
-from tests.train.models import tiny
+from tests.train.tiny_models import tiny
 
 MASK, BOS = 39, 38
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dllm_train import Noise, bd3lm_loss, dream_loss, loss_normalizer, mdlm_loss
 from tests.train.dense_objectives import dense_loss
-from tests.train.models import MASK, tiny
+from tests.train.tiny_models import MASK, tiny
 
 BOS = 1
 LOSSES = {"mdlm": mdlm_loss, "bd3lm": bd3lm_loss, "dream": dream_loss}

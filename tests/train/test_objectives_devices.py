@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dllm_train import bd3lm_loss, dream_loss, mdlm_loss, vocabulary_head
-from tests.train.models import MASK, tiny
+from tests.train.tiny_models import MASK, tiny
 
 IDS = torch.randint(3, MASK, (2, 12), generator=torch.Generator().manual_seed(0))
 THREE = torch.tensor(3.0, device="meta")

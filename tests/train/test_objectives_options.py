@@ -8,7 +8,7 @@ import torch
 from dllm_train import Noise, Schedule, bd3lm_loss, dream_loss, loss_normalizer, mdlm_loss, sample_noise
 from dllm_train.documents import places
 from dllm_train.loss_weights import cart_weights
-from tests.train.models import MASK, tiny
+from tests.train.tiny_models import MASK, tiny
 
 IDS = torch.randint(3, MASK, (3, 12), generator=torch.Generator().manual_seed(0))
 BOS = 1

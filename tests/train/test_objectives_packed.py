@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dllm_train import Noise, bd3lm_loss, dream_loss, loss_normalizer, mdlm_loss, sample_noise
-from tests.train.models import MASK, tiny
+from tests.train.tiny_models import MASK, tiny
 
 DOCUMENTS = torch.tensor([[5, 4, 0], [3, 0, 8]])  # in rows of 12: three positions of padding, and one
 LENGTH, BLOCK = 12, 3

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dllm_train import Noise, bd3lm_loss, mdlm_loss
-from tests.train.models import MASK, MODELS, tiny
+from tests.train.tiny_models import MASK, MODELS, tiny
 
 BLOCK, LENGTH = 4, 12
 LENGTHS = torch.tensor([LENGTH, 9, 5])

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllm_train import DiffusionTrainingArguments, bd3lm_loss, mdlm_loss, sample_noise
 from dllm_train.selective_checkpointing import checkpoint_selectively
-from tests.train.models import MASK, tiny
+from tests.train.tiny_models import MASK, tiny
 from tests.train.trainer_runs import Gradients, trainer
 
 NAMES = ("llama", "qwen2-windows", "qwen3-moe", "gpt2", "phi", "bert", "modernbert")

@@ -21,7 +21,7 @@ from dllm_train import (
     get_model,
     mdlm_loss,
 )
-from tests.train.models import MASK, tiny
+from tests.train.tiny_models import MASK, tiny
 from tests.train.trainer_runs import BLOCK, Gradients, examples, losses, tokenizer, trainer
 
 LOSSES = {

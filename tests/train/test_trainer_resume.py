@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 import dllm_kernels as dk
 from dllm_train.checkpoints import FILES, last_complete
-from tests.train.models import MASK, tiny
+from tests.train.tiny_models import MASK, tiny
 from tests.train.trainer_runs import examples, losses, trainer
 
 

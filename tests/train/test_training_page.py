@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dllm_kernels.cli import app
-from tests.train.models import tiny
 from tests.train.recipe_runs import ROOT, environment, facts, run_together, write_checkpoint, write_tokenizer
 from tests.train.saved_checkpoints import assert_loads
+from tests.train.tiny_models import tiny
 from tools.training_options import with_table
 
 PAGE = (ROOT / "docs" / "training.md").read_text()

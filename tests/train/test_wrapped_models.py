@@ -12,7 +12,7 @@ from torch import nn
 
 import dllm_kernels as dk
 from dllm_train import Noise, bd3lm_loss, mdlm_loss, vocabulary_head
-from tests.train.models import MASK, tiny
+from tests.train.tiny_models import MASK, tiny
 
 IDS = torch.randint(3, MASK, (2, 12), generator=torch.Generator().manual_seed(0))
 NOISE = Noise(torch.full((2, 12), 0.5), torch.arange(24).view(2, 12) % 3 > 0)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from dllm_train import BD3LMTrainer, DiffusionTrainingArguments, DreamTrainer, MDLMTrainer
-from tests.train.models import MASK, VOCABULARY, tiny
+from tests.train.tiny_models import MASK, VOCABULARY, tiny
 
 TRAINERS = {"mdlm": MDLMTrainer, "bd3lm": BD3LMTrainer, "dream": DreamTrainer}
 BLOCK = 4

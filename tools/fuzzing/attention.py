@@ -60,7 +60,7 @@ def _pages(draw: Draw, batch: int, kv_heads: int, dim: int, dtype: torch.dtype) 
     page_size, per_row = draw.integer(1, 9), draw.integer(1, 5)
     pages = batch * per_row + draw.integer(0, 3)
     both = torch.randn(2, pages, page_size, kv_heads, dim).to(dtype)
-    if draw.chance(0.3):  # keys and values of a slot side by side
+    if draw.chance(0.3):  # keys and values of a token side by side
         both = torch.randn(pages, page_size, 2, kv_heads, dim).to(dtype).movedim(2, 0)
     table = torch.randperm(pages)[: batch * per_row].int().reshape(batch, per_row)
     return {"cache_k": both[0], "cache_v": both[1], "page_table": table}
@@ -93,8 +93,8 @@ def kv_write_(draw: Draw) -> dict:
     heads = _heads(draw, 1, length)
     batch, kv_heads, _, dim = heads["k"].shape
     pages = _pages(draw, batch, kv_heads, dim, heads["k"].dtype)
-    slots = pages["page_table"].shape[1] * pages["cache_k"].shape[1]
-    positions = torch.randint(-1, slots, (batch, length)).int()
+    capacity = pages["page_table"].shape[1] * pages["cache_k"].shape[1]
+    positions = torch.randint(-1, capacity, (batch, length)).int()
     return {**pages, "k": heads["k"], "v": heads["v"], "positions": positions}
 
 

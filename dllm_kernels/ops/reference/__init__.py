@@ -8,7 +8,7 @@ from .attention import (
     kv_write_,
     visible_keys,
 )
-from .loss import (
+from .cross_entropy import (
     diffusion_cross_entropy,
     diffusion_cross_entropy_backward,
     diffusion_cross_entropy_gradient_,

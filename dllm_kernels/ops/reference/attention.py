@@ -60,9 +60,9 @@ def kv_write_(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, page_table
     """cache[page_table[b, p // page_size], p % page_size] = token (b, t) for p = positions[b, t] >= 0."""
     page_size = cache_k.shape[1]
     for b, t in (positions >= 0).nonzero().tolist():
-        page, slot = divmod(int(positions[b, t]), page_size)
-        cache_k[page_table[b, page], slot] = k[b, :, t]
-        cache_v[page_table[b, page], slot] = v[b, :, t]
+        page, offset = divmod(int(positions[b, t]), page_size)
+        cache_k[page_table[b, page], offset] = k[b, :, t]
+        cache_v[page_table[b, page], offset] = v[b, :, t]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float):

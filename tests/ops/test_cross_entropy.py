@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from dllm_kernels import diffusion_cross_entropy, linear_diffusion_cross_entropy
-from dllm_kernels.ops import _linear_loss, reference
-from tests.ops.instruction_sets import results_of_each
+from dllm_kernels.ops import linear_cross_entropy, reference
+from tests.ops.instruction_set_helpers import results_of_each
 
 OPS = torch.ops.dllm_kernels
 # Of gradients, as a share of their largest entry: a logsumexp of 100 is rounded to 4e-6 in float32.
@@ -131,8 +131,8 @@ def test_the_projected_loss_equals_the_formula(data):
 def test_chunks_of_any_size_give_the_same_loss(monkeypatch):
     hidden, weight, bias, targets, weights = random_batch((3, 50), 130)
     for rows, ids in ((1, 200), (7, 33), (64, 130), (1000, 1)):
-        monkeypatch.setattr(_linear_loss, "MIN_CHUNK_ROWS", rows)
-        monkeypatch.setattr(_linear_loss, "CPU_BLOCK_IDS", ids)
+        monkeypatch.setattr(linear_cross_entropy, "MIN_CHUNK_ROWS", rows)
+        monkeypatch.setattr(linear_cross_entropy, "CPU_BLOCK_IDS", ids)
         check_linear_loss(hidden, weight, bias, targets, weights)
 
 
@@ -148,8 +148,8 @@ def test_logits_exist_for_one_chunk_of_rows_only(monkeypatch):
             sizes.append(len(logits))
             return kernel(logits, *rest)
 
-    monkeypatch.setattr(_linear_loss, "_ops", Recording())
-    monkeypatch.setattr(_linear_loss, "MIN_CHUNK_ROWS", 250)
+    monkeypatch.setattr(linear_cross_entropy, "_ops", Recording())
+    monkeypatch.setattr(linear_cross_entropy, "MIN_CHUNK_ROWS", 250)
     hidden, weight, _, targets, weights = random_batch((1000,), 40, size=4, zeros=0.0)
     linear_diffusion_cross_entropy(hidden.requires_grad_(), weight, targets, weights)
     assert sizes == [250] * 4

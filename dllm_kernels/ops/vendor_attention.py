@@ -21,7 +21,7 @@ WIDEST_HEAD = {"sdpa": 128, "flash_attention_3": 256}
 
 
 @dataclass(frozen=True)
-class FullAttention:
+class UnmaskedCall:
     """What is known of a call before it is launched."""
 
     capability: tuple[int, int] | None  # of the GPU; None: not a GPU
@@ -33,7 +33,7 @@ class FullAttention:
     deterministic: bool = False  # as torch.use_deterministic_algorithms asks
 
 
-def backend(call: FullAttention, *, flash_attention_3: bool) -> str:
+def backend(call: UnmaskedCall, *, flash_attention_3: bool) -> str:
     """ "dllm" (our kernels), "sdpa" (torch's, cuDNN first) or "flash_attention_3" (where it is installed)."""
     half = call.dtype in (torch.bfloat16, torch.float16)
     if call.capability is None or call.capability < AMPERE or not half:
@@ -46,11 +46,11 @@ def backend(call: FullAttention, *, flash_attention_3: bool) -> str:
     return "sdpa" if call.head_dim <= WIDEST_HEAD["sdpa"] else "dllm"
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
+def vendor_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
     """softmax(scale · q kᵀ) v by a library, of the shapes of `block_attention`; None: ours is to do it."""
     if not q.is_cuda or not _fit(q, k, v):  # ours casts under autocast, and says what does not fit
         return None
-    call = FullAttention(
+    call = UnmaskedCall(
         torch.cuda.get_device_capability(q.device),
         q.dtype,
         q.shape[3],

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dllm_kernels._arguments import integer, kind
 from dllm_kernels._library import host
-from dllm_kernels.ops.kv_cache import kv_write_
+from dllm_kernels.ops.kv_write import kv_write_
 
 PagesExhausted = host().PagesExhausted
 
@@ -72,7 +72,7 @@ class BlockKVCache:
         shared, copied = divmod(prefix_tokens, self.page_size)
         child = self._pool.fork(sequence, shared, self._pages_for(tokens) - shared)
         if copied:
-            source, target = (self._pool.pages_of(id)[shared] for id in (sequence, child))
+            source, target = (self._pool.pages_of(each)[shared] for each in (sequence, child))
             for storage in self._storage.values():
                 storage[:, :, target, :copied] = storage[:, :, source, :copied]
         return child

@@ -1,11 +1,21 @@
-"""The projected loss: library products around the kernel that turns logits into their gradient in place."""
+"""The loss of masked diffusion from hidden states, which stores no logits but those of a chunk of rows.
+
+Library products around the kernel that turns logits into their gradient in place.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .._arguments import check_tensors, kind
+from .. import _library  # noqa: F401  (loads the operators)
+from .._arguments import check_optional_tensors, check_tensors, integers, kind
+from . import cross_entropy  # noqa: F401  (registers scaled_gradient)
+from ._autocast import cast, register_autocast
+from ._autograd import register_derivative
+from ._fake import register_fake
 
 _ops = torch.ops.dllm_kernels
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -13,11 +23,39 @@ MIN_CHUNK_ROWS = 512  # products of fewer rows are slower
 CPU_BLOCK_IDS = 8192  # BLAS shares wider products of few rows out to threads unevenly
 
 
-@torch.library.impl("dllm_kernels::linear_diffusion_cross_entropy", "CompositeExplicitAutograd")
 def linear_diffusion_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    bias: Tensor | None = None,
+    *,
+    suppress_tokens: Sequence[int] | None = None,
+    return_ce: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`diffusion_cross_entropy` of logits = hidden · weightᵀ + bias, which exist for a few rows at a time.
+
+    hidden [..., H]; weight [V, H] and bias [V] of the same dtype; the rest as there. Only rows of weight
+    other than 0 are projected. Gradients of those of hidden, weight and bias that require one are made in the
+    forward pass, chunk by chunk, and kept in float32 until the backward pass scales and rounds them.
+    """
+    check_tensors(hidden=hidden, weight=weight, targets=targets, weights=weights)
+    check_optional_tensors(bias=bias)
+    needs_grad = [
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (hidden, weight, bias)
+    ]
+    loss, ce, *_ = _ops.linear_diffusion_cross_entropy(
+        hidden, weight, targets, weights, bias, integers("suppress_tokens", suppress_tokens), needs_grad
+    )
+    return (loss, ce) if return_ce else loss
+
+
+@torch.library.impl("dllm_kernels::linear_diffusion_cross_entropy", "CompositeExplicitAutograd")
+def _loss_and_gradients(
     hidden, weight, targets, weights, bias, suppress_tokens, needs_grad
 ) -> tuple[Tensor, ...]:
-    """loss, ce and the gradients of hidden, weight and bias, as `new_results` lays them out.
+    """Return loss, ce and the gradients of hidden, weight and bias, as `_new_results` lays them out.
 
     Rows of weight other than 0 are taken up in chunks: logits = x · Wᵀ + b, the kernel replaces them by their
     gradient G, and then dx = G · W, dW += Gᵀ · x, db += Σ G.
@@ -25,7 +63,7 @@ def linear_diffusion_cross_entropy(
     On a GPU the host waits once: the shapes of the products depend on how many weights are not 0.
     """
     _check(hidden, weight, targets, weights, bias, suppress_tokens, needs_grad)
-    results = new_results(hidden, weight, targets, bias, needs_grad)
+    results = _new_results(hidden, weight, targets, bias, needs_grad)
     loss, ce, grad_hidden, grad_weight, grad_bias = results
     for result in (loss, ce, grad_hidden, grad_bias):
         result.zero_()
@@ -60,7 +98,7 @@ def linear_diffusion_cross_entropy(
     return results
 
 
-def new_results(hidden, weight, targets, bias, needs_grad) -> tuple[Tensor, ...]:
+def _new_results(hidden, weight, targets, bias, needs_grad) -> tuple[Tensor, ...]:
     """Uninitialised loss, ce, grad_hidden, grad_weight, grad_bias, in the precision of the arithmetic.
 
     needs_grad: which of hidden, weight and bias need a gradient; the others' have no elements.
@@ -147,3 +185,45 @@ def _require(ok: bool, name: str, allowed: str, tensor: Tensor) -> None:
 
 def _refuse(text: str) -> None:
     raise ValueError(f"linear_diffusion_cross_entropy: {text}")
+
+
+# ---- fake kernel and autograd -----------------------------------------------------------------------
+@register_fake("linear_diffusion_cross_entropy")
+def _(hidden, weight, targets, weights, bias, suppress_tokens, needs_grad):
+    return _new_results(hidden, weight, targets, bias, needs_grad)
+
+
+def _save_gradients(ctx, inputs, output):
+    hidden, _, _, weights, *_ = inputs
+    loss, ce, *gradients = output
+    ctx.mark_non_differentiable(ce, *gradients)
+    ctx.save_for_backward(loss, ce, *gradients)
+    ctx.set_materialize_grads(False)  # zeros for the outputs above would be as large as the head
+    ctx.dtype, ctx.weights_dtype = hidden.dtype, weights.dtype
+
+
+def _scale_gradients(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 7
+    loss, ce, *gradients = ctx.saved_tensors
+    grad_hidden, grad_weight, grad_bias = (
+        _ops.scaled_gradient(gradient, grad_loss, loss, ctx.dtype) if ctx.needs_input_grad[index] else None
+        for index, gradient in zip((0, 1, 4), gradients, strict=True)
+    )
+    grad_weights = (
+        _ops.scaled_gradient(ce, grad_loss, loss, ctx.weights_dtype) if ctx.needs_input_grad[3] else None
+    )
+    return grad_hidden, grad_weight, None, grad_weights, grad_bias, None, None
+
+
+register_derivative("linear_diffusion_cross_entropy", _scale_gradients, _save_gradients)
+
+
+# ---- autocast: the head is cast as in F.linear, sums stay in float32 ------------------------------------
+def _cast_head(hidden, weight, targets, weights, bias, *rest):
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    bias = None if bias is None else cast(bias, dtype)
+    return cast(hidden, dtype), cast(weight, dtype), targets, weights, bias, *rest
+
+
+register_autocast(_ops.linear_diffusion_cross_entropy.default, _cast_head)

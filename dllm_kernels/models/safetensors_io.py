@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dllm_kernels.models.checkpoint_files import INDEX, OpenFiles, Stored, write_json
+from dllm_kernels.models.checkpoint_layouts import Layout
 from dllm_kernels.models.conversions import Fill, stock_fills
-from dllm_kernels.models.layouts import Layout
 
 # Buffers that transformers computes today and wrote in former versions; it passes over them too.
 _FORMER_BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.attn\.masked_bias$", r"\.attention\.masked_bias$")

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from dllm_kernels.ops.full_attention import FEWEST_PAIRS, FullAttention, backend
+from dllm_kernels.ops.vendor_attention import FEWEST_PAIRS, UnmaskedCall, backend
 
-TRAINING = FullAttention((9, 0), torch.bfloat16, head_dim=128, q_len=4096, kv_len=4096, needs_grad=True)
+TRAINING = UnmaskedCall((9, 0), torch.bfloat16, head_dim=128, q_len=4096, kv_len=4096, needs_grad=True)
 
 
 def chosen(flash_attention_3=False, **changes) -> str:

@@ -1,4 +1,4 @@
-"""Losses of masked diffusion: Σ_i w_i · CE_i over the masked positions, from logits or from hidden states.
+"""The loss of masked diffusion from logits: Σ_i w_i · CE_i over the masked positions.
 
 w_i is what the objective says: w(t) of MDLM and BD3LM, CART weights of Dream, divided by the normaliser.
 Positions that are not masked have weight 0; they cost nothing and may hold anything.
@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import _library  # noqa: F401  (loads the operators)
-from .._arguments import check_optional_tensors, check_tensors, integers
+from .._arguments import check_tensors, integers
 from . import reference
-from ._autocast import cast, register_autocast
 from ._autograd import register_derivative, register_in_place, register_no_derivative
 from ._fake import register_fake
-from ._linear_loss import new_results
 
 _ops = torch.ops.dllm_kernels
 
@@ -47,34 +45,6 @@ def diffusion_cross_entropy(
     return (loss, ce) if return_ce else loss
 
 
-def linear_diffusion_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    bias: Tensor | None = None,
-    *,
-    suppress_tokens: Sequence[int] | None = None,
-    return_ce: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`diffusion_cross_entropy` of logits = hidden · weightᵀ + bias, which exist for a few rows at a time.
-
-    hidden [..., H]; weight [V, H] and bias [V] of the same dtype; the rest as there. Only rows of weight
-    other than 0 are projected. Gradients of those of hidden, weight and bias that require one are made in the
-    forward pass, chunk by chunk, and kept in float32 until the backward pass scales and rounds them.
-    """
-    check_tensors(hidden=hidden, weight=weight, targets=targets, weights=weights)
-    check_optional_tensors(bias=bias)
-    needs_grad = [
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in (hidden, weight, bias)
-    ]
-    loss, ce, *_ = _ops.linear_diffusion_cross_entropy(
-        hidden, weight, targets, weights, bias, integers("suppress_tokens", suppress_tokens), needs_grad
-    )
-    return (loss, ce) if return_ce else loss
-
-
 # ---- fake kernels: shapes, dtypes and strides of what the compiled operators return ------------------
 @register_fake("diffusion_cross_entropy")
 def _(logits, targets, weights, suppress_tokens):
@@ -91,11 +61,6 @@ def _(grad_loss, logits, targets, weights, logsumexp, suppress_tokens):
 def _(logits, targets, weights, suppress_tokens):
     precision = torch.promote_types(logits.dtype, torch.float32)
     return tuple(logits.new_empty(shape, dtype=precision) for shape in ((), targets.shape))
-
-
-@register_fake("linear_diffusion_cross_entropy")
-def _(hidden, weight, targets, weights, bias, suppress_tokens, needs_grad):
-    return new_results(hidden, weight, targets, bias, needs_grad)
 
 
 # ---- devices without a kernel ---------------------------------------------------------------------------
@@ -145,41 +110,7 @@ def _backward(ctx, grad_loss, *_):
     return grad_logits, None, grad_weights, None
 
 
-def _save_gradients(ctx, inputs, output):
-    hidden, _, _, weights, *_ = inputs
-    loss, ce, *gradients = output
-    ctx.mark_non_differentiable(ce, *gradients)
-    ctx.save_for_backward(loss, ce, *gradients)
-    ctx.set_materialize_grads(False)  # zeros for the outputs above would be as large as the head
-    ctx.dtype, ctx.weights_dtype = hidden.dtype, weights.dtype
-
-
-def _scale_gradients(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return (None,) * 7
-    loss, ce, *gradients = ctx.saved_tensors
-    grad_hidden, grad_weight, grad_bias = (
-        _ops.scaled_gradient(gradient, grad_loss, loss, ctx.dtype) if ctx.needs_input_grad[index] else None
-        for index, gradient in zip((0, 1, 4), gradients, strict=True)
-    )
-    grad_weights = (
-        _ops.scaled_gradient(ce, grad_loss, loss, ctx.weights_dtype) if ctx.needs_input_grad[3] else None
-    )
-    return grad_hidden, grad_weight, None, grad_weights, grad_bias, None, None
-
-
 register_derivative("diffusion_cross_entropy", _backward, _save_for_backward)
-register_derivative("linear_diffusion_cross_entropy", _scale_gradients, _save_gradients)
 for _name in ("diffusion_cross_entropy_backward", "scaled_gradient"):
     register_no_derivative(_name, "take a gradient of a gradient through torch's cross_entropy")
 register_in_place("diffusion_cross_entropy_gradient_")
-
-
-# ---- autocast: the head is cast as in F.linear, sums stay in float32 ------------------------------------
-def _cast_head(hidden, weight, targets, weights, bias, *rest):
-    dtype = torch.get_autocast_dtype(hidden.device.type)
-    bias = None if bias is None else cast(bias, dtype)
-    return cast(hidden, dtype), cast(weight, dtype), targets, weights, bias, *rest
-
-
-register_autocast(_ops.linear_diffusion_cross_entropy.default, _cast_head)

@@ -3,7 +3,7 @@
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from tests.train.models import ENCODERS, VOCABULARY, tiny
+from tests.train.tiny_models import ENCODERS, VOCABULARY, tiny
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<spare>")
 CHAT = "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + '<eos>' }}{% endfor %}"

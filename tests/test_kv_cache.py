@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from dllm_kernels.block_cache import BlockKVCache, PagesExhausted
+from dllm_kernels.kv_cache import BlockKVCache, PagesExhausted
 
 
 @pytest.fixture

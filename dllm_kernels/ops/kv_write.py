@@ -21,7 +21,7 @@ def kv_write_(
 
     cache_k and cache_v [pages, page_size, Hkv, D]; k and v [B, Hkv, T, D] of the same dtype; page_table int32
     [B, P]; positions int32 [B, T]: token position p of sequence b goes to page page_table[b, p // page_size],
-    slot p % page_size; -1 skips a token. Of two tokens for one slot the later one stays. Nothing that is
+    offset p % page_size; -1 skips a token. Of two tokens for one place the later one stays. Nothing that is
     written shares memory with another argument, and, while autograd records, nothing requires grad: the
     gradient would be lost.
     """

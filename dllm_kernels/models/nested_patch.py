@@ -11,7 +11,7 @@ _made: dict[Hashable, tuple[ExitStack, set[object]]] = {}
 
 
 @contextmanager
-def shared_change(key: Hashable, change: Callable[[], AbstractContextManager]) -> Iterator[None]:
+def nested_patch(key: Hashable, change: Callable[[], AbstractContextManager]) -> Iterator[None]:
     """Within this context the change holds that `change()` makes on entry and takes back on exit.
 
     Among contexts of one key, whatever their threads and order, the first makes it and the last to leave
