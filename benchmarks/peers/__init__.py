@@ -16,12 +16,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# The samplers of each checkout by the attention of the model, as worker.py knows them.
-SAMPLERS = {
-    "llada": {"bidirectional": ("generate",)},
-    "fast-dllm": {"bidirectional": ("prefix cache", "dual cache")},
-    "dllm": {"bidirectional": ("MDLMSampler",), "block_causal": ("BD3LMSampler",)},
-}
 TITLES = {"llada": "LLaDA", "fast-dllm": "Fast-dLLM", "dllm": "dLLM", "llama.cpp": "llama.cpp"}
 
 

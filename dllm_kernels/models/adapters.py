@@ -11,8 +11,6 @@ from dllm_kernels.models.checkpoint_files import ADAPTER, INDEX, WEIGHTS, read_j
 from dllm_kernels.models.staging import CONFIG
 from dllm_kernels.models.tokenizer_files import read_tokenizer
 
-_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT")
-
 
 def is_adapter(folder: Path) -> bool:
     """Return whether a folder holds a peft adapter and no whole model; ValueError where it holds both."""
