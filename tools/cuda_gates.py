@@ -51,10 +51,10 @@ class Function:
     @property
     def plan(self) -> str:
         """Its name among the plans of shared memory."""
-        name = re.search(r"(?:cuda|sm90)\d+([a-z_]+_kernel)", self.name)
+        match = re.search(r"4cuda(?:4(fp32|sm80|sm90))?\d+([a-z][a-z0-9_]*_kernel)", self.name)
         numbers = ",".join(re.findall(r"L[ib](\d+)E", self.name))
-        space = "sm90::" if "4sm90" in self.name else ""
-        return space + (name[1] if name else self.name) + (f"<{numbers}>" if numbers else "")
+        space = f"{match[1]}::" if match and match[1] else ""
+        return space + (match[2] if match else self.name) + (f"<{numbers}>" if numbers else "")
 
     def failures(self) -> list[str]:
         limits = {

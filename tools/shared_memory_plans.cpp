@@ -4,7 +4,8 @@
 #include <cstdlib>
 #include <string>
 
-#include "cuda/block_attention/config.h"
+#include "cuda/block_attention/fp32/config.h"
+#include "cuda/block_attention/sm80/config.h"
 #include "cuda/block_attention/sm90/config.h"
 #include "cuda/cached_attention/config.h"
 #include "cuda/commit/config.h"
@@ -23,12 +24,12 @@ std::string of(const char* kernel, int number) {
 template <int kDim>
 void plans_of_ampere() {
   const std::string dim = std::to_string(kDim);
-  plan(of("forward_kernel", kDim), ForwardTiles<kDim>::kSharedBytes);
-  plan(of("query_gradients_kernel", kDim), QueryGradientTiles<kDim>::kSharedBytes);
-  plan(of("key_gradients_kernel", kDim), KeyGradientTiles<kDim>::kSharedBytes);
-  plan(of("plain_forward_kernel", kDim), kPlainForwardBytes<kDim>);
-  plan(of("plain_query_gradients_kernel", kDim), kPlainBackwardBytes<kDim>);
-  plan(of("plain_key_gradients_kernel", kDim), kPlainBackwardBytes<kDim>);
+  plan(of("sm80::forward_kernel", kDim), sm80::ForwardTiles<kDim>::kSharedBytes);
+  plan(of("sm80::backward_dq_kernel", kDim), sm80::BackwardDqTiles<kDim>::kSharedBytes);
+  plan(of("sm80::backward_dkv_kernel", kDim), sm80::BackwardDkvTiles<kDim>::kSharedBytes);
+  plan(of("fp32::forward_kernel", kDim), fp32::kForwardBytes<kDim>);
+  plan(of("fp32::backward_dq_kernel", kDim), fp32::kBackwardBytes<kDim>);
+  plan(of("fp32::backward_dkv_kernel", kDim), fp32::kBackwardBytes<kDim>);
   plan("cached_tiles_kernel<" + dim + ",0>", CachedTiles<kDim, false>::kSharedBytes);
   plan("cached_tiles_kernel<" + dim + ",1>", CachedTiles<kDim, true>::kSharedBytes);
 }
@@ -36,8 +37,8 @@ void plans_of_ampere() {
 template <int kDim>
 void plans_of_hopper() {
   plan(of("sm90::forward_kernel", kDim), sm90::ForwardTiles<kDim>::kSharedBytes);
-  plan(of("sm90::query_gradients_kernel", kDim), sm90::QueryGradientTiles<kDim>::kSharedBytes);
-  plan(of("sm90::key_gradients_kernel", kDim), sm90::KeyGradientTiles<kDim>::kSharedBytes);
+  plan(of("sm90::backward_dq_kernel", kDim), sm90::BackwardDqTiles<kDim>::kSharedBytes);
+  plan(of("sm90::backward_dkv_kernel", kDim), sm90::BackwardDkvTiles<kDim>::kSharedBytes);
 }
 
 template <int kRows>

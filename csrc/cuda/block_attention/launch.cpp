@@ -3,9 +3,13 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "cuda/attention/padded_dim.h"
 #include "cuda/block_attention/config.h"
+#include "cuda/block_attention/fp32/config.h"
+#include "cuda/block_attention/fp32/launch.h"
+#include "cuda/block_attention/sm80/config.h"
+#include "cuda/block_attention/sm80/launch.h"
 #include "cuda/launch_kernel.h"
+#include "cuda/tiles/padded_dim.h"
 #ifdef DLLM_CUDA_HAS_SM90A
 #include "cuda/block_attention/sm90/dispatch.h"
 #include "cuda/block_attention/sm90/launch.h"
@@ -23,18 +27,18 @@ cudaError_t launch_all(const Launches&... launches) {
 }
 
 template <class T>
-cudaError_t launch_queries(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
-                           cudaStream_t stream) {
+cudaError_t launch_preprocess(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
+                              cudaStream_t stream) {
   return launch_all([&] { return launch_query_bounds(p.forward, workspace, stream); },
-                    [&] { return launch_query_terms<T>(p, workspace, stream); });
+                    [&] { return launch_backward_preprocess<T>(p, workspace, stream); });
 }
 
 template <class T, int kDim>
 cudaError_t launch_backward(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
                             cudaStream_t stream) {
-  return launch_all([&] { return launch_queries<T>(p, workspace, stream); },
-                    [&] { return launch_key_gradients<T, kDim>(p, workspace, stream); },
-                    [&] { return launch_query_gradients<T, kDim>(p, workspace, stream); });
+  return launch_all([&] { return launch_preprocess<T>(p, workspace, stream); },
+                    [&] { return sm80::launch_backward_dkv<T, kDim>(p, workspace, stream); },
+                    [&] { return sm80::launch_backward_dq<T, kDim>(p, workspace, stream); });
 }
 
 int64_t span_batches(const BlockAttentionParams& p) {
@@ -49,9 +53,9 @@ cudaError_t launch_block_attention(const BlockAttentionParams& p, cudaStream_t s
 #endif
   return with_padded_dim(p.head_dim, [&](auto dim) {
     switch (p.dtype) {
-      case DType::bfloat16: return launch_forward<__nv_bfloat16, dim>(p, stream);
-      case DType::float16: return launch_forward<__half, dim>(p, stream);
-      case DType::float32: return launch_plain_forward<dim>(p, stream);
+      case DType::bfloat16: return sm80::launch_forward<__nv_bfloat16, dim>(p, stream);
+      case DType::float16: return sm80::launch_forward<__half, dim>(p, stream);
+      case DType::float32: return fp32::launch_forward<dim>(p, stream);
     }
     return cudaErrorInvalidValue;
   });
@@ -62,10 +66,10 @@ BackwardWorkspace backward_workspace(const BlockAttentionBackwardParams& backwar
   BackwardWorkspace workspace{};
   workspace.padded_queries = (p.q_len + kQueryMultiple - 1) / kQueryMultiple * kQueryMultiple;
   workspace.tile_queries = with_padded_dim(p.head_dim, [&](auto dim) {
-    return p.dtype == DType::float32 ? kPlainPartners<dim> : KeyGradientTiles<dim>::kQueries;
+    return p.dtype == DType::float32 ? fp32::kPartnerRows<dim> : sm80::BackwardDkvTiles<dim>::kQueries;
   });
 #ifdef DLLM_CUDA_HAS_SM90A
-  if (sm90::serves(backward, compute_capability())) workspace.tile_queries = sm90::kGradientQueries;
+  if (sm90::serves(backward, compute_capability())) workspace.tile_queries = sm90::kDkvQueries;
 #endif
   return workspace;
 }
@@ -82,13 +86,13 @@ cudaError_t launch_block_attention_backward(const BlockAttentionBackwardParams& 
                                             const BackwardWorkspace& workspace, cudaStream_t stream) {
 #ifdef DLLM_CUDA_HAS_SM90A
   if (sm90::serves(p, compute_capability())) {
-    const auto queries = [&] {
-      return p.forward.dtype == DType::bfloat16 ? launch_queries<__nv_bfloat16>(p, workspace, stream)
-                                                : launch_queries<__half>(p, workspace, stream);
+    const auto preprocess = [&] {
+      return p.forward.dtype == DType::bfloat16 ? launch_preprocess<__nv_bfloat16>(p, workspace, stream)
+                                                : launch_preprocess<__half>(p, workspace, stream);
     };
     return launch_all(
-        queries, [&] { return sm90::launch_key_gradients(p, workspace, stream); },
-        [&] { return sm90::launch_query_gradients(p, workspace, stream); });
+        preprocess, [&] { return sm90::launch_backward_dkv(p, workspace, stream); },
+        [&] { return sm90::launch_backward_dq(p, workspace, stream); });
   }
 #endif
   return with_padded_dim(p.forward.head_dim, [&](auto dim) {
@@ -96,8 +100,8 @@ cudaError_t launch_block_attention_backward(const BlockAttentionBackwardParams& 
       case DType::bfloat16: return launch_backward<__nv_bfloat16, dim>(p, workspace, stream);
       case DType::float16: return launch_backward<__half, dim>(p, workspace, stream);
       case DType::float32:
-        return launch_all([&] { return launch_queries<float>(p, workspace, stream); },
-                          [&] { return launch_plain_backward<dim>(p, workspace, stream); });
+        return launch_all([&] { return launch_preprocess<float>(p, workspace, stream); },
+                          [&] { return fp32::launch_backward<dim>(p, workspace, stream); });
     }
     return cudaErrorInvalidValue;
   });

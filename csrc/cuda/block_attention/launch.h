@@ -12,7 +12,7 @@ cudaError_t launch_block_attention(const BlockAttentionParams& p, cudaStream_t s
 
 // What the backward kernels hand to each other.
 struct BackwardWorkspace {
-  float2* terms;       // [batch, q_heads, padded_queries], see query_terms.cuh
+  float2* terms;       // [batch, q_heads, padded_queries], see backward_preprocess.cuh
   SpanBounds* bounds;  // [batches of the spans, query tiles, kMaxSpanBounds]; not used without spans
   int padded_queries;  // a multiple of every tile's queries
   int tile_queries;    // of the tiles that `bounds` speak of
@@ -26,28 +26,11 @@ int64_t workspace_bounds(const BlockAttentionParams& p, const BackwardWorkspace&
 cudaError_t launch_block_attention_backward(const BlockAttentionBackwardParams& p,
                                             const BackwardWorkspace& workspace, cudaStream_t stream);
 
-// One kernel for each 16-bit type and padded head dim, on tensor cores (instantiations/forward_*.cu and
-// backward_*.cu).
-template <class T, int kDim>
-cudaError_t launch_forward(const BlockAttentionParams& p, cudaStream_t stream);
-template <class T, int kDim>
-cudaError_t launch_key_gradients(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
-                                 cudaStream_t stream);
-template <class T, int kDim>
-cudaError_t launch_query_gradients(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
-                                   cudaStream_t stream);
-
+// The backward pass begins with these two: the bounds of every query tile, and what of every query enters dS.
 cudaError_t launch_query_bounds(const BlockAttentionParams& p, const BackwardWorkspace& workspace,
                                 cudaStream_t stream);
 template <class T>
-cudaError_t launch_query_terms(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
-                               cudaStream_t stream);
-
-// float32 on the CUDA cores (instantiations/plain_float32.cu).
-template <int kDim>
-cudaError_t launch_plain_forward(const BlockAttentionParams& p, cudaStream_t stream);
-template <int kDim>
-cudaError_t launch_plain_backward(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
-                                  cudaStream_t stream);
+cudaError_t launch_backward_preprocess(const BlockAttentionBackwardParams& p,
+                                       const BackwardWorkspace& workspace, cudaStream_t stream);
 
 }  // namespace dllm::cuda

@@ -1,8 +1,8 @@
 // The span bounds of every query tile, made once per call: tiles of keys find the queries that see them
 // there.
-#include "cuda/attention/span_rows.cuh"
 #include "cuda/block_attention/launch.h"
 #include "cuda/launch_kernel.h"
+#include "cuda/tiles/sequence_spans.cuh"
 
 namespace dllm::cuda {
 namespace {

@@ -1,8 +1,8 @@
 // The query tiles that see some of a tile of keys: the reverse of core/span_mask.h's walk.
 #pragma once
 
-#include "cuda/attention/span_rows.cuh"
 #include "cuda/block_attention/launch.h"
+#include "cuda/tiles/sequence_spans.cuh"
 
 namespace dllm::cuda {
 

@@ -105,7 +105,7 @@ static_assert(partial_rows(128, 16, 32, 32) == 16 * 32 * 32 &&
               partial_rows(128, 512, 1, 1 << 20) == 256 * 128);
 
 // Of the kernels without tensor cores: a warp for each row.
-constexpr int kCachedPlainRows = 4;
+constexpr int kCachedFp32Rows = 4;
 constexpr int kMergeRows = 4;
 
 }  // namespace dllm::cuda

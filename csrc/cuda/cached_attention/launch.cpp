@@ -3,8 +3,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "cuda/attention/padded_dim.h"
 #include "cuda/cached_attention/config.h"
+#include "cuda/tiles/padded_dim.h"
 
 namespace dllm::cuda {
 namespace {
@@ -43,7 +43,7 @@ cudaError_t launch_cached_attention(const SplitParams& p, cudaStream_t stream) {
     case DType::bfloat16:
       return launch_splits_and_merge<__nv_bfloat16>(p, stream, launch_on_tensor_cores<__nv_bfloat16>);
     case DType::float16: return launch_splits_and_merge<__half>(p, stream, launch_on_tensor_cores<__half>);
-    case DType::float32: return launch_splits_and_merge<float>(p, stream, launch_cached_plain);
+    case DType::float32: return launch_splits_and_merge<float>(p, stream, launch_cached_fp32);
   }
   return cudaErrorInvalidValue;
 }

@@ -27,7 +27,7 @@ cudaError_t launch_cached_attention(const SplitParams& p, cudaStream_t stream);
 // float32, and the merge of each type's.
 template <class T, int kDim, bool kManyRows>
 cudaError_t launch_cached_tiles(const SplitParams& p, cudaStream_t stream);
-cudaError_t launch_cached_plain(const SplitParams& p, cudaStream_t stream);
+cudaError_t launch_cached_fp32(const SplitParams& p, cudaStream_t stream);
 template <class T>
 cudaError_t launch_merge(const SplitParams& p, cudaStream_t stream);
 

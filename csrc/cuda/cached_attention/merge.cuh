@@ -1,9 +1,9 @@
 // Merges the partial results of rows whose keys were split, in the order of the splits: a warp for each row.
 #pragma once
 
-#include "cuda/attention/float4.cuh"
 #include "cuda/cached_attention/sequence_keys.cuh"
 #include "cuda/launch_kernel.h"
+#include "cuda/tiles/float4.cuh"
 
 namespace dllm::cuda {
 

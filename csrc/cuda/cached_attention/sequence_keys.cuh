@@ -1,10 +1,10 @@
 // The keys of one sequence as a list of tiles, and where its rows, keys and partial results lie.
 #pragma once
 
-#include "cuda/attention/head_rows.cuh"
-#include "cuda/attention/span_rows.cuh"
 #include "cuda/cached_attention/config.h"
 #include "cuda/cached_attention/launch.h"
+#include "cuda/tiles/head_pointer.cuh"
+#include "cuda/tiles/sequence_spans.cuh"
 
 namespace dllm::cuda {
 
@@ -75,7 +75,7 @@ struct GroupRows {
   __device__ int head(int row) const { return kv_head * group + row % group; }
   template <class T, class Data>
   __device__ auto at(Data* data, const HeadsLayout& layout, int row) const {
-    return rows_of<T>(data, layout, batch, head(row)) + position(row) * layout.position_stride;
+    return head_pointer<T>(data, layout, batch, head(row)) + position(row) * layout.position_stride;
   }
   __device__ int64_t lse_index(const CachedAttentionParams& p, int row) const {
     return (batch * p.q_heads + head(row)) * p.q_len + position(row);
@@ -108,8 +108,8 @@ class KeyRows {
   __device__ Rows rows(KeyTile tile) const {
     const int position = tile.begin + lane();
     if (!tile.cached) {
-      return {rows_of<T>(p_.k, p_.k_layout, batch_, kv_head_) + position * p_.k_layout.position_stride,
-              rows_of<T>(p_.v, p_.v_layout, batch_, kv_head_) + position * p_.v_layout.position_stride};
+      return {head_pointer<T>(p_.k, p_.k_layout, batch_, kv_head_) + position * p_.k_layout.position_stride,
+              head_pointer<T>(p_.v, p_.v_layout, batch_, kv_head_) + position * p_.v_layout.position_stride};
     }
     return {slot(p_.cache_k, p_.cache_k_layout, position), slot(p_.cache_v, p_.cache_v_layout, position)};
   }

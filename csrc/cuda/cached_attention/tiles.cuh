@@ -3,17 +3,17 @@
 // Copies of a few key tiles are under way at any time.
 #pragma once
 
-#include "cuda/attention/shared_tile.cuh"
-#include "cuda/attention/softmax_rows.cuh"
 #include "cuda/cached_attention/sequence_keys.cuh"
 #include "cuda/launch_kernel.h"
+#include "cuda/tiles/online_softmax.cuh"
+#include "cuda/tiles/shared_tile.cuh"
 
 namespace dllm::cuda {
 
 // Rows [row, end) of this warp, of which the CTA's first has its place at `partial`.
 template <int kRowTiles, int kTiles>
 __device__ void store_partial(const SplitParams& p, int64_t partial, int row, int end,
-                              const SoftmaxRows<kRowTiles>& softmax,
+                              const OnlineSoftmax<kRowTiles>& softmax,
                               const float (&out)[kRowTiles][kTiles][4]) {
   const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
 #pragma unroll
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
 #pragma unroll
     for (int k = 0; k < kDim / 16; k++) queries.load_a(held[k], row, k);
   }
-  SoftmaxRows<kRowTiles> softmax(p.scale);
+  OnlineSoftmax<kRowTiles> softmax(p.scale);
   float out[kRowTiles][kDim / 8][4] = {};
   for (int t = begin; t < end; t++) {
     wait_copies<kStages - 2>();

@@ -11,11 +11,11 @@ constexpr int kStatsWarps = kStatsThreads / 32;
 // in order, so a row's result does not depend on how many rows there are.
 constexpr int kStatsRange = 16384;
 
-constexpr int kCutThreads = 512;  // one CTA finds where the kept ids of one row end
-constexpr int kCutWarps = kCutThreads / 32;
-constexpr int kCutSlotBits = 3;  // of a logit's bits are found in one pass over the row
-constexpr int kCutSlots = 1 << kCutSlotBits;
-static_assert(kCutSlots <= kCutWarps, "a warp adds up each slot");
+constexpr int kFilterThreads = 512;  // one CTA finds where the kept ids of one row end
+constexpr int kFilterWarps = kFilterThreads / 32;
+constexpr int kFilterSlotBits = 3;  // of a logit's bits are found in one pass over the row
+constexpr int kFilterSlots = 1 << kFilterSlotBits;
+static_assert(kFilterSlots <= kFilterWarps, "a warp adds up each slot");
 
 constexpr int stats_ranges(int64_t vocabulary) {
   return static_cast<int>((vocabulary + kStatsRange - 1) / kStatsRange);

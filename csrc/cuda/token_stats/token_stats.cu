@@ -1,9 +1,9 @@
 #include <algorithm>
 
 #include "cuda/launch_kernel.h"
-#include "cuda/token_stats/cuts.cuh"
+#include "cuda/token_stats/greedy_states.cuh"
 #include "cuda/token_stats/kernel.cuh"
-#include "cuda/token_stats/plain_states.cuh"
+#include "cuda/token_stats/token_filter.cuh"
 
 namespace dllm::cuda {
 namespace {
@@ -18,28 +18,28 @@ template <class T, class Real>
 cudaError_t fill_states(const TokenStatsParams& p, cudaStream_t stream) {
   const dim3 grid = grid_of_rows(stats_ranges(p.vocabulary), p.rows);
   if constexpr (sizeof(Real) == 4) {  // float64 is for parity, not for speed
-    const bool plain = p.temperature == 0 && p.confidence_scale == 1 && p.proposal_exclude.count == 0 &&
-                       p.confidence_exclude.count == 0 && !p.cuts;
-    if (plain) return launch_kernel(plain_token_states_kernel<T>, grid, kStatsThreads, 0, stream, p);
+    const bool greedy = p.temperature == 0 && p.confidence_scale == 1 && p.proposal_exclude.count == 0 &&
+                        p.confidence_exclude.count == 0 && !p.cuts;
+    if (greedy) return launch_kernel(greedy_token_states_kernel<T>, grid, kStatsThreads, 0, stream, p);
   }
   return launch_kernel(token_states_kernel<T, Real>, grid, kStatsThreads, 0, stream, p);
 }
 
 // The filters look at what the confidence is made of, before anything is left out of it.
 template <class T, class Real>
-cudaError_t find_cuts(TokenStatsParams p, cudaStream_t stream) {
+cudaError_t find_filters(TokenStatsParams p, cudaStream_t stream) {
   TokenStatsParams unfiltered = p;
   unfiltered.temperature = 0;
   unfiltered.confidence_exclude.count = 0;
   unfiltered.cuts = nullptr;
   const cudaError_t status = fill_states<T, Real>(unfiltered, stream);
   if (status != cudaSuccess) return status;
-  return launch_kernel(token_cuts_kernel<T, Real>, grid_of_rows(1, p.rows), kCutThreads, 0, stream, p);
+  return launch_kernel(token_filter_kernel<T, Real>, grid_of_rows(1, p.rows), kFilterThreads, 0, stream, p);
 }
 
 template <class T, class Real>
 cudaError_t launch(const TokenStatsParams& p, cudaStream_t stream) {
-  cudaError_t status = p.cuts ? find_cuts<T, Real>(p, stream) : cudaSuccess;
+  cudaError_t status = p.cuts ? find_filters<T, Real>(p, stream) : cudaSuccess;
   if (status == cudaSuccess) status = fill_states<T, Real>(p, stream);
   if (status != cudaSuccess) return status;
   const int64_t ctas = (p.rows + kStatsWarps - 1) / kStatsWarps;

@@ -30,7 +30,7 @@ static_assert(ForwardTiles<128>::kSharedBytes + kSmallStatics <= kMaxSharedBytes
 
 // Gradients of queries: as the forward pass, but scores and their gradients come tile by tile together.
 template <int kDim>
-struct QueryGradientTiles {
+struct BackwardDqTiles {
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   static constexpr int kQueries = 64 * kConsumers;
@@ -40,25 +40,25 @@ struct QueryGradientTiles {
   static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
   static_assert(can_divide_registers(kProducerRegisters, kConsumerRegisters, kConsumers));
 };
-static_assert(QueryGradientTiles<128>::kSharedBytes + kSmallStatics <= kMaxSharedBytes);
+static_assert(BackwardDqTiles<128>::kSharedBytes + kSmallStatics <= kMaxSharedBytes);
 
-constexpr int kGradientQueries = 64;  // of a tile that gradients of keys take in
+constexpr int kDkvQueries = 64;  // of a tile that gradients of keys take in
 
 // Gradients of keys and values: each multiplying warpgroup owns 64 keys. Registers of a thread: kDim sums, 32
 // scores, 32 gradients of scores, both packed once more.
 template <int kDim>
-struct KeyGradientTiles {
+struct BackwardDkvTiles {
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   static constexpr int kKeys = 64 * kConsumers;
-  static constexpr int kQueries = kGradientQueries;
+  static constexpr int kQueries = kDkvQueries;
   static constexpr int kStages = 3;
   static constexpr size_t kSharedBytes = kPanelAlignment + 2 * kDim * (2 * kKeys + 2 * kStages * kQueries);
   static constexpr size_t kStaticBytes = 8 * 1024;  // terms and visible keys of every stage besides
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   static_assert(can_divide_registers(kProducerRegisters, kConsumerRegisters, kConsumers));
 };
-static_assert(KeyGradientTiles<128>::kSharedBytes + KeyGradientTiles<128>::kStaticBytes <= kMaxSharedBytes);
+static_assert(BackwardDkvTiles<128>::kSharedBytes + BackwardDkvTiles<128>::kStaticBytes <= kMaxSharedBytes);
 
 // The tiles of all heads in the order in which CTAs take them: of as many (sequence, head) pairs as the L2
 // cache keeps keys and values of, the last tiles first. In masks of this field later queries see more, so

@@ -4,17 +4,17 @@
 // next scores is under way while weights and values are multiplied.
 #pragma once
 
-#include "cuda/attention/head_rows.cuh"
-#include "cuda/attention/softmax_rows.cuh"
-#include "cuda/attention/span_rows.cuh"
 #include "cuda/block_attention/sm90/key_tiles.cuh"
 #include "cuda/block_attention/sm90/launch.h"
-#include "cuda/block_attention/sm90/panel_rows.cuh"
-#include "cuda/block_attention/sm90/row_spans.cuh"
-#include "cuda/block_attention/sm90/store_rows.cuh"
+#include "cuda/block_attention/sm90/operand_tile.cuh"
+#include "cuda/block_attention/sm90/store_accumulator.cuh"
+#include "cuda/block_attention/sm90/visible_bits.cuh"
 #include "cuda/launch_kernel.h"
 #include "cuda/sm90/ptx.cuh"
 #include "cuda/sm90/tile_ring.cuh"
+#include "cuda/tiles/head_pointer.cuh"
+#include "cuda/tiles/online_softmax.cuh"
+#include "cuda/tiles/sequence_spans.cuh"
 
 namespace dllm::cuda::sm90 {
 
@@ -22,8 +22,8 @@ template <class T, int kDim>
 struct Forward {
   using Tiles = ForwardTiles<kDim>;
   static constexpr int kKeys = Tiles::kKeys, kStages = Tiles::kStages;
-  using QueryRows = PanelRows<kDim, Tiles::kQueries>;
-  using KeyRows = PanelRows<kDim, kKeys>;
+  using QueryRows = OperandTile<kDim, Tiles::kQueries>;
+  using KeyRows = OperandTile<kDim, kKeys>;
 
   struct Shared {
     BufferBarriers queries, keys[kStages], values[kStages];
@@ -152,9 +152,9 @@ struct Forward {
 
     for_queries([&](const Queries& q) {
       const SequenceSpans spans = spans_of(q);
-      const RowSpans row_spans[2] = {RowSpans(spans, q.first + row, row < q.live),
-                                     RowSpans(spans, q.first + row + 8, row + 8 < q.live)};
-      SoftmaxRows<1> softmax(scale);
+      const QuerySpans query_spans[2] = {QuerySpans(spans, q.first + row, row < q.live),
+                                         QuerySpans(spans, q.first + row + 8, row + 8 < q.live)};
+      OnlineSoftmax<1> softmax(scale);
       float out[1][kDim / 8][4] = {};
       float scores[1][kKeys / 8][4], decay[1][2];
       uint32_t weights[kKeys / 16][4];
@@ -176,8 +176,8 @@ struct Forward {
         if (scale < 0.0f) negate(scores);
         if (!tile.all_visible)
           keep_visible(scores[0],
-                       {row_spans[0].visible(spans, tile.begin, tile.end, pair),
-                        row_spans[1].visible(spans, tile.begin, tile.end, pair)},
+                       {query_spans[0].visible(spans, tile.begin, tile.end, pair),
+                        query_spans[1].visible(spans, tile.begin, tile.end, pair)},
                        -INFINITY);
         return softmax.update(scores, decay);
       };
@@ -221,7 +221,7 @@ struct Forward {
       release_values();
 
       softmax.finish();
-      const auto to = rows_of<T>(p.attention.out, p.attention.out_layout, q.batch, q.head) +
+      const auto to = head_pointer<T>(p.attention.out, p.attention.out_layout, q.batch, q.head) +
                       q.first * p.attention.out_layout.position_stride;
       float* lse = p.attention.lse +
                    (static_cast<int64_t>(q.batch) * p.attention.q_heads + q.head) * p.attention.q_len +
@@ -230,8 +230,8 @@ struct Forward {
       for (int half = 0; half < 2; half++) {
         const int i = row + 8 * half;
         const SoftmaxState& state = softmax.state(0, half);
-        store_row(to + i * p.attention.out_layout.position_stride, out[0], half, state.inverse_sum(),
-                  i < q.live);
+        store_accumulator_row(to + i * p.attention.out_layout.position_stride, out[0], half,
+                              state.inverse_sum(), i < q.live);
         if (pair == 0 && i < q.live) lse[i] = state.log_sum_exp();
       }
     });

@@ -1,8 +1,8 @@
 // The tiles of keys that a tile of queries sees, as one warp hands them to others.
 #pragma once
 
-#include "cuda/attention/span_rows.cuh"
-#include "cuda/block_attention/sm90/panel_rows.cuh"
+#include "cuda/block_attention/sm90/operand_tile.cuh"
+#include "cuda/tiles/sequence_spans.cuh"
 
 namespace dllm::cuda::sm90 {
 

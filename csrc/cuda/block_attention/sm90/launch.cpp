@@ -87,27 +87,27 @@ cudaError_t launch_forward(const BlockAttentionParams& p, cudaStream_t stream) {
   });
 }
 
-cudaError_t launch_key_gradients(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
-                                 cudaStream_t stream) {
+cudaError_t launch_backward_dkv(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
+                                cudaStream_t stream) {
   return with_constants(p.forward, [&](auto type, auto dim) {
-    using Tiles = KeyGradientTiles<dim>;
+    using Tiles = BackwardDkvTiles<dim>;
     GradientParams params{p, workspace, key_order(p.forward, Tiles::kKeys), {}, {}, {}, {}};
     if (!params.order.is_countable()) return cudaErrorInvalidConfiguration;
     const cudaError_t status = map_gradients(params, Tiles::kQueries, Tiles::kKeys);
     if (status != cudaSuccess) return status;
-    return launch_key_gradients_kernel<decltype(type), dim>(params, stream);
+    return launch_backward_dkv_kernel<decltype(type), dim>(params, stream);
   });
 }
 
-cudaError_t launch_query_gradients(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
-                                   cudaStream_t stream) {
+cudaError_t launch_backward_dq(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
+                               cudaStream_t stream) {
   return with_constants(p.forward, [&](auto type, auto dim) {
-    using Tiles = QueryGradientTiles<dim>;
+    using Tiles = BackwardDqTiles<dim>;
     GradientParams params{p, workspace, query_order(p.forward, Tiles::kQueries), {}, {}, {}, {}};
     if (!params.order.is_countable()) return cudaErrorInvalidConfiguration;
     const cudaError_t status = map_gradients(params, Tiles::kQueries, Tiles::kKeys);
     if (status != cudaSuccess) return status;
-    return launch_query_gradients_kernel<decltype(type), dim>(params, stream);
+    return launch_backward_dq_kernel<decltype(type), dim>(params, stream);
   });
 }
 

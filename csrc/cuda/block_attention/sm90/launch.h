@@ -24,7 +24,7 @@ cudaError_t launch_forward_kernel(const ForwardParams& p, int ctas,
 
 struct GradientParams {
   BlockAttentionBackwardParams backward;
-  BackwardWorkspace workspace;  // its bounds are of tiles of kGradientQueries
+  BackwardWorkspace workspace;  // its bounds are of tiles of kDkvQueries
   WorkOrder order;
   TensorMap q, k, v, grad_out;
 
@@ -32,14 +32,14 @@ struct GradientParams {
 };
 
 // To follow the launches of query terms and query bounds.
-cudaError_t launch_key_gradients(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
-                                 cudaStream_t stream);
-cudaError_t launch_query_gradients(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
-                                   cudaStream_t stream);
+cudaError_t launch_backward_dkv(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
+                                cudaStream_t stream);
+cudaError_t launch_backward_dq(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
+                               cudaStream_t stream);
 
 template <class T, int kDim>
-cudaError_t launch_key_gradients_kernel(const GradientParams& p, cudaStream_t stream);
+cudaError_t launch_backward_dkv_kernel(const GradientParams& p, cudaStream_t stream);
 template <class T, int kDim>
-cudaError_t launch_query_gradients_kernel(const GradientParams& p, cudaStream_t stream);
+cudaError_t launch_backward_dq_kernel(const GradientParams& p, cudaStream_t stream);
 
 }  // namespace dllm::cuda::sm90

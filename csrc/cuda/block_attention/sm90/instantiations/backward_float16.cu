@@ -1,9 +1,9 @@
-#include "cuda/block_attention/sm90/key_gradients.cuh"
-#include "cuda/block_attention/sm90/query_gradients.cuh"
+#include "cuda/block_attention/sm90/backward_dkv.cuh"
+#include "cuda/block_attention/sm90/backward_dq.cuh"
 
 namespace dllm::cuda::sm90 {
-template cudaError_t launch_key_gradients_kernel<__half, 64>(const GradientParams&, cudaStream_t);
-template cudaError_t launch_key_gradients_kernel<__half, 128>(const GradientParams&, cudaStream_t);
-template cudaError_t launch_query_gradients_kernel<__half, 64>(const GradientParams&, cudaStream_t);
-template cudaError_t launch_query_gradients_kernel<__half, 128>(const GradientParams&, cudaStream_t);
+template cudaError_t launch_backward_dkv_kernel<__half, 64>(const GradientParams&, cudaStream_t);
+template cudaError_t launch_backward_dkv_kernel<__half, 128>(const GradientParams&, cudaStream_t);
+template cudaError_t launch_backward_dq_kernel<__half, 64>(const GradientParams&, cudaStream_t);
+template cudaError_t launch_backward_dq_kernel<__half, 128>(const GradientParams&, cudaStream_t);
 }  // namespace dllm::cuda::sm90

@@ -3,7 +3,7 @@
 
 #include "cuda/ptx.cuh"
 
-namespace dllm::cuda {
+namespace dllm::cuda::sm80 {
 
 // scores: k·q, becomes P = 2^(factor k·q - x); grads: dO·v, becomes dS = P (dO·v - y), with {x, y} =
 // terms(row, column) of the query. Where visible(row, column) does not hold both become 0, whatever they
@@ -30,4 +30,4 @@ __device__ void score_gradients(float (&scores)[kRowTiles][kTiles][4], float (&g
   }
 }
 
-}  // namespace dllm::cuda
+}  // namespace dllm::cuda::sm80

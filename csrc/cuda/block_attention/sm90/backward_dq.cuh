@@ -3,24 +3,24 @@
 // scores are under way while dS and keys are multiplied.
 #pragma once
 
-#include "cuda/attention/head_rows.cuh"
-#include "cuda/attention/span_rows.cuh"
 #include "cuda/block_attention/sm90/key_tiles.cuh"
 #include "cuda/block_attention/sm90/launch.h"
-#include "cuda/block_attention/sm90/panel_rows.cuh"
-#include "cuda/block_attention/sm90/row_spans.cuh"
-#include "cuda/block_attention/sm90/store_rows.cuh"
+#include "cuda/block_attention/sm90/operand_tile.cuh"
+#include "cuda/block_attention/sm90/store_accumulator.cuh"
+#include "cuda/block_attention/sm90/visible_bits.cuh"
 #include "cuda/launch_kernel.h"
 #include "cuda/sm90/tile_ring.cuh"
+#include "cuda/tiles/head_pointer.cuh"
+#include "cuda/tiles/sequence_spans.cuh"
 
 namespace dllm::cuda::sm90 {
 
 template <class T, int kDim>
-struct QueryGradients {
-  using Tiles = QueryGradientTiles<kDim>;
+struct BackwardDq {
+  using Tiles = BackwardDqTiles<kDim>;
   static constexpr int kKeys = Tiles::kKeys, kStages = Tiles::kStages;
-  using QueryRows = PanelRows<kDim, Tiles::kQueries>;
-  using KeyRows = PanelRows<kDim, kKeys>;
+  using QueryRows = OperandTile<kDim, Tiles::kQueries>;
+  using KeyRows = OperandTile<kDim, kKeys>;
 
   struct Shared {
     TransactionBarrier queries, landed;  // `landed`: a tile of which some rows have to be cleared
@@ -105,8 +105,8 @@ struct QueryGradients {
     const int row = 64 * group + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;  // and row + 8
     const float factor = f.scale * 1.44269504f;
     const SequenceSpans seen_by = spans();
-    const RowSpans row_spans[2] = {RowSpans(seen_by, first() + row, row < live()),
-                                   RowSpans(seen_by, first() + row + 8, row + 8 < live())};
+    const QuerySpans query_spans[2] = {QuerySpans(seen_by, first() + row, row < live()),
+                                       QuerySpans(seen_by, first() + row + 8, row + 8 < live())};
     const float2* of_queries =
         p.workspace.terms +
         (static_cast<int64_t>(item.batch) * f.q_heads + item.head) * p.workspace.padded_queries + first() +
@@ -133,8 +133,8 @@ struct QueryGradients {
       }
       if (!tile.all_visible) {
         keep_visible(score_grads,
-                     {row_spans[0].visible(seen_by, tile.begin, tile.end, pair),
-                      row_spans[1].visible(seen_by, tile.begin, tile.end, pair)},
+                     {query_spans[0].visible(seen_by, tile.begin, tile.end, pair),
+                      query_spans[1].visible(seen_by, tile.begin, tile.end, pair)},
                      0.0f);
         wait();
       } else {  // a wait in each branch: ptxas would move a common one to before all this
@@ -171,21 +171,22 @@ struct QueryGradients {
     start_sums(ring.stage);
     wait_products<0>(grad_q);
 
-    T* to = rows_of<T>(p.backward.grad_q, p.backward.grad_q_layout, item.batch, item.head) +
+    T* to = head_pointer<T>(p.backward.grad_q, p.backward.grad_q_layout, item.batch, item.head) +
             first() * p.backward.grad_q_layout.position_stride;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int i = row + 8 * half;
-      store_row(to + i * p.backward.grad_q_layout.position_stride, grad_q, half, f.scale, i < live());
+      store_accumulator_row(to + i * p.backward.grad_q_layout.position_stride, grad_q, half, f.scale,
+                            i < live());
     }
   }
 };
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(QueryGradientTiles<kDim>::kThreads, 1)
-    query_gradients_kernel(const __grid_constant__ GradientParams p) {
-  using Tiles = QueryGradientTiles<kDim>;
-  using Role = QueryGradients<T, kDim>;
+__global__ void __launch_bounds__(BackwardDqTiles<kDim>::kThreads, 1)
+    backward_dq_kernel(const __grid_constant__ GradientParams p) {
+  using Tiles = BackwardDqTiles<kDim>;
+  using Role = BackwardDq<T, kDim>;
   __shared__ typename Role::Shared shared;
   const Role role{p, shared, panel_shared(), p.order.item(blockIdx.x)};
 
@@ -208,9 +209,9 @@ __global__ void __launch_bounds__(QueryGradientTiles<kDim>::kThreads, 1)
 }
 
 template <class T, int kDim>
-cudaError_t launch_query_gradients_kernel(const GradientParams& p, cudaStream_t stream) {
-  using Tiles = QueryGradientTiles<kDim>;
-  return launch_ctas(query_gradients_kernel<T, kDim>, p.order.items(), Tiles::kThreads, Tiles::kSharedBytes,
+cudaError_t launch_backward_dq_kernel(const GradientParams& p, cudaStream_t stream) {
+  using Tiles = BackwardDqTiles<kDim>;
+  return launch_ctas(backward_dq_kernel<T, kDim>, p.order.items(), Tiles::kThreads, Tiles::kSharedBytes,
                      stream, p);
 }
 

@@ -3,14 +3,15 @@
 #pragma once
 
 #include "core/params.h"
-#include "cuda/attention/head_rows.cuh"
-#include "cuda/attention/shared_tile.cuh"
-#include "cuda/attention/softmax_rows.cuh"
-#include "cuda/attention/span_rows.cuh"
-#include "cuda/block_attention/config.h"
+#include "cuda/block_attention/sm80/config.h"
+#include "cuda/block_attention/sm80/launch.h"
 #include "cuda/launch_kernel.h"
+#include "cuda/tiles/head_pointer.cuh"
+#include "cuda/tiles/online_softmax.cuh"
+#include "cuda/tiles/sequence_spans.cuh"
+#include "cuda/tiles/shared_tile.cuh"
 
-namespace dllm::cuda {
+namespace dllm::cuda::sm80 {
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(ForwardTiles<kDim>::kThreads, 2)
@@ -33,9 +34,9 @@ __global__ void __launch_bounds__(ForwardTiles<kDim>::kThreads, 2)
   const int64_t batch = blockIdx.x / tiles / p.q_heads;
   const int kv_head = head / (p.q_heads / p.kv_heads);
   const int live = min(p.q_len - first, Tiles::kQueries);
-  const T* q = rows_of<T>(p.q, p.q_layout, batch, head) + first * p.q_layout.position_stride;
-  const T* k = rows_of<T>(p.k, p.k_layout, batch, kv_head);
-  const T* v = rows_of<T>(p.v, p.v_layout, batch, kv_head);
+  const T* q = head_pointer<T>(p.q, p.q_layout, batch, head) + first * p.q_layout.position_stride;
+  const T* k = head_pointer<T>(p.k, p.k_layout, batch, kv_head);
+  const T* v = head_pointer<T>(p.v, p.v_layout, batch, kv_head);
   const SequenceSpans spans(p.spans, batch, p.kv_len);
 
   const auto copy_keys = [&](KeyRange range) {
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(ForwardTiles<kDim>::kThreads, 2)
 
   // ---- main loop over the key ranges that some query sees
   const int row = threadIdx.x / 32 * 16 * kRowTiles;  // the first of this warp
-  SoftmaxRows<kRowTiles> softmax(p.scale);
+  OnlineSoftmax<kRowTiles> softmax(p.scale);
   float out[kRowTiles][kDim / 8][4] = {};
   while (range.begin < range.end) {
     const bool all_visible = range.full && range.end - range.begin == kKeys;
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(ForwardTiles<kDim>::kThreads, 2)
   __syncthreads();  // no copy of queries is under way
   queries.put(out, row);
   __syncwarp();
-  T* to = rows_of<T>(p.out, p.out_layout, batch, head) + first * p.out_layout.position_stride;
+  T* to = head_pointer<T>(p.out, p.out_layout, batch, head) + first * p.out_layout.position_stride;
   queries.template store_rows<kDim>(row, min(row + 16 * kRowTiles, live), p.head_dim,
                                     [&](int i) { return to + i * p.out_layout.position_stride; });
 }
@@ -119,4 +120,4 @@ cudaError_t launch_forward(const BlockAttentionParams& p, cudaStream_t stream) {
                      Tiles::kSharedBytes, stream, p);
 }
 
-}  // namespace dllm::cuda
+}  // namespace dllm::cuda::sm80

@@ -2,7 +2,7 @@
 // 8·n + 2·pair + i, i < 2, as bit 2·n + i of a word.
 #pragma once
 
-#include "cuda/attention/span_rows.cuh"
+#include "cuda/tiles/sequence_spans.cuh"
 
 namespace dllm::cuda::sm90 {
 
@@ -13,9 +13,9 @@ __device__ inline uint32_t held_before(int column, int pair) {
 }
 
 // The spans of one query; the first ones are kept in registers.
-class RowSpans {
+class QuerySpans {
  public:
-  __device__ RowSpans(const SequenceSpans& spans, int position, bool live) : position_(position) {
+  __device__ QuerySpans(const SequenceSpans& spans, int position, bool live) : position_(position) {
     count_ = live ? spans.count : 0;
 #pragma unroll
     for (int r = 0; r < kKept; r++) kept_[r] = r < count_ ? spans.at(position, r) : int2{0, 0};

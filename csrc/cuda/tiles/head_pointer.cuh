@@ -8,12 +8,12 @@
 namespace dllm::cuda {
 
 template <class T>
-__device__ const T* rows_of(const void* data, const HeadsLayout& layout, int64_t batch, int head) {
+__device__ const T* head_pointer(const void* data, const HeadsLayout& layout, int64_t batch, int head) {
   return static_cast<const T*>(data) + batch * layout.batch_stride + head * layout.head_stride;
 }
 
 template <class T>
-__device__ T* rows_of(void* data, const HeadsLayout& layout, int64_t batch, int head) {
+__device__ T* head_pointer(void* data, const HeadsLayout& layout, int64_t batch, int head) {
   return static_cast<T*>(data) + batch * layout.batch_stride + head * layout.head_stride;
 }
 

@@ -3,22 +3,22 @@
 // that P and dS are ready to be multiplied with dO and q from the left: dv = P dO, dk = scale dS q.
 #pragma once
 
-#include "cuda/attention/head_rows.cuh"
-#include "cuda/attention/shared_tile.cuh"
-#include "cuda/attention/softmax_rows.cuh"
-#include "cuda/attention/span_rows.cuh"
-#include "cuda/block_attention/config.h"
-#include "cuda/block_attention/launch.h"
 #include "cuda/block_attention/query_walk.cuh"
-#include "cuda/block_attention/score_gradients.cuh"
+#include "cuda/block_attention/sm80/config.h"
+#include "cuda/block_attention/sm80/launch.h"
+#include "cuda/block_attention/sm80/score_gradients.cuh"
 #include "cuda/launch_kernel.h"
+#include "cuda/tiles/head_pointer.cuh"
+#include "cuda/tiles/online_softmax.cuh"
+#include "cuda/tiles/sequence_spans.cuh"
+#include "cuda/tiles/shared_tile.cuh"
 
-namespace dllm::cuda {
+namespace dllm::cuda::sm80 {
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(KeyGradientTiles<kDim>::kThreads, 2)
-    key_gradients_kernel(const BlockAttentionBackwardParams p, const BackwardWorkspace workspace) {
-  using Tiles = KeyGradientTiles<kDim>;
+__global__ void __launch_bounds__(BackwardDkvTiles<kDim>::kThreads, 2)
+    backward_dkv_kernel(const BlockAttentionBackwardParams p, const BackwardWorkspace workspace) {
+  using Tiles = BackwardDkvTiles<kDim>;
   constexpr int kThreads = Tiles::kThreads, kKeys = Tiles::kKeys, kQueries = Tiles::kQueries;
   constexpr int kSliceDim = Tiles::kSliceDim, kSlices = kDim / kSliceDim;
   const BlockAttentionParams& f = p.forward;
@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(KeyGradientTiles<kDim>::kThreads, 2)
   const int kv_head = blockIdx.x / kSlices / tiles % f.kv_heads;
   const int64_t batch = blockIdx.x / kSlices / tiles / f.kv_heads;
   const int live = min(f.kv_len - first, kKeys), group = f.q_heads / f.kv_heads;
-  const T* k = rows_of<T>(f.k, f.k_layout, batch, kv_head) + first * f.k_layout.position_stride;
-  const T* v = rows_of<T>(f.v, f.v_layout, batch, kv_head) + first * f.v_layout.position_stride;
+  const T* k = head_pointer<T>(f.k, f.k_layout, batch, kv_head) + first * f.k_layout.position_stride;
+  const T* v = head_pointer<T>(f.v, f.v_layout, batch, kv_head) + first * f.v_layout.position_stride;
   const SequenceSpans spans(f.spans, batch, f.kv_len);
   QueryWalk<kQueries, kThreads> walk(list, bounds_of(workspace, f, batch), spans.bounds_count(), f.q_len,
                                      group, first, first + live);
@@ -57,10 +57,10 @@ __global__ void __launch_bounds__(KeyGradientTiles<kDim>::kThreads, 2)
         return range.full ? i < range.count : visible[stage].of_query[i] != 0;
       };
       const int head = kv_head * group + range.head;
-      const T* q = rows_of<T>(f.q, f.q_layout, batch, head) + range.first * f.q_layout.position_stride;
+      const T* q = head_pointer<T>(f.q, f.q_layout, batch, head) + range.first * f.q_layout.position_stride;
       queries(stage).template copy_rows<kThreads, kQueries>(
           f.head_dim, [&](int i) { return takes_part(i) ? q + i * f.q_layout.position_stride : nullptr; });
-      const T* grad = rows_of<T>(p.grad_out, p.grad_out_layout, batch, head) +
+      const T* grad = head_pointer<T>(p.grad_out, p.grad_out_layout, batch, head) +
                       range.first * p.grad_out_layout.position_stride;
       grads(stage).template copy_rows<kThreads, kQueries>(f.head_dim, [&](int i) {
         return takes_part(i) ? grad + i * p.grad_out_layout.position_stride : nullptr;
@@ -121,7 +121,8 @@ __global__ void __launch_bounds__(KeyGradientTiles<kDim>::kThreads, 2)
   values.put(grad_v, row, column);
   __syncwarp();
   const auto store = [&](const SharedTile<T, kDim>& tile, void* to) {
-    T* rows = rows_of<T>(to, p.grad_kv_layout, batch, kv_head) + first * p.grad_kv_layout.position_stride;
+    T* rows =
+        head_pointer<T>(to, p.grad_kv_layout, batch, kv_head) + first * p.grad_kv_layout.position_stride;
     tile.template store_rows<kSliceDim>(
         row, min(row + 16, live), f.head_dim,
         [&](int i) { return rows + i * p.grad_kv_layout.position_stride; }, column);
@@ -131,12 +132,12 @@ __global__ void __launch_bounds__(KeyGradientTiles<kDim>::kThreads, 2)
 }
 
 template <class T, int kDim>
-cudaError_t launch_key_gradients(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
-                                 cudaStream_t stream) {
-  using Tiles = KeyGradientTiles<kDim>;
+cudaError_t launch_backward_dkv(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
+                                cudaStream_t stream) {
+  using Tiles = BackwardDkvTiles<kDim>;
   const int64_t tiles = (p.forward.kv_len + Tiles::kKeys - 1) / Tiles::kKeys * (kDim / Tiles::kSliceDim);
-  return launch_ctas(key_gradients_kernel<T, kDim>, tiles * p.forward.kv_heads * p.forward.batch,
+  return launch_ctas(backward_dkv_kernel<T, kDim>, tiles * p.forward.kv_heads * p.forward.batch,
                      Tiles::kThreads, Tiles::kSharedBytes, stream, p, workspace);
 }
 
-}  // namespace dllm::cuda
+}  // namespace dllm::cuda::sm80

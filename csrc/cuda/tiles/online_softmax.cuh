@@ -9,10 +9,10 @@ namespace dllm::cuda {
 // States of the rows that a lane shares with the three others of its group; sums are the lane's own until the
 // end.
 template <int kRowTiles>
-class SoftmaxRows {
+class OnlineSoftmax {
  public:
   // Never 0: times that, minus infinity would not stay what it is.
-  __device__ explicit SoftmaxRows(float scale) : factor_(fmaxf(fabsf(scale) * 1.44269504f, 1e-30f)) {}
+  __device__ explicit OnlineSoftmax(float scale) : factor_(fmaxf(fabsf(scale) * 1.44269504f, 1e-30f)) {}
 
   // Turns scores into weights 2^(|scale|·log2(e)·score - shift). The shift is not the largest score but stays
   // as long as no weight exceeds 2^kSlack: sums that weights went into seldom have to be scaled. True where

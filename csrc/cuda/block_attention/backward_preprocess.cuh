@@ -1,10 +1,10 @@
 // What the backward kernels need to know of every query besides its rows, made once per call.
 #pragma once
 
-#include "cuda/attention/head_rows.cuh"
 #include "cuda/block_attention/config.h"
 #include "cuda/block_attention/launch.h"
 #include "cuda/launch_kernel.h"
+#include "cuda/tiles/head_pointer.cuh"
 
 namespace dllm::cuda {
 
@@ -25,7 +25,8 @@ __device__ float dot16(const T* a, const T* b) {
 // terms [batch, q_heads, padded_queries]: with P = 2^(scale log2(e) k·q - x) and dS = P (dO·v - y). Eight
 // lanes take a query. Positions beyond q_len and queries that see nothing get x = inf, which makes P 0.
 template <class T>
-__global__ void query_terms_kernel(const BlockAttentionBackwardParams p, const BackwardWorkspace workspace) {
+__global__ void backward_preprocess_kernel(const BlockAttentionBackwardParams p,
+                                           const BackwardWorkspace workspace) {
   const BlockAttentionParams& f = p.forward;
   const int padded = workspace.padded_queries;
   const int64_t index = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kTermLanes;
@@ -35,9 +36,10 @@ __global__ void query_terms_kernel(const BlockAttentionBackwardParams p, const B
   const bool live = batch < f.batch && position < f.q_len;
   float sum = 0.0f;
   if (live) {
-    const T* out = rows_of<T>(f.out, f.out_layout, batch, head) + position * f.out_layout.position_stride;
-    const T* grad =
-        rows_of<T>(p.grad_out, p.grad_out_layout, batch, head) + position * p.grad_out_layout.position_stride;
+    const T* out =
+        head_pointer<T>(f.out, f.out_layout, batch, head) + position * f.out_layout.position_stride;
+    const T* grad = head_pointer<T>(p.grad_out, p.grad_out_layout, batch, head) +
+                    position * p.grad_out_layout.position_stride;
     constexpr int kStep = 16 / sizeof(T);
     for (int d = lane * kStep; d < f.head_dim; d += kTermLanes * kStep) sum += dot16(out + d, grad + d);
   }
@@ -54,12 +56,12 @@ __global__ void query_terms_kernel(const BlockAttentionBackwardParams p, const B
 }
 
 template <class T>
-cudaError_t launch_query_terms(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
-                               cudaStream_t stream) {
+cudaError_t launch_backward_preprocess(const BlockAttentionBackwardParams& p,
+                                       const BackwardWorkspace& workspace, cudaStream_t stream) {
   constexpr int kThreads = 256;
   const BlockAttentionParams& f = p.forward;
   const int64_t lanes = static_cast<int64_t>(f.batch) * f.q_heads * workspace.padded_queries * kTermLanes;
-  return launch_ctas(query_terms_kernel<T>, (lanes + kThreads - 1) / kThreads, kThreads, 0, stream, p,
+  return launch_ctas(backward_preprocess_kernel<T>, (lanes + kThreads - 1) / kThreads, kThreads, 0, stream, p,
                      workspace);
 }
 

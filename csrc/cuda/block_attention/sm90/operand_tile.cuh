@@ -6,7 +6,7 @@
 namespace dllm::cuda::sm90 {
 
 template <int kDim, int kRows>
-struct PanelRows {
+struct OperandTile {
   static constexpr int kPanels = kDim / kPanelColumns;
   static constexpr int kPanelBytes = panel_bytes(kRows);
   static constexpr int kBytes = kPanels * kPanelBytes;

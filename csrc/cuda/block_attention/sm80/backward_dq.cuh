@@ -2,21 +2,21 @@
 // see, as in the forward pass: dq = scale dS k.
 #pragma once
 
-#include "cuda/attention/head_rows.cuh"
-#include "cuda/attention/shared_tile.cuh"
-#include "cuda/attention/softmax_rows.cuh"
-#include "cuda/attention/span_rows.cuh"
-#include "cuda/block_attention/config.h"
-#include "cuda/block_attention/launch.h"
-#include "cuda/block_attention/score_gradients.cuh"
+#include "cuda/block_attention/sm80/config.h"
+#include "cuda/block_attention/sm80/launch.h"
+#include "cuda/block_attention/sm80/score_gradients.cuh"
 #include "cuda/launch_kernel.h"
+#include "cuda/tiles/head_pointer.cuh"
+#include "cuda/tiles/online_softmax.cuh"
+#include "cuda/tiles/sequence_spans.cuh"
+#include "cuda/tiles/shared_tile.cuh"
 
-namespace dllm::cuda {
+namespace dllm::cuda::sm80 {
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(QueryGradientTiles<kDim>::kThreads, 2)
-    query_gradients_kernel(const BlockAttentionBackwardParams p, const BackwardWorkspace workspace) {
-  using Tiles = QueryGradientTiles<kDim>;
+__global__ void __launch_bounds__(BackwardDqTiles<kDim>::kThreads, 2)
+    backward_dq_kernel(const BlockAttentionBackwardParams p, const BackwardWorkspace workspace) {
+  using Tiles = BackwardDqTiles<kDim>;
   constexpr int kThreads = Tiles::kThreads, kQueries = Tiles::kQueries, kKeys = Tiles::kKeys;
   constexpr int kRowTiles = Tiles::kRowTiles;
   const BlockAttentionParams& f = p.forward;
@@ -39,11 +39,11 @@ __global__ void __launch_bounds__(QueryGradientTiles<kDim>::kThreads, 2)
   const int64_t batch = blockIdx.x / tiles / f.q_heads;
   const int kv_head = head / (f.q_heads / f.kv_heads);
   const int live = min(f.q_len - first, kQueries);
-  const T* q = rows_of<T>(f.q, f.q_layout, batch, head) + first * f.q_layout.position_stride;
+  const T* q = head_pointer<T>(f.q, f.q_layout, batch, head) + first * f.q_layout.position_stride;
   const T* grad_out =
-      rows_of<T>(p.grad_out, p.grad_out_layout, batch, head) + first * p.grad_out_layout.position_stride;
-  const T* k = rows_of<T>(f.k, f.k_layout, batch, kv_head);
-  const T* v = rows_of<T>(f.v, f.v_layout, batch, kv_head);
+      head_pointer<T>(p.grad_out, p.grad_out_layout, batch, head) + first * p.grad_out_layout.position_stride;
+  const T* k = head_pointer<T>(f.k, f.k_layout, batch, kv_head);
+  const T* v = head_pointer<T>(f.v, f.v_layout, batch, kv_head);
   const SequenceSpans spans(f.spans, batch, f.kv_len);
   const auto all_visible = [](KeyRange range) { return range.full && range.end - range.begin == kKeys; };
 
@@ -112,18 +112,18 @@ __global__ void __launch_bounds__(QueryGradientTiles<kDim>::kThreads, 2)
   __syncthreads();  // no copy of queries is under way
   queries.put(grad_q, row);
   __syncwarp();
-  T* to = rows_of<T>(p.grad_q, p.grad_q_layout, batch, head) + first * p.grad_q_layout.position_stride;
+  T* to = head_pointer<T>(p.grad_q, p.grad_q_layout, batch, head) + first * p.grad_q_layout.position_stride;
   queries.template store_rows<kDim>(row, min(row + 16 * kRowTiles, live), f.head_dim,
                                     [&](int i) { return to + i * p.grad_q_layout.position_stride; });
 }
 
 template <class T, int kDim>
-cudaError_t launch_query_gradients(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
-                                   cudaStream_t stream) {
-  using Tiles = QueryGradientTiles<kDim>;
+cudaError_t launch_backward_dq(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
+                               cudaStream_t stream) {
+  using Tiles = BackwardDqTiles<kDim>;
   const int64_t tiles = (p.forward.q_len + Tiles::kQueries - 1) / Tiles::kQueries;
-  return launch_ctas(query_gradients_kernel<T, kDim>, tiles * p.forward.q_heads * p.forward.batch,
+  return launch_ctas(backward_dq_kernel<T, kDim>, tiles * p.forward.q_heads * p.forward.batch,
                      Tiles::kThreads, Tiles::kSharedBytes, stream, p, workspace);
 }
 
-}  // namespace dllm::cuda
+}  // namespace dllm::cuda::sm80

@@ -2,50 +2,49 @@
 // owns 32 keys or 32 queries and takes in the other side, whose rows pass through one tile of shared memory.
 #pragma once
 
-#include "cuda/attention/head_rows.cuh"
-#include "cuda/attention/span_rows.cuh"
-#include "cuda/block_attention/launch.h"
-#include "cuda/block_attention/plain_rows.cuh"
+#include "cuda/block_attention/fp32/launch.h"
+#include "cuda/block_attention/fp32/tile_products.cuh"
 #include "cuda/block_attention/query_walk.cuh"
 #include "cuda/launch_kernel.h"
 #include "cuda/ptx.cuh"
+#include "cuda/tiles/head_pointer.cuh"
+#include "cuda/tiles/sequence_spans.cuh"
 
-namespace dllm::cuda {
+namespace dllm::cuda::fp32 {
 
 // Shared memory of a CTA, and what it does with a tile of the other side: its own rows a, c and the partners'
 // b, d are {q, dO} and {k, v} for gradients of queries, {k, v} and {q, dO} for those of keys and values.
 template <int kDim>
-struct PlainGradients {
-  static constexpr int kPartners = kPlainPartners<kDim>, kThreadPartners = kPartners / kPlainRowThreads;
+struct BackwardTiles {
+  static constexpr int kPartners = kPartnerRows<kDim>, kThreadPartners = kPartners / kRowThreads;
   static constexpr int kRow = kRowWords<kDim>, kWeightRow = kRowWords<kPartners>;
 
-  float* a = dynamic_shared<float>();                // [kPlainRows][kRow]
-  float* c = a + kPlainRows * kRow;                  // the same
-  float* tile = c + kPlainRows * kRow;               // [kPartners][kRow]: b, d, and b again
-  float* weights = tile + kPartners * kRow;          // [kPlainRows][kWeightRow]: P
-  float* grads = weights + kPlainRows * kWeightRow;  // dS
-  int column = threadIdx.x % kPlainRowThreads;
-  int row = threadIdx.x / kPlainRowThreads * kPlainThreadRows;
+  float* a = dynamic_shared<float>();               // [kTileRows][kRow]
+  float* c = a + kTileRows * kRow;                  // the same
+  float* tile = c + kTileRows * kRow;               // [kPartners][kRow]: b, d, and b again
+  float* weights = tile + kPartners * kRow;         // [kTileRows][kWeightRow]: P
+  float* grads = weights + kTileRows * kWeightRow;  // dS
+  int column = threadIdx.x % kRowThreads;
+  int row = threadIdx.x / kRowThreads * kThreadRows;
 
   // sum_d += P d where `for_keys`, sum_b += dS b; b(i) and d(i) find rows; terms and visible as
   // score_gradients'.
   template <bool for_keys, class B, class D, class Terms, class Visible>
   __device__ void add(const BlockAttentionParams& f, B b, D d, Terms terms, Visible visible,
-                      float4 (&sum_b)[kPlainThreadRows][kDim / 64],
-                      float4 (&sum_d)[kPlainThreadRows][kDim / 64]) {
-    load_rows<kDim, kPartners>(f.head_dim, 1.0f, tile, b);
+                      float4 (&sum_b)[kThreadRows][kDim / 64], float4 (&sum_d)[kThreadRows][kDim / 64]) {
+    load_tile<kDim, kPartners>(f.head_dim, 1.0f, tile, b);
     __syncthreads();
-    float scores[kPlainThreadRows][kThreadPartners] = {}, score_grads[kPlainThreadRows][kThreadPartners] = {};
+    float scores[kThreadRows][kThreadPartners] = {}, score_grads[kThreadRows][kThreadPartners] = {};
     add_row_products<kDim>(scores, a, row, tile, column, f.head_dim);
     __syncthreads();
-    load_rows<kDim, kPartners>(f.head_dim, 1.0f, tile, d);
+    load_tile<kDim, kPartners>(f.head_dim, 1.0f, tile, d);
     __syncthreads();
     add_row_products<kDim>(score_grads, c, row, tile, column, f.head_dim);
 #pragma unroll
-    for (int i = 0; i < kPlainThreadRows; i++) {
+    for (int i = 0; i < kThreadRows; i++) {
 #pragma unroll
       for (int j = 0; j < kThreadPartners; j++) {
-        const int partner = column + j * kPlainRowThreads;
+        const int partner = column + j * kRowThreads;
         const float2 term = terms(row + i, partner);
         const bool seen = visible(row + i, partner);
         const float weight = exp2f(fmaf(scores[i][j], f.scale * 1.44269504f, -term.x));
@@ -56,17 +55,17 @@ struct PlainGradients {
     __syncthreads();
     if constexpr (for_keys) add_weighted_rows<kDim, kPartners>(sum_d, weights, row, tile, column);
     __syncthreads();
-    load_rows<kDim, kPartners>(f.head_dim, 1.0f, tile, b);
+    load_tile<kDim, kPartners>(f.head_dim, 1.0f, tile, b);
     __syncthreads();
     add_weighted_rows<kDim, kPartners>(sum_b, grads, row, tile, column);
     __syncthreads();
   }
 
   // The first `live` rows, times `factor`.
-  __device__ void store(const float4 (&sums)[kPlainThreadRows][kDim / 64], float factor, int live, int dim,
+  __device__ void store(const float4 (&sums)[kThreadRows][kDim / 64], float factor, int live, int dim,
                         float* to, int64_t stride) const {
 #pragma unroll
-    for (int i = 0; i < kPlainThreadRows; i++) {
+    for (int i = 0; i < kThreadRows; i++) {
 #pragma unroll
       for (int n = 0; n < kDim / 64; n++) {
         const int d = n * 64 + column * 4;
@@ -77,38 +76,38 @@ struct PlainGradients {
 };
 
 template <int kDim>
-__global__ void __launch_bounds__(kPlainThreads, 1)
-    plain_query_gradients_kernel(const BlockAttentionBackwardParams p, const BackwardWorkspace workspace) {
-  constexpr int kKeys = kPlainPartners<kDim>;
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_dq_kernel(const BlockAttentionBackwardParams p, const BackwardWorkspace workspace) {
+  constexpr int kKeys = kPartnerRows<kDim>;
   const BlockAttentionParams& f = p.forward;
-  PlainGradients<kDim> shared;
+  BackwardTiles<kDim> shared;
   __shared__ SpanBounds bounds[kMaxSpanBounds];
-  __shared__ VisibleKeys<kPlainRows, kPlainThreads> visible;
+  __shared__ VisibleKeys<kTileRows, kThreads> visible;
 
   // ---- which queries
-  const int tiles = (f.q_len + kPlainRows - 1) / kPlainRows;
-  const int first = (tiles - 1 - static_cast<int>(blockIdx.x % tiles)) * kPlainRows;  // longest first
+  const int tiles = (f.q_len + kTileRows - 1) / kTileRows;
+  const int first = (tiles - 1 - static_cast<int>(blockIdx.x % tiles)) * kTileRows;  // longest first
   const int head = blockIdx.x / tiles % f.q_heads;
   const int64_t batch = blockIdx.x / tiles / f.q_heads;
   const int kv_head = head / (f.q_heads / f.kv_heads);
-  const int live = min(f.q_len - first, kPlainRows);
-  const float* q = rows_of<float>(f.q, f.q_layout, batch, head);
-  const float* grad_out = rows_of<float>(p.grad_out, p.grad_out_layout, batch, head);
-  const float* k = rows_of<float>(f.k, f.k_layout, batch, kv_head);
-  const float* v = rows_of<float>(f.v, f.v_layout, batch, kv_head);
+  const int live = min(f.q_len - first, kTileRows);
+  const float* q = head_pointer<float>(f.q, f.q_layout, batch, head);
+  const float* grad_out = head_pointer<float>(p.grad_out, p.grad_out_layout, batch, head);
+  const float* k = head_pointer<float>(f.k, f.k_layout, batch, kv_head);
+  const float* v = head_pointer<float>(f.v, f.v_layout, batch, kv_head);
   const float2* terms = workspace.terms + (batch * f.q_heads + head) * workspace.padded_queries + first;
   const SequenceSpans spans(f.spans, batch, f.kv_len);
-  load_rows<kDim, kPlainRows>(f.head_dim, 1.0f, shared.a, [&](int i) {
+  load_tile<kDim, kTileRows>(f.head_dim, 1.0f, shared.a, [&](int i) {
     return i < live ? q + (first + i) * f.q_layout.position_stride : nullptr;
   });
-  load_rows<kDim, kPlainRows>(f.head_dim, 1.0f, shared.c, [&](int i) {
+  load_tile<kDim, kTileRows>(f.head_dim, 1.0f, shared.c, [&](int i) {
     return i < live ? grad_out + (first + i) * p.grad_out_layout.position_stride : nullptr;
   });
   if (threadIdx.x < 32) tile_bounds(spans, first, live, bounds);
   __syncthreads();
 
   // ---- main loop over the key ranges that some query sees
-  float4 grad_q[kPlainThreadRows][kDim / 64] = {}, none[kPlainThreadRows][kDim / 64];
+  float4 grad_q[kThreadRows][kDim / 64] = {}, none[kThreadRows][kDim / 64];
   KeyWalk walk(bounds, spans.bounds_count(), kKeys);
   for (KeyRange range = walk.next(); range.begin < range.end; range = walk.next()) {
     const uint64_t seen =
@@ -123,39 +122,39 @@ __global__ void __launch_bounds__(kPlainThreads, 1)
   }
   shared.store(
       grad_q, f.scale, live, f.head_dim,
-      rows_of<float>(p.grad_q, p.grad_q_layout, batch, head) + first * p.grad_q_layout.position_stride,
+      head_pointer<float>(p.grad_q, p.grad_q_layout, batch, head) + first * p.grad_q_layout.position_stride,
       p.grad_q_layout.position_stride);
 }
 
 template <int kDim>
-__global__ void __launch_bounds__(kPlainThreads, 1)
-    plain_key_gradients_kernel(const BlockAttentionBackwardParams p, const BackwardWorkspace workspace) {
-  constexpr int kQueries = kPlainPartners<kDim>;
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_dkv_kernel(const BlockAttentionBackwardParams p, const BackwardWorkspace workspace) {
+  constexpr int kQueries = kPartnerRows<kDim>;
   const BlockAttentionParams& f = p.forward;
-  PlainGradients<kDim> shared;
-  __shared__ VisibleKeys<kQueries, kPlainThreads> visible;
-  __shared__ QueryList<kPlainThreads> list;
+  BackwardTiles<kDim> shared;
+  __shared__ VisibleKeys<kQueries, kThreads> visible;
+  __shared__ QueryList<kThreads> list;
 
   // ---- which keys
-  const int tiles = (f.kv_len + kPlainRows - 1) / kPlainRows;
-  const int first = static_cast<int>(blockIdx.x % tiles) * kPlainRows;
+  const int tiles = (f.kv_len + kTileRows - 1) / kTileRows;
+  const int first = static_cast<int>(blockIdx.x % tiles) * kTileRows;
   const int kv_head = blockIdx.x / tiles % f.kv_heads, group = f.q_heads / f.kv_heads;
   const int64_t batch = blockIdx.x / tiles / f.kv_heads;
-  const int live = min(f.kv_len - first, kPlainRows);
-  const float* k = rows_of<float>(f.k, f.k_layout, batch, kv_head);
-  const float* v = rows_of<float>(f.v, f.v_layout, batch, kv_head);
+  const int live = min(f.kv_len - first, kTileRows);
+  const float* k = head_pointer<float>(f.k, f.k_layout, batch, kv_head);
+  const float* v = head_pointer<float>(f.v, f.v_layout, batch, kv_head);
   const SequenceSpans spans(f.spans, batch, f.kv_len);
-  load_rows<kDim, kPlainRows>(f.head_dim, 1.0f, shared.a, [&](int i) {
+  load_tile<kDim, kTileRows>(f.head_dim, 1.0f, shared.a, [&](int i) {
     return i < live ? k + (first + i) * f.k_layout.position_stride : nullptr;
   });
-  load_rows<kDim, kPlainRows>(f.head_dim, 1.0f, shared.c, [&](int i) {
+  load_tile<kDim, kTileRows>(f.head_dim, 1.0f, shared.c, [&](int i) {
     return i < live ? v + (first + i) * f.v_layout.position_stride : nullptr;
   });
 
   // ---- main loop over the query tiles that see some of the keys
-  float4 grad_k[kPlainThreadRows][kDim / 64] = {}, grad_v[kPlainThreadRows][kDim / 64] = {};
-  QueryWalk<kQueries, kPlainThreads> walk(list, bounds_of(workspace, f, batch), spans.bounds_count(), f.q_len,
-                                          group, first, first + live);
+  float4 grad_k[kThreadRows][kDim / 64] = {}, grad_v[kThreadRows][kDim / 64] = {};
+  QueryWalk<kQueries, kThreads> walk(list, bounds_of(workspace, f, batch), spans.bounds_count(), f.q_len,
+                                     group, first, first + live);
   for (QueryRange range = walk.next(); range.count > 0; range = walk.next()) {
     const int head = kv_head * group + range.head;
     const float2* terms =
@@ -165,7 +164,7 @@ __global__ void __launch_bounds__(kPlainThreads, 1)
     });
     const auto query_row = [&](const void* data, const HeadsLayout& layout, int i) {
       return visible.of_query[i]
-                 ? rows_of<float>(data, layout, batch, head) + (range.first + i) * layout.position_stride
+                 ? head_pointer<float>(data, layout, batch, head) + (range.first + i) * layout.position_stride
                  : nullptr;
     };
     shared.template add<true>(
@@ -174,10 +173,10 @@ __global__ void __launch_bounds__(kPlainThreads, 1)
         [&](int, int query) { return terms[query]; },
         [&](int key, int query) { return (visible.of_query[query] >> key & 1) != 0; }, grad_k, grad_v);
   }
-  const auto store = [&](const float4(&sums)[kPlainThreadRows][kDim / 64], float factor, void* to) {
+  const auto store = [&](const float4(&sums)[kThreadRows][kDim / 64], float factor, void* to) {
     shared.store(
         sums, factor, live, f.head_dim,
-        rows_of<float>(to, p.grad_kv_layout, batch, kv_head) + first * p.grad_kv_layout.position_stride,
+        head_pointer<float>(to, p.grad_kv_layout, batch, kv_head) + first * p.grad_kv_layout.position_stride,
         p.grad_kv_layout.position_stride);
   };
   store(grad_k, f.scale, p.grad_k);
@@ -185,16 +184,16 @@ __global__ void __launch_bounds__(kPlainThreads, 1)
 }
 
 template <int kDim>
-cudaError_t launch_plain_backward(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
-                                  cudaStream_t stream) {
+cudaError_t launch_backward(const BlockAttentionBackwardParams& p, const BackwardWorkspace& workspace,
+                            cudaStream_t stream) {
   const BlockAttentionParams& f = p.forward;
-  const int64_t key_tiles = (f.kv_len + kPlainRows - 1) / kPlainRows;
-  const int64_t query_tiles = (f.q_len + kPlainRows - 1) / kPlainRows;
-  const cudaError_t status = launch_ctas(plain_key_gradients_kernel<kDim>, key_tiles * f.kv_heads * f.batch,
-                                         kPlainThreads, kPlainBackwardBytes<kDim>, stream, p, workspace);
+  const int64_t key_tiles = (f.kv_len + kTileRows - 1) / kTileRows;
+  const int64_t query_tiles = (f.q_len + kTileRows - 1) / kTileRows;
+  const cudaError_t status = launch_ctas(backward_dkv_kernel<kDim>, key_tiles * f.kv_heads * f.batch,
+                                         kThreads, kBackwardBytes<kDim>, stream, p, workspace);
   if (status != cudaSuccess) return status;
-  return launch_ctas(plain_query_gradients_kernel<kDim>, query_tiles * f.q_heads * f.batch, kPlainThreads,
-                     kPlainBackwardBytes<kDim>, stream, p, workspace);
+  return launch_ctas(backward_dq_kernel<kDim>, query_tiles * f.q_heads * f.batch, kThreads,
+                     kBackwardBytes<kDim>, stream, p, workspace);
 }
 
-}  // namespace dllm::cuda
+}  // namespace dllm::cuda::fp32

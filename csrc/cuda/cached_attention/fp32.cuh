@@ -3,24 +3,24 @@
 #pragma once
 
 #include "core/softmax_state.h"
-#include "cuda/attention/float4.cuh"
 #include "cuda/cached_attention/sequence_keys.cuh"
 #include "cuda/launch_kernel.h"
+#include "cuda/tiles/float4.cuh"
 
 namespace dllm::cuda {
 
 constexpr int kLaneGroups = 2;  // 32 lanes hold up to 256 dims
 
-__global__ void __launch_bounds__(32 * kCachedPlainRows, 4)
-    cached_plain_kernel(const __grid_constant__ SplitParams split_params) {
+__global__ void __launch_bounds__(32 * kCachedFp32Rows, 4)
+    cached_fp32_kernel(const __grid_constant__ SplitParams split_params) {
   const CachedAttentionParams& p = split_params.attention;
-  __shared__ SpanBounds bounds[kCachedPlainRows][kMaxSpanBounds];
+  __shared__ SpanBounds bounds[kCachedFp32Rows][kMaxSpanBounds];
 
   // ---- which row and keys
   const int group = p.q_heads / p.kv_heads,
-            row_tiles = (p.q_len * group + kCachedPlainRows - 1) / kCachedPlainRows;
+            row_tiles = (p.q_len * group + kCachedFp32Rows - 1) / kCachedFp32Rows;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int row = static_cast<int>(blockIdx.x % row_tiles) * kCachedPlainRows + warp;
+  const int row = static_cast<int>(blockIdx.x % row_tiles) * kCachedFp32Rows + warp;
   const int kv_head = blockIdx.x / row_tiles % p.kv_heads;
   const int split = blockIdx.x / row_tiles / p.kv_heads % split_params.max_splits;
   const int64_t batch = blockIdx.x / row_tiles / p.kv_heads / split_params.max_splits;

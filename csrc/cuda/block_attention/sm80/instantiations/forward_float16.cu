@@ -1,7 +1,7 @@
-#include "cuda/block_attention/forward.cuh"
+#include "cuda/block_attention/sm80/forward.cuh"
 
-namespace dllm::cuda {
+namespace dllm::cuda::sm80 {
 template cudaError_t launch_forward<__half, 64>(const BlockAttentionParams&, cudaStream_t);
 template cudaError_t launch_forward<__half, 128>(const BlockAttentionParams&, cudaStream_t);
 template cudaError_t launch_forward<__half, 256>(const BlockAttentionParams&, cudaStream_t);
-}  // namespace dllm::cuda
+}  // namespace dllm::cuda::sm80

@@ -29,7 +29,7 @@ struct SlotTotal {
 
 // The row as the confidence sees it, before confidence_exclude.
 template <class T, class Real>
-struct CutRow {
+struct FilteredRow {
   const TokenStatsParams& p;
   const T* logits;
   Real max;
@@ -45,7 +45,7 @@ struct CutRow {
   template <class Visit>
   __device__ void for_each(const Visit& visit) const {
     const RowVectors<T> vectors(logits, p.vocabulary);
-    for_each_vector<2, kCutThreads>(logits, vectors, [&](int32_t vector, const uint4& raw) {
+    for_each_vector<2, kFilterThreads>(logits, vectors, [&](int32_t vector, const uint4& raw) {
       float x[RowVectors<T>::kIds];
       unpack<T>(raw, x);
       bar(p.suppress, vectors.first_id(vector), x);
@@ -60,35 +60,35 @@ struct CutRow {
 };
 
 // Every thread gets the totals of the CTA.
-__device__ inline void add_up(SlotTotal (&slots)[kCutSlots]) {
-  __shared__ double warp_mass[kCutSlots][kCutWarps], mass[kCutSlots];
-  __shared__ int32_t warp_count[kCutSlots][kCutWarps], count[kCutSlots];
+__device__ inline void add_up(SlotTotal (&slots)[kFilterSlots]) {
+  __shared__ double warp_mass[kFilterSlots][kFilterWarps], mass[kFilterSlots];
+  __shared__ int32_t warp_count[kFilterSlots][kFilterWarps], count[kFilterSlots];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
-  for (int s = 0; s < kCutSlots; s++) {
+  for (int s = 0; s < kFilterSlots; s++) {
     const double slot_mass = warp_sum(slots[s].mass);
     const int32_t slot_count = __reduce_add_sync(kAllLanes, slots[s].count);
     if (lane == 0) warp_mass[s][warp] = slot_mass, warp_count[s][warp] = slot_count;
   }
   __syncthreads();
-  if (warp < kCutSlots) {
-    const bool holds = lane < kCutWarps;
+  if (warp < kFilterSlots) {
+    const bool holds = lane < kFilterWarps;
     const double slot_mass = warp_sum(holds ? warp_mass[warp][lane] : 0.0);
     const int32_t slot_count = __reduce_add_sync(kAllLanes, holds ? warp_count[warp][lane] : 0);
     if (lane == 0) mass[warp] = slot_mass, count[warp] = slot_count;
   }
   __syncthreads();
 #pragma unroll
-  for (int s = 0; s < kCutSlots; s++) slots[s] = {mass[s], count[s]};
+  for (int s = 0; s < kFilterSlots; s++) slots[s] = {mass[s], count[s]};
 }
 
 // The id of the n-th logit, counted from 1 in the order of ids, whose key is `key`; each warp counts those of
 // consecutive ids, and the thread that has it calls found(id).
 template <class T, class Real, class Found>
-__device__ void find_tie(const CutRow<T, Real>& row, uint32_t key, int32_t n, const Found& found) {
-  __shared__ int32_t counts[kCutWarps];
+__device__ void find_tie(const FilteredRow<T, Real>& row, uint32_t key, int32_t n, const Found& found) {
+  __shared__ int32_t counts[kFilterWarps];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int32_t per_warp = (row.p.vocabulary + kCutThreads - 1) / kCutThreads * 32;
+  const int32_t per_warp = (row.p.vocabulary + kFilterThreads - 1) / kFilterThreads * 32;
   const auto ties_at = [&](int32_t first) {
     const int32_t id = first + lane;
     return __ballot_sync(kAllLanes, id < row.p.vocabulary && row.key(row[id]) == key);
@@ -109,8 +109,8 @@ __device__ void find_tie(const CutRow<T, Real>& row, uint32_t key, int32_t n, co
 }
 
 template <class T, class Real>
-__global__ void __launch_bounds__(kCutThreads, 1)
-    token_cuts_kernel(const __grid_constant__ TokenStatsParams p) {
+__global__ void __launch_bounds__(kFilterThreads, 1)
+    token_filter_kernel(const __grid_constant__ TokenStatsParams p) {
   const int32_t at = row_of_cta();
   if (at < 0 || at >= p.rows || !row_identity(p, at).masked) return;
   const TokenState<Real> state = merged_ranges<Real>(p, at);
@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(kCutThreads, 1)
     if (threadIdx.x == 0) p.cuts[at] = cut;
     return;
   }
-  const CutRow<T, Real> row{p, row_of<const T>(p.logits, at), state.max,
-                            p.confidence_scale == 1 && state.max < FLT_MAX ? kUnusedBits<T> : 0};
+  const FilteredRow<T, Real> row{p, row_of<const T>(p.logits, at), state.max,
+                                 p.confidence_scale == 1 && state.max < FLT_MAX ? kUnusedBits<T> : 0};
   const double limit = p.top_p < 1 ? p.top_p * state.sum : HUGE_VAL;
   // Ids of less than (1 − top_p) / vocabulary hold less than 1 − top_p together, so the cut is above them;
   // half of that leaves room for the rounding of sum.
@@ -131,14 +131,14 @@ __global__ void __launch_bounds__(kCutThreads, 1)
 
   SlotTotal above, ties;  // of the slot that holds the cut
   for (int shift = 32; shift > 0;) {
-    shift = max(32 - __clz(high - low) - kCutSlotBits, 0);
-    SlotTotal slots[kCutSlots];
+    shift = max(32 - __clz(high - low) - kFilterSlotBits, 0);
+    SlotTotal slots[kFilterSlots];
     row.for_each([&](float x) {
       const uint32_t key = row.key(x);
       if (key < low || key > high) return;
       const double mass = row.mass(x);
 #pragma unroll
-      for (uint32_t s = 0; s < kCutSlots; s++) {
+      for (uint32_t s = 0; s < kFilterSlots; s++) {
         const bool inside = (key - low) >> shift == s;
         slots[s].count += inside;
         slots[s].mass += inside ? mass : 0;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kCutThreads, 1)
     SlotTotal higher = above;
     uint32_t chosen = 0;
 #pragma unroll
-    for (int s = kCutSlots - 1; s >= 0; s--) {
+    for (int s = kFilterSlots - 1; s >= 0; s--) {
       if (slots[s].count == 0) continue;
       if (higher.mass <= limit && higher.count < p.top_k) chosen = s, above = higher, ties = slots[s];
       higher.mass += slots[s].mass;

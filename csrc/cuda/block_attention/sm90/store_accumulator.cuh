@@ -22,7 +22,8 @@ __device__ inline void transpose_among_four(uint32_t (&words)[4]) {
 // Row `group` (half 0) or `group` + 8 (half 1) of `sums`, times `factor`, to `row`, where `live`; by all
 // lanes.
 template <class T, int kTiles>
-__device__ void store_row(T* row, const float (&sums)[kTiles][4], int half, float factor, bool live) {
+__device__ void store_accumulator_row(T* row, const float (&sums)[kTiles][4], int half, float factor,
+                                      bool live) {
   const int pair = threadIdx.x % 4;
 #pragma unroll
   for (int n = 0; n < kTiles; n += 4) {

@@ -4,29 +4,29 @@
 // left: dv = P dO, dk = scale dS q.
 #pragma once
 
-#include "cuda/attention/head_rows.cuh"
-#include "cuda/attention/span_rows.cuh"
 #include "cuda/block_attention/sm90/launch.h"
-#include "cuda/block_attention/sm90/panel_rows.cuh"
-#include "cuda/block_attention/sm90/store_rows.cuh"
+#include "cuda/block_attention/sm90/operand_tile.cuh"
+#include "cuda/block_attention/sm90/store_accumulator.cuh"
 #include "cuda/launch_kernel.h"
 #include "cuda/sm90/tile_ring.cuh"
+#include "cuda/tiles/head_pointer.cuh"
+#include "cuda/tiles/sequence_spans.cuh"
 
 namespace dllm::cuda::sm90 {
 
 template <class T, int kDim>
-struct KeyGradients {
-  using Tiles = KeyGradientTiles<kDim>;
+struct BackwardDkv {
+  using Tiles = BackwardDkvTiles<kDim>;
   static constexpr int kQueries = Tiles::kQueries, kStages = Tiles::kStages;
-  using KeyRows = PanelRows<kDim, Tiles::kKeys>;
-  using QueryRows = PanelRows<kDim, kQueries>;
+  using KeyRows = OperandTile<kDim, Tiles::kKeys>;
+  using QueryRows = OperandTile<kDim, kQueries>;
 
   enum class Tile : int { none, partial, full };  // none: there are no more; full: every query sees all keys
   struct Shared {
     TransactionBarrier keys, landed;  // `landed`: a tile of which some rows have to be cleared
     BufferBarriers queries[kStages];
     Tile tiles[kStages];
-    alignas(16) float2 terms[kStages][kQueries];  // see query_terms.cuh
+    alignas(16) float2 terms[kStages][kQueries];  // see backward_preprocess.cuh
     uint64_t visible[kStages][Tiles::kConsumers]
                     [kQueries];  // of a partial tile: bit i: the query sees key i of 64
   };
@@ -211,22 +211,24 @@ struct KeyGradients {
 
     const int row = 64 * group + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
     const HeadsLayout& layout = p.backward.grad_kv_layout;
-    T* to_k = rows_of<T>(p.backward.grad_k, layout, item.batch, item.head) + first() * layout.position_stride;
-    T* to_v = rows_of<T>(p.backward.grad_v, layout, item.batch, item.head) + first() * layout.position_stride;
+    T* to_k =
+        head_pointer<T>(p.backward.grad_k, layout, item.batch, item.head) + first() * layout.position_stride;
+    T* to_v =
+        head_pointer<T>(p.backward.grad_v, layout, item.batch, item.head) + first() * layout.position_stride;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int i = row + 8 * half;
-      store_row(to_k + i * layout.position_stride, grad_k, half, p.attention().scale, i < live());
-      store_row(to_v + i * layout.position_stride, grad_v, half, 1.0f, i < live());
+      store_accumulator_row(to_k + i * layout.position_stride, grad_k, half, p.attention().scale, i < live());
+      store_accumulator_row(to_v + i * layout.position_stride, grad_v, half, 1.0f, i < live());
     }
   }
 };
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(KeyGradientTiles<kDim>::kThreads, 1)
-    key_gradients_kernel(const __grid_constant__ GradientParams p) {
-  using Tiles = KeyGradientTiles<kDim>;
-  using Role = KeyGradients<T, kDim>;
+__global__ void __launch_bounds__(BackwardDkvTiles<kDim>::kThreads, 1)
+    backward_dkv_kernel(const __grid_constant__ GradientParams p) {
+  using Tiles = BackwardDkvTiles<kDim>;
+  using Role = BackwardDkv<T, kDim>;
   __shared__ typename Role::Shared shared;
   const Role role{p, shared, panel_shared(), p.order.item(blockIdx.x)};
 
@@ -249,9 +251,9 @@ __global__ void __launch_bounds__(KeyGradientTiles<kDim>::kThreads, 1)
 }
 
 template <class T, int kDim>
-cudaError_t launch_key_gradients_kernel(const GradientParams& p, cudaStream_t stream) {
-  using Tiles = KeyGradientTiles<kDim>;
-  return launch_ctas(key_gradients_kernel<T, kDim>, p.order.items(), Tiles::kThreads, Tiles::kSharedBytes,
+cudaError_t launch_backward_dkv_kernel(const GradientParams& p, cudaStream_t stream) {
+  using Tiles = BackwardDkvTiles<kDim>;
+  return launch_ctas(backward_dkv_kernel<T, kDim>, p.order.items(), Tiles::kThreads, Tiles::kSharedBytes,
                      stream, p);
 }
 
