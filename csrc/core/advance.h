@@ -9,6 +9,7 @@
 
 #include <stdint.h>
 
+#include "core/block_rows.h"
 #include "core/host_device.h"
 
 namespace dllm {
@@ -16,8 +17,8 @@ namespace dllm {
 constexpr int kMaxStopIds = 16;
 constexpr int32_t kLastStep = INT32_MAX;  // where counts of steps stay
 
-// Tensors of B rows; C = block_size, Q = queries. Ranges of positions are half-open.
-struct AdvanceParams {
+// The fields of the rows are those of core/block_rows.h.
+struct AdvanceParams : BlockRowFields {
   int32_t batch, block_size, queries;
   const void* canvas;  // int64 or int32 [batch, canvas_length]
   bool canvas_is_int64;
@@ -25,20 +26,7 @@ struct AdvanceParams {
   int32_t canvas_length;
   int64_t mask_id, stop_ids[kMaxStopIds];
   int32_t stop_count;
-  // What a row is asked to do, [batch]: where its completion starts and stops, where its canvas ends, steps
-  // of a block (0: one for each token of its quotas).
-  const int32_t *given, *stop, *canvas_end, *steps;
   int32_t quota_total;  // what a block's quotas sum up to; 0: its masks
-  // Where it is, [batch]: q_lengths are the queries of the last forward, block_masks the masks that the block
-  // had at its first step, step the steps of all blocks, block_step those of this one.
-  int32_t *block_start, *cached, *q_lengths, *block_masks, *step, *block_step;
-  // What the next step works on.
-  int32_t* quota;            // [batch]
-  int32_t* candidates;       // [batch, C] positions to unmask, -1: none
-  int32_t* query_positions;  // [batch, Q]
-  int32_t* write_positions;  // [batch, Q], -1: not final
-  int32_t* cache_spans;      // [batch, 1, 1, 2]
-  int32_t* fresh_spans;      // [batch, Q, 1, 2]
 };
 
 // Quota of step `step` (from 0) of `steps` over `masks` tokens [LLaDA]; a step after the last takes all.

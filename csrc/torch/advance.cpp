@@ -3,38 +3,40 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 #include "cpu/advance.h"
 #include "torch/contents.h"
 
 namespace dllm {
 namespace {
 
-void advance_cpu(Tensor canvas, Tensor given, Tensor stop, Tensor canvas_end, Tensor steps,
-                 Tensor block_start, Tensor cached, Tensor q_lengths, Tensor block_masks, Tensor step,
-                 Tensor block_step, Tensor quota, Tensor candidates, Tensor query_positions,
-                 Tensor write_positions, Tensor cache_spans, Tensor fresh_spans, int64_t mask_id,
+void advance_cpu(Tensor canvas, Tensor rows, int64_t block_size, int64_t queries, int64_t mask_id,
                  int64_t quota_total, std::vector<int64_t> stop_ids) {
-  const AdvanceTensors rows{
-      given, stop,       canvas_end, steps,      block_start,     cached,          q_lengths,   block_masks,
-      step,  block_step, quota,      candidates, query_positions, write_positions, cache_spans, fresh_spans};
-  const char* op = "advance_";
-  const AdvanceParams p = advance_params(op, canvas, rows, mask_id, quota_total, stop_ids);
+  constexpr const char* op = "advance_";
+  const AdvanceParams p =
+      advance_params(op, canvas, rows, block_size, queries, mask_id, quota_total, stop_ids);
   check_contents(op, p);
   const std::vector<BlockRow> moved = cpu::advanced_rows(p);
   check_cached(op, p, moved);
   cpu::store_rows(p, moved);
 }
 
+std::string block_row_layout() { return kBlockRowLayout; }
+
 }  // namespace
 }  // namespace dllm
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dllm_kernels, m) {
   m.def(
-      "advance_(Tensor canvas, Tensor given, Tensor stop, Tensor canvas_end, Tensor steps, "
-      "Tensor(a!) block_start, Tensor(b!) cached, Tensor(c!) q_lengths, Tensor(d!) block_masks, "
-      "Tensor(e!) step, Tensor(f!) block_step, Tensor(g!) quota, Tensor(h!) candidates, "
-      "Tensor(i!) query_positions, Tensor(j!) write_positions, Tensor(k!) cache_spans, "
-      "Tensor(l!) fresh_spans, int mask_id, int quota_total=0, int[] stop_ids=[]) -> ()");
+      "advance_(Tensor canvas, Tensor(a!) rows, int block_size, int queries, int mask_id, int quota_total=0, "
+      "int[] stop_ids=[]) -> ()");
+  // Names and shapes of what lies in `rows`.
+  m.def("block_row_layout() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dllm_kernels, CompositeExplicitAutograd, m) {
+  m.impl("block_row_layout", TORCH_BOX(&dllm::block_row_layout));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dllm_kernels, CPU, m) { m.impl("advance_", TORCH_BOX(&dllm::advance_cpu)); }

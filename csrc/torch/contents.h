@@ -86,25 +86,13 @@ inline void check_contents(const char* op, const KvWriteParams& p) {
 }
 
 inline void check_contents(const char* op, const AdvanceParams& p) {
-  const auto check_inside = [&](const char* name, const int32_t* positions) {
-    for (int32_t b = 0; b < p.batch; b++)
-      check(0 <= positions[b] && positions[b] <= p.canvas_length, op, ": ", name, "[", b,
-            "] must be from 0 to ", p.canvas_length, " (the length of canvas), got ", positions[b]);
-  };
-  const auto check_count = [&](const char* name, const int32_t* counts) {
-    for (int32_t b = 0; b < p.batch; b++)
-      check(counts[b] >= 0, op, ": ", name, "[", b, "] must be >= 0, got ", counts[b]);
-  };
-  check_inside("given", p.given);
-  check_inside("stop", p.stop);
-  check_inside("canvas_end", p.canvas_end);
-  check_inside("block_start", p.block_start);
-  check_inside("cached", p.cached);
-  check_inside("q_lengths", p.q_lengths);
-  check_count("steps", p.steps);
-  check_count("block_masks", p.block_masks);
-  check_count("step", p.step);
-  check_count("block_step", p.block_step);
+  p.for_each([&](const char* name, RowFieldKind kind, const int32_t* values) {
+    for (int32_t b = 0; kind == RowFieldKind::position && b < p.batch; b++)
+      check(0 <= values[b] && values[b] <= p.canvas_length, op, ": ", name, "[", b, "] must be from 0 to ",
+            p.canvas_length, " (the length of canvas), got ", values[b]);
+    for (int32_t b = 0; kind == RowFieldKind::count && b < p.batch; b++)
+      check(values[b] >= 0, op, ": ", name, "[", b, "] must be >= 0, got ", values[b]);
+  });
 }
 
 // `moved`: where the rows are after the step. What the pages hold ends where a row's next block begins.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,13 +18,26 @@ from ._fake import register_fake
 _ops = torch.ops.dllm_kernels
 
 
+@functools.cache
+def row_shapes(block_size: int, queries: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of B rows in the order of their buffer: names, and shapes after [B] (core/block_rows.h)."""
+    block_size = integer("block_size", block_size, 1)
+    sizes = {"block_size": block_size, "queries": integer("queries", queries, block_size)}
+    shapes = {}
+    for line in _ops.block_row_layout().splitlines():
+        name, _, shape = line.partition(" ")
+        shapes[name] = tuple(sizes.get(size) or int(size) for size in shape.split(", ") if size)
+    return shapes
+
+
 @dataclass(frozen=True, eq=False)
 class BlockRows:
     """B rows of block-causal decoding and their next step, in int32 tensors that keep their place, so that a
     CUDA graph can hold them.
 
-    C is the block size, Q >= C the tokens of a row in one forward. With 2 C a block's first step has room to
-    write the keys and values of the block before it too.
+    C is block_size, Q = queries >= C the tokens of a row in one forward. With 2 C a block's first step has
+    room to write the keys and values of the block before it too. buffer: int32 [N], contiguous; the tensors
+    are views of it, to read and to write.
 
     Asked of a row, [B]: given, stop: where its completion starts and stops; canvas_end: where its canvas
     ends; steps: of each block, 0 for one token per step.
@@ -37,47 +52,48 @@ class BlockRows:
     those of final tokens, else -1.
     """
 
-    given: Tensor
-    stop: Tensor
-    canvas_end: Tensor
-    steps: Tensor
-    block_start: Tensor
-    cached: Tensor
-    q_lengths: Tensor
-    block_masks: Tensor
-    step: Tensor
-    block_step: Tensor
-    quota: Tensor
-    candidates: Tensor
-    query_positions: Tensor
-    write_positions: Tensor
-    cache_spans: Tensor
-    fresh_spans: Tensor
+    buffer: Tensor
+    block_size: int
+    queries: int
+    given: Tensor = field(init=False)
+    stop: Tensor = field(init=False)
+    canvas_end: Tensor = field(init=False)
+    steps: Tensor = field(init=False)
+    block_start: Tensor = field(init=False)
+    cached: Tensor = field(init=False)
+    q_lengths: Tensor = field(init=False)
+    block_masks: Tensor = field(init=False)
+    step: Tensor = field(init=False)
+    block_step: Tensor = field(init=False)
+    quota: Tensor = field(init=False)
+    candidates: Tensor = field(init=False)
+    query_positions: Tensor = field(init=False)
+    write_positions: Tensor = field(init=False)
+    cache_spans: Tensor = field(init=False)
+    fresh_spans: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_tensors(buffer=self.buffer)
+        shapes = row_shapes(self.block_size, self.queries)
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        numbers, buffer = sum(sizes), self.buffer
+        fits = buffer.dtype == torch.int32 and buffer.dim() == 1 and buffer.is_contiguous()
+        if not fits or len(buffer) % numbers:
+            raise ValueError(f"buffer must be contiguous int32 [B * {numbers}], got {kind(buffer)}")
+        batch = len(buffer) // numbers
+        tensors = buffer.split([batch * size for size in sizes])
+        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
+            object.__setattr__(self, name, tensor.view(batch, *shape))
 
     @classmethod
     def empty(cls, batch: int, block_size: int, queries: int, device: torch.device | str) -> BlockRows:
         """Rows that have nothing to do."""
-        batch, block_size = integer("batch", batch, 0), integer("block_size", block_size, 1)
-        queries = integer("queries", queries, block_size)
-        shapes = {
-            "candidates": (batch, block_size),
-            "query_positions": (batch, queries),
-            "write_positions": (batch, queries),
-            "cache_spans": (batch, 1, 1, 2),
-            "fresh_spans": (batch, queries, 1, 2),
-        }
-        filled = {name: -1 for name in ("candidates", "write_positions")}
-        return cls(
-            **{
-                field.name: torch.full(
-                    shapes.get(field.name, (batch,)),
-                    filled.get(field.name, 0),
-                    dtype=torch.int32,
-                    device=device,
-                )
-                for field in fields(cls)
-            }
-        )
+        numbers = sum(map(math.prod, row_shapes(block_size, queries).values()))
+        buffer = torch.zeros(integer("batch", batch, 0) * numbers, dtype=torch.int32, device=device)
+        rows = cls(buffer, block_size, queries)
+        rows.candidates.fill_(-1)
+        rows.write_positions.fill_(-1)
+        return rows
 
     def admit_(
         self, row: int, *, given: int, stop: int, canvas_end: int, steps: int = 0, cached: int = 0
@@ -94,8 +110,8 @@ class BlockRows:
             steps=integer("steps", steps, 0),
             cached=integer("cached", cached, 0, canvas_end),
         )
-        if cached % self.candidates.shape[1]:
-            raise ValueError(f"cached must be whole blocks of {self.candidates.shape[1]}, got {cached}")
+        if cached % self.block_size:
+            raise ValueError(f"cached must be whole blocks of {self.block_size}, got {cached}")
         for name, value in asked.items():
             getattr(self, name)[row] = value
         for name in ("block_start", "q_lengths", "block_masks", "step", "block_step"):
@@ -141,10 +157,11 @@ def advance_(
     check_tensors(canvas=canvas)
     if not isinstance(rows, BlockRows):
         raise TypeError(f"rows must be a BlockRows, got {kind(rows)}")
-    check_tensors(**{f"rows.{field.name}": getattr(rows, field.name) for field in fields(rows)})
     _ops.advance_(
         canvas,
-        *(getattr(rows, field.name) for field in fields(rows)),
+        rows.buffer,
+        rows.block_size,
+        rows.queries,
         integer("mask_id", mask_id, 0),
         0 if quota_total is None else integer("quota_total", quota_total, 1),
         integers("stop_ids", stop_ids),

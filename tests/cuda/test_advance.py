@@ -1,12 +1,13 @@
 """advance_ on CUDA against its plain Python reference, from admission to the end."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dllm_kernels import BlockRows, advance_
 from dllm_kernels.ops import reference
+from dllm_kernels.ops.advance import row_shapes
 
 MASK, END = 9, 8
 
@@ -23,17 +24,16 @@ def random_rows(size, queries, length, batch=4, dtype=torch.int64):
 
 
 def copied(rows):
-    return replace(rows, **{field.name: getattr(rows, field.name).clone() for field in fields(rows)})
+    return replace(rows, buffer=rows.buffer.clone())
 
 
 def advance_on(gpu, canvas, rows, **options):
-    tensors = [getattr(rows, field.name) for field in fields(rows)]
-    gpu(lambda canvas, *tensors: advance_(canvas, BlockRows(*tensors), **options), canvas, *tensors)
+    gpu(lambda canvas, buffer: advance_(canvas, replace(rows, buffer=buffer), **options), canvas, rows.buffer)
 
 
 def assert_same(rows, expected):
-    for field in fields(rows):
-        assert torch.equal(getattr(rows, field.name), getattr(expected, field.name)), field.name
+    for name in row_shapes(rows.block_size, rows.queries):
+        assert torch.equal(getattr(rows, name), getattr(expected, name)), name
 
 
 def commit_quotas(canvas, rows):
@@ -82,9 +82,9 @@ def test_a_whole_decoding_in_replays_of_one_graph():
     canvas, rows = random_rows(4, 8, 24)
     expected_canvas, expected = canvas.clone(), copied(rows)
     canvas = canvas.cuda()
-    rows = replace(rows, **{field.name: getattr(rows, field.name).cuda() for field in fields(rows)})
+    rows = replace(rows, buffer=rows.buffer.cuda())
     options = dict(mask_id=MASK, stop_ids=[END])
-    warm_up = replace(rows, **{field.name: getattr(rows, field.name).clone() for field in fields(rows)})
+    warm_up = copied(rows)
     advance_(canvas, warm_up, **options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -92,13 +92,12 @@ def test_a_whole_decoding_in_replays_of_one_graph():
     for _ in range(20):
         graph.replay()
         reference.advance_(expected_canvas, expected, **options)
-        on_cpu = replace(rows, **{field.name: getattr(rows, field.name).cpu() for field in fields(rows)})
-        assert_same(on_cpu, expected)
+        assert_same(replace(rows, buffer=rows.buffer.cpu()), expected)
         commit_quotas(expected_canvas, expected)
         canvas.copy_(expected_canvas)
 
 
 def test_opcheck():
     canvas, rows = random_rows(4, 8, 12)
-    tensors = [getattr(rows, field.name).cuda() for field in fields(rows)]
-    torch.library.opcheck(torch.ops.dllm_kernels.advance_.default, (canvas.cuda(), *tensors, MASK, 0, [END]))
+    arguments = canvas.cuda(), rows.buffer.cuda(), 4, 8, MASK, 0, [END]
+    torch.library.opcheck(torch.ops.dllm_kernels.advance_.default, arguments)

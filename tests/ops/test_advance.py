@@ -10,6 +10,7 @@ from torch.library import opcheck
 
 from dllm_kernels import BlockRows, advance_
 from dllm_kernels.ops import reference
+from dllm_kernels.ops.advance import row_shapes
 from dllm_kernels.sampling.schedules import llada_schedule
 
 MASK, END = 9, 8
@@ -38,12 +39,12 @@ def rows_of(canvas, size, queries, *, given=0, stop=None, steps=0, cached=0):
 
 
 def copied(rows):
-    return replace(rows, **{field.name: getattr(rows, field.name).clone() for field in fields(rows)})
+    return replace(rows, buffer=rows.buffer.clone())
 
 
 def assert_same(rows, expected):
-    for field in fields(rows):
-        assert torch.equal(getattr(rows, field.name), getattr(expected, field.name)), field.name
+    for name in row_shapes(rows.block_size, rows.queries):
+        assert torch.equal(getattr(rows, name), getattr(expected, name)), name
 
 
 def commit_some(canvas, rows, draw_count):
@@ -190,34 +191,51 @@ def test_quotas_are_those_of_the_llada_schedule(masks, steps):
 
 def test_opcheck():
     canvas = canvas_of("aa??????", "a???????")
-    tensors = [getattr(rows_of(canvas, 4, 8, given=1), field.name) for field in fields(BlockRows)]
-    opcheck(torch.ops.dllm_kernels.advance_.default, (canvas, *tensors, MASK, 0, [END]))
+    rows = rows_of(canvas, 4, 8, given=1)
+    opcheck(torch.ops.dllm_kernels.advance_.default, (canvas, rows.buffer, 4, 8, MASK, 0, [END]))
 
 
-def replaced(name, value):
-    canvas = canvas_of("aa??????")
-    return canvas, replace(rows_of(canvas, 4, 8), **{name: value})
+def test_rows_are_views_of_one_buffer_that_they_fill():
+    rows = BlockRows.empty(3, 4, 8, "cpu")
+    shapes = row_shapes(4, 8)
+    for number, (name, shape) in enumerate(shapes.items()):
+        assert getattr(rows, name).shape == (3, *shape) and getattr(rows, name).is_contiguous()
+        getattr(rows, name).fill_(number)
+    counts = torch.tensor([getattr(rows, name).numel() for name in shapes])
+    assert torch.equal(rows.buffer, torch.arange(len(shapes)).repeat_interleave(counts).int())
+
+
+def test_python_knows_every_field_of_the_layout():
+    assert [field.name for field in fields(BlockRows) if not field.init] == [*row_shapes(4, 8)]
 
 
 @pytest.mark.parametrize(
-    "name, value, text",
+    "rows, size, queries, text",
     [
-        ("given", torch.zeros(2).int(), r"given must be contiguous \[1\], got shape \[2\]"),
-        ("step", torch.zeros(1), "step must be int32, got float32"),
-        ("candidates", torch.zeros(1, 0).int(), "block_size of at least 1"),
-        ("candidates", torch.zeros(1, 9).int(), r"query_positions must have from 9 \(block_size\) to"),
-        ("cache_spans", torch.zeros(1, 1, 2).int(), r"cache_spans must be contiguous \[1, 1, 1, 2\]"),
-        (
-            "write_positions",
-            torch.zeros(8, 1).int().T[:, ::2],
-            r"write_positions must be contiguous \[1, 8\]",
-        ),
+        (torch.zeros(97).int(), 4, 8, r"rows must be contiguous \[49\], 49 for each .*, got shape \[97\]"),
+        (torch.zeros(49), 4, 8, "rows must be int32, got float32"),
+        (torch.zeros(49).int(), 0, 8, "block_size must be at least 1, got 0"),
+        (torch.zeros(49).int(), 9, 8, r"queries must be from 9 \(block_size\) to"),
+        (torch.zeros(1, 49).int(), 4, 8, r"rows must be contiguous \[49\]"),
+        (torch.zeros(98).int()[::2], 4, 8, r"rows must be contiguous \[49\], .*, not contiguous"),
     ],
 )
-def test_bad_rows_are_refused_by_name(name, value, text):
-    canvas, rows = replaced(name, value)
+def test_a_bad_buffer_is_refused(rows, size, queries, text):
     with pytest.raises(ValueError, match=text):
-        advance_(canvas, rows, mask_id=MASK)
+        torch.ops.dllm_kernels.advance_(canvas_of("aa??????"), rows, size, queries, MASK)
+
+
+@pytest.mark.parametrize(
+    "buffer", [torch.zeros(50).int(), torch.zeros(49), torch.zeros(1, 49).int(), torch.zeros(98).int()[::2]]
+)
+def test_rows_refuse_a_buffer_that_does_not_hold_them(buffer):
+    with pytest.raises(ValueError, match=r"buffer must be contiguous int32 \[B \* 49\], got"):
+        BlockRows(buffer, 4, 8)
+
+
+def test_rows_of_another_batch_are_refused():
+    with pytest.raises(ValueError, match=r"rows must be contiguous \[49\], .*, got shape \[98\]"):
+        advance_(canvas_of("aa??????"), BlockRows.empty(2, 4, 8, "cpu"), mask_id=MASK)
 
 
 def test_bad_options_are_refused_by_name():
@@ -300,8 +318,8 @@ def test_rows_that_hold_anything_are_refused_or_stay_inside_the_canvas(data):
     length, extremes = 12, [-(2**31), -1, 0, 1, 4, 5, 8, 12, 13, 2**31 - 1]
     canvas = canvas_of("aaaa?a??????", "????????????", "aaaaaaaaaaaa")
     rows = rows_of(canvas, 4, data.draw(st.sampled_from([4, 6, 8])))
-    for field in fields(rows):
-        values = getattr(rows, field.name)
+    for name in row_shapes(rows.block_size, rows.queries):
+        values = getattr(rows, name)
         if values.dim() == 1 and data.draw(st.booleans()):
             drawn = [data.draw(st.sampled_from(extremes)) for _ in range(len(values))]
             values.copy_(torch.tensor(drawn))

@@ -74,7 +74,7 @@ def attention_backward() -> dict:
 EVERY = calls() | losses() | {"advance_": advance_call(), "block_attention_backward": attention_backward()}
 LISTS = {"suppress_tokens": [1, 2], "proposal_exclude": [3], "confidence_exclude": [1], "stop_ids": [1, 2]}
 # Asked once in a process.
-ONCE = {"isas_built", "isa_active", "isa_error", "rules", "confidences"}
+ONCE = {"isas_built", "isa_active", "isa_error", "rules", "confidences", "block_row_layout"}
 ELSEWHERE = {
     "chunked_linear_token_stats",
     "attend_current_view",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import torch
 
 import dllm_kernels as dk
 from dllm_kernels.ops import reference
+from dllm_kernels.ops.advance import row_shapes
 from dllm_kernels.ops.reference import unmask
 from fuzzing.draw import FLOATS, Draw, Finding, close, equal
 
@@ -228,22 +227,25 @@ def advance_(draw: Draw) -> dict:
         rows.admit_(row, given=given, stop=stop, canvas_end=length, steps=steps)
     options = {"mask_id": mask_id, "quota_total": draw.choice([0, size])}
     options["stop_ids"] = draw.choice([[], [end, 7]])
-    tensors = {field.name: getattr(rows, field.name) for field in fields(rows)}
+    options |= {"rows": rows.buffer, "block_size": rows.block_size, "queries": rows.queries}
     for _ in range(draw.integer(0, 4)):
-        OPS.advance_(canvas, **tensors, **options)
+        OPS.advance_(canvas, **options)
         for row in range(batch):
             listed = rows.candidates[row][rows.candidates[row] >= 0].long()
             masked = listed[canvas[row, listed] == mask_id]
             canvas[row, masked[: max(1, int(rows.quota[row]))]] = draw.choice([1, 1, 1, end])
-    return {"canvas": canvas, **tensors, **options}
+    return {"canvas": canvas, **options}
 
 
 def check_advance_(draw: Draw, call: dict, result, before: dict) -> None:
-    rows = dk.BlockRows(**{field.name: before[field.name] for field in fields(dk.BlockRows)})
+    rows, expected = (
+        dk.BlockRows(arguments["rows"], arguments["block_size"], arguments["queries"])
+        for arguments in (call, before)
+    )
     options = {"mask_id": before["mask_id"], "stop_ids": before["stop_ids"]}
-    reference.advance_(before["canvas"], rows, quota_total=before["quota_total"] or None, **options)
-    for field in fields(rows):
-        equal(field.name, call[field.name], before[field.name])
+    reference.advance_(before["canvas"], expected, quota_total=before["quota_total"] or None, **options)
+    for name in row_shapes(rows.block_size, rows.queries):
+        equal(name, getattr(rows, name), getattr(expected, name))
 
 
 CALLS = {
