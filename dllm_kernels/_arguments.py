@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def integer(name: str, value: object, low: int | None = None, high: int = 2**31 - 1) -> int:
-    """`value` as an int in low..high (low=None: -high..high)."""
+    """Return `value` as an int in low..high (low=None: -high..high)."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -21,7 +21,7 @@ def integer(name: str, value: object, low: int | None = None, high: int = 2**31 
 
 
 def number(name: str, value: object) -> float:
-    """`value` as a float; the operators check its range."""
+    """Return `value` as a float; the operators check its range."""
     try:
         if isinstance(value, bool | str):
             raise TypeError
@@ -31,7 +31,7 @@ def number(name: str, value: object) -> float:
 
 
 def integers(name: str, values: object) -> list[int]:
-    """`values`, None for none, as a list of ints; the operators check their range."""
+    """Return `values`, None for none, as a list of ints; the operators check their range."""
     if values is None:
         return []
     if isinstance(values, str) or not isinstance(values, Iterable):
@@ -40,7 +40,7 @@ def integers(name: str, values: object) -> list[int]:
 
 
 def kind(value: object) -> str:
-    """What an error message says `value` was."""
+    """Describe `value` for an error message."""
     return f"{value.dtype} Tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
@@ -57,7 +57,7 @@ def check_optional_tensors(**arguments: object) -> None:
 
 
 def check_batch_vector(name: str, value: Tensor, low: int | None = None, high: int | None = None) -> None:
-    """`value` is int32 or int64 [B] with entries in low..high (low=None: any)."""
+    """Check that `value` is int32 or int64 [B] with entries in low..high (low=None: any)."""
     if value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be an int or an int32 or int64 Tensor [B], got {kind(value)}")
     if value.dim() != 1:

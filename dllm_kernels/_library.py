@@ -1,4 +1,4 @@
-"""Loads the compiled libraries; everything that calls `torch.ops.dllm_kernels` imports this first.
+"""Load the compiled libraries; everything that calls `torch.ops.dllm_kernels` imports this first.
 
 `_C` (schemas and CPU kernels) is loaded always, `_C_cuda` with a CUDA build of torch, the pybind11
 module `_host` by the first call of `host()`. The environment variable `DLLM_ISA` (baseline, avx2, avx512)
@@ -17,13 +17,13 @@ REBUILD = "`pip install --no-build-isolation .` in the source tree (or `make bui
 
 
 def build_info() -> dict:
-    """What the build recorded: compiler, isas, nvcc, cuda_archs, cuda_left_out (why there is no CUDA)."""
+    """Return the build record: compiler, isas, nvcc, cuda_archs, cuda_left_out (why there is no CUDA)."""
     path = FOLDER / "build_info.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def cuda_unavailable() -> str | None:
-    """Why operators cannot run on CUDA tensors in this process, with the remedy; None when they can."""
+    """Return why operators cannot run on CUDA tensors here, with the remedy; None if they can."""
     if not torch.version.cuda:
         return f"torch {torch.__version__} is a CPU build: install a CUDA build of torch"
     if not _path("_C_cuda").exists():
@@ -35,7 +35,7 @@ def cuda_unavailable() -> str | None:
 
 
 def host() -> ModuleType:
-    """The pybind11 module of host-side data structures; it is built per Python version."""
+    """Return the pybind11 module of host-side data structures; it is built per Python version."""
     try:
         return importlib.import_module("dllm_kernels.lib._host")
     except ImportError as error:

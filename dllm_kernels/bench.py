@@ -18,7 +18,7 @@ def run(suites: Sequence[str], options: Sequence[str], folder: Path | None = Non
 
     options: for pytest. folder: the benchmarks of a checkout; None looks beside the package and in the
     current folder. Nothing is written unless an option names a file. Raises FileNotFoundError and
-    ImportError, which say what is missing, and ValueError for a suite that is not there.
+    ImportError, which say what is missing, and ValueError for an unknown suite.
     """
     folder = find(folder)
     files = paths(folder, suites)

@@ -1,6 +1,6 @@
-"""The `dllm` command. Heavy imports stand inside the commands, so that `dllm --help` is quick.
+"""The `dllm` command. Commands import heavy modules themselves, so that `dllm --help` is quick.
 
-Texts are read and written as bytes, in UTF-8 whatever the locale: what is given comes out byte for byte.
+Texts are read and written as UTF-8 bytes whatever the locale: given text comes out byte for byte.
 """
 
 import json
@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 
 class _Commands(TyperGroup):
-    """Commands whose standard streams may be closed, full, or a pipe that nobody reads any longer."""
+    """Commands whose standard streams may be closed, full, or a pipe whose reader has left."""
 
     def main(self, *arguments, **options):
         if sys.stderr is None:
@@ -37,7 +37,7 @@ class _Commands(TyperGroup):
 
 @contextmanager
 def _standard_output() -> Iterator[None]:
-    """Turn what is wrong with standard output into an error of one line; a reader that left is no error."""
+    """Turn a failure of standard output into a one-line error; a reader that left is no error."""
     if sys.stdout is None:
         _fail("standard output is closed", code=1)
     try:
@@ -282,7 +282,7 @@ def bench(
 
 @contextmanager
 def _writing() -> Iterator[None]:
-    """Turn errors of the user's making, and a dllm_train that is not whole, into one line."""
+    """Turn user errors, and an incomplete dllm_train, into one line."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -324,7 +324,7 @@ def _write(text: str) -> None:
 
 
 def _fail(reason: object, code: int = 2) -> NoReturn:
-    """Print an error of one line and end the command."""
+    """Print a one-line error and end the command."""
     from rich.console import Console
 
     line = f"dllm: {reason}"
@@ -333,7 +333,7 @@ def _fail(reason: object, code: int = 2) -> NoReturn:
 
 
 def _generate(operation: str, text: str, name: str, attention: str | None, view: bool, options: dict) -> None:
-    """Run `dk.sample` or `dk.infill` on one text; errors of the user's making become one line."""
+    """Run `dk.sample` or `dk.infill` on one text; user errors become one line."""
     from rich.console import Console
 
     import dllm_kernels as dk

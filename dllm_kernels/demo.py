@@ -103,7 +103,7 @@ def plain_loop(model, canvas: Tensor, visible: Tensor, threshold: float | None =
     """Run the loop everyone starts from [LLaDA generate.py]: each step is a forward over the whole canvas.
 
     canvas: int64 [1, T]; visible: bool [T, T], what each query sees. Blocks are filled from left to right.
-    threshold: accept every p >= threshold, at least the surest; None: one token per step.
+    threshold: accept every p >= threshold, at least the highest; None: one token per step.
     Return the filled canvas and the number of forwards.
     """
     mask_id, size = model.config.mask_token_id, model.config.diffusion["block_size"]

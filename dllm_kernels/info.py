@@ -1,4 +1,4 @@
-"""What `dllm info` says: versions, what was built, what was picked, and what is missing and why."""
+"""`dllm info`: versions, what was built, what was picked, and what is missing and why."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -7,7 +7,7 @@ from . import __version__
 
 
 def collect() -> dict:
-    """Facts by name, and `missing`: for each thing that is not there one line with reason and remedy."""
+    """Return facts by name, and `missing`: one line with reason and remedy per missing part."""
     facts: dict = {"dllm_kernels": __version__, "python": platform.python_version()}
     facts |= {name: _version(name) for name in ("torch", "transformers")}
     facts["missing"] = []

@@ -15,15 +15,15 @@ PagesExhausted = host().PagesExhausted
 
 
 class BlockKVCache:
-    """Paged K/V of every layer; which pages belong to whom is kept on the host by a BlockPool.
+    """Paged K/V of every layer; a BlockPool on the host records which sequence owns which pages.
 
-    A sequence is admitted with all the room it will need, so that it never stops halfway for lack of pages.
-    Sequence ids are ints and never used twice. `with cache:` ends every sequence on leaving, by an error
-    too. A call that raises changes nothing.
+    A sequence reserves its full capacity when it is admitted, so that it never runs out of pages halfway.
+    Sequence ids are ints and never reused. `with cache:` ends every sequence on exit, also after an error.
+    A call that raises changes nothing.
 
-    layers, kv_heads, head_dim: of the model; the latter two may be given for each layer. pages: how many each
-    layer has, of page_size tokens each.
-    dtype: float32, bfloat16 or float16. Pages start as zeros and are not cleared when they change hands.
+    layers, kv_heads, head_dim: of the model; the latter two may be given for each layer. pages: number per
+    layer, of page_size tokens each. dtype: float32, bfloat16 or float16. Pages start as zeros and are not
+    cleared when they change owner.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class BlockKVCache:
 
     # ---- sequences -----------------------------------------------------------------------------
     def admit(self, tokens: int) -> int:
-        """Id of a new sequence with room for `tokens` tokens. Raises PagesExhausted (a RuntimeError)."""
+        """Return the id of a new sequence for `tokens`. Raises PagesExhausted (a RuntimeError)."""
         return self._pool.allocate(self._pages_for(integer("tokens", tokens, 1)))
 
     def fork(self, sequence: int, prefix_tokens: int, tokens: int) -> int:
-        """Id of a new sequence with room for `tokens`; its first `prefix_tokens` are those of `sequence`.
+        """Return the id of a new sequence for `tokens` that begins with `prefix_tokens` of `sequence`.
 
-        Whole pages of the prefix are shared, and written by neither while both live; the rest of it, less
+        Whole pages of the prefix are shared, and written by neither while both live; the remainder, less
         than a page, is copied. Raises PagesExhausted (a RuntimeError).
         """
         sequence = integer("sequence", sequence)
@@ -78,7 +78,7 @@ class BlockKVCache:
         return child
 
     def extend(self, sequence: int, tokens: int) -> None:
-        """Make room for `tokens` tokens in all. Raises PagesExhausted (a RuntimeError)."""
+        """Grow the capacity of `sequence` to at least `tokens`. Raises PagesExhausted (a RuntimeError)."""
         sequence = integer("sequence", sequence)
         missing = self._pages_for(integer("tokens", tokens, 1)) - len(self._pool.pages_of(sequence))
         self._pool.append(sequence, max(missing, 0))
@@ -107,15 +107,15 @@ class BlockKVCache:
         return self.pages - self._pool.pages_free
 
     def room(self, sequence: int) -> int:
-        """How many tokens the pages of `sequence` hold."""
+        """Return the capacity of `sequence` in tokens."""
         return len(self._pool.pages_of(integer("sequence", sequence))) * self.page_size
 
     def shared_tokens(self, sequence: int) -> int:
-        """Positions before this one lie on pages that another sequence holds too: not to be written."""
+        """Return the number of leading positions on shared pages, which must not be written."""
         return self._pool.shared_pages(integer("sequence", sequence)) * self.page_size
 
     def page_table(self, sequences: Sequence[int]) -> Tensor:
-        """int32 [B, P] on the cache's device: each sequence's pages, P the most of any, 0 behind them."""
+        """Return int32 [B, P] on the cache's device: each sequence's pages, P the most of any, then 0."""
         table = self._pool.page_table([integer("each of sequences", sequence) for sequence in sequences])
         return torch.from_numpy(table).to(self.device)
 
@@ -133,8 +133,8 @@ class BlockKVCache:
     def write_(self, layer: int, k: Tensor, v: Tensor, sequences: Sequence[int], positions: Tensor) -> None:
         """Store k, v [B, kv_heads, T, head_dim] at `positions` int32 [B, T] of `sequences`, -1 = skip.
 
-        A position without room, or on a shared page, is a ValueError. This reads `positions` on the host; a
-        loop that knows its positions calls `kv_write_` with a page table made once.
+        A position beyond the capacity, or on a shared page, is a ValueError. This reads `positions` on the
+        host; a loop that knows its positions calls `kv_write_` with a page table made once.
         """
         if len(set(sequences)) != len(sequences):
             raise ValueError(f"sequences must be distinct, got {list(sequences)}")
@@ -166,7 +166,7 @@ class BlockKVCache:
         return size if isinstance(size, tuple) else (size,) * self.layers
 
     def _of(self, layer: int) -> tuple[Tensor, int]:
-        """The tensor [2, n, pages, page_size, kv_heads, head_dim] that holds a layer, and its place in n."""
+        """Return the tensor [2, n, pages, page_size, kv_heads, head_dim] of a layer, and its index in n."""
         shape, index = self._place[integer("layer", layer, 0, self.layers - 1)]
         return self._storage[shape], index
 
@@ -189,7 +189,7 @@ class BlockKVCache:
 
 
 def _of_layers(name: str, sizes: int | Sequence[int], layers: int) -> int | tuple[int, ...]:
-    """One size for all layers, or one for each of them where they differ."""
+    """Return one size for all layers, or one per layer if they differ."""
     if not isinstance(sizes, Sequence):
         return integer(name, sizes, 1)
     if len(sizes) != layers:

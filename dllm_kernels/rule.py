@@ -1,7 +1,7 @@
-"""Which candidates a denoising step commits: `Rule`.
+"""`Rule`: the acceptance rule that selects the candidates a denoising step commits.
 
-A `Rule` only names a rule of csrc/core/acceptance.h and its numbers; what the rule does is written
-there, once, for CPU and CUDA.
+A `Rule` only names a rule of csrc/core/acceptance.h and its numbers; its meaning is implemented there,
+once, for CPU and CUDA.
 """
 
 import math
@@ -50,48 +50,48 @@ class Rule:
 
     @property
     def code(self) -> tuple[int, list[float], bool, int, float]:
-        """How torch.ops.dllm_kernels.commit_ and unmask_ take the rule."""
+        """Return the number by which torch.ops.dllm_kernels.commit_ and unmask_ know the rule."""
         name, confidence = [*_PARAMETERS].index(self.name), CONFIDENCES.index(self.confidence)
         return name, [float(p) for p in self.parameters], self.strict, confidence, float(self.alg_temp)
 
     @property
     def needs_quota(self) -> bool:
-        """Whether each step must say how many tokens it commits."""
+        """Return whether each step must say how many tokens it commits."""
         return self.name in ("quota", "quota_or_threshold")
 
     @property
     def needs_state(self) -> bool:
-        """Whether `commit_` needs counters that live from step to step, and `TokenStats.divergence`."""
+        """Return whether `commit_` needs `TokenStats.divergence` and counters that persist between steps."""
         return self.name == "confident_stable"
 
     @classmethod
     def quota(cls, *, confidence: str = "prob", alg_temp: float = 0.0) -> "Rule":
-        """The n_i surest [LLaDA]; with `alg_temp` > 0 drawn from softmax(conf/alg_temp) [Dream]."""
+        """Accept the n_i surest [LLaDA]; with `alg_temp` > 0 drawn from softmax(conf/alg_temp) [Dream]."""
         return cls("quota", confidence=confidence, alg_temp=alg_temp)
 
     @classmethod
     def threshold(cls, threshold: float, *, strict: bool = False, confidence: str = "prob") -> "Rule":
-        """Every candidate with conf ≥ threshold, at least the surest one [Fast-dLLM]."""
+        """Accept every candidate with conf ≥ threshold, at least the surest one [Fast-dLLM]."""
         return cls("threshold", (threshold,), strict, confidence)
 
     @classmethod
     def factor(cls, factor: float, *, strict: bool = False, confidence: str = "prob") -> "Rule":
-        """The surest; then rank r ≥ 2 while conf_r ≥ 1 − factor/(r+1) [Fast-dLLM as in dLLM]."""
+        """Accept the surest; then rank r ≥ 2 while conf_r ≥ 1 − factor/(r+1) [Fast-dLLM as in dLLM]."""
         return cls("factor", (factor,), strict, confidence)
 
     @classmethod
     def quota_or_threshold(cls, threshold: float, *, strict: bool = True, confidence: str = "prob") -> "Rule":
-        """All with conf > threshold if at least n_i of them, else the n_i surest [LLaDA2]."""
+        """Accept all with conf > threshold if there are at least n_i, else the n_i surest [LLaDA2]."""
         return cls("quota_or_threshold", (threshold,), strict, confidence)
 
     @classmethod
     def entropy_bound(cls, bound: float) -> "Rule":
-        """In ascending entropy while the entropies before this one sum to ≤ bound [EB-Sampler]."""
+        """Accept in ascending entropy while the preceding entropies sum to ≤ bound [EB-Sampler]."""
         return cls("entropy_bound", (bound,), confidence="entropy")
 
     @classmethod
     def bernoulli(cls, steps: int, *, eps: float = 1e-3) -> "Rule":
-        """Each with probability 1 − s/t, all in the last step [MDLM; origin of Dream].
+        """Accept each with probability 1 − s/t, all in the last step [MDLM; origin of Dream].
 
         In step j of `steps`, t and s are entries j and j + 1 of linspace(1, eps, steps + 1). j is the `step`
         of `commit_`; a step may draw nothing.
@@ -108,7 +108,7 @@ class Rule:
         strict: bool = True,
         confidence: str = "prob",
     ) -> "Rule":
-        """All with conf > threshold whose KL(p_t ‖ p_t−1) was < kl_threshold in each of the last
+        """Accept all with conf > threshold whose KL(p_t ‖ p_t−1) was < kl_threshold in each of the last
         `stable_steps` steps; if there are none, the surest one [KLASS, arXiv 2511.05664].
 
         A position's first step has nothing to compare with and is not stable.
@@ -119,10 +119,10 @@ class Rule:
     def edit(
         cls, threshold: float, edit_threshold: float, *, strict: bool = True, confidence: str = "prob"
     ) -> "Rule":
-        """Masked candidates as in `threshold`; and a listed position that holds another token than the
-        proposal takes the proposal if its p > edit_threshold [LLaDA2.1].
+        """Accept masked candidates as in `threshold`, and replace a listed token that differs from its
+        proposal if the proposal's p > edit_threshold [LLaDA2.1].
 
-        Done when a step leaves no masks and changes nothing; a model may go back and forth, so that the
+        A block is done when a step leaves no masks and changes nothing. A model may oscillate, so the
         caller limits the steps without masks (LLaDA2.1: to 16).
         """
         return cls("edit", (threshold, edit_threshold), strict, confidence)

@@ -1,7 +1,7 @@
 """SpanMask: an attention pattern as a few contiguous key ranges per query, O(S) memory.
 
 A row of `spans` lists the keys that one query sees as half-open ranges `[start, end)`, sorted and
-disjoint (neighbours may touch); unused ranges are `(0, 0)` and stand at the row's end.
+disjoint (neighbours may touch); unused ranges are `(0, 0)` at the row's end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _INNER_NEEDS_BLOCK_SIZE = {"full": False, "causal": False, "block_causal": True,
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SpanMask:
-    """Which keys each query sees.
+    """The keys that each query sees.
 
     spans: int32 [B or 1, Sq, R, 2]; a leading 1 serves every row of a batch. kv_len: number of keys.
     A query whose spans are all empty sees nothing: attention gives output 0 and lse -inf there.
@@ -30,8 +30,8 @@ class SpanMask:
     graph is recorded, they are not.
 
     Constructors below take `lengths`, the number of real tokens: int, or integer Tensor [B], which also
-    sets the batch size and the device. Padding stands on `padding_side` ("right" or "left"), is seen by
-    nobody and sees nothing. Position 0 is the first real token, wherever the padding is.
+    sets the batch size and the device. Padding is on `padding_side` ("right" or "left"), is seen by no
+    query and sees nothing. Position 0 is the first real token on either side.
     """
 
     spans: Tensor
@@ -110,7 +110,7 @@ class SpanMask:
         cls, document_lengths, inner="full", block_size=None, padding_side="right", *,
         seq_len=None, reach=0, clean="block_causal",
     ) -> SpanMask:  # fmt: skip
-        """Documents laid end to end; none sees another, `inner` holds within each, from its own position 0.
+        """Documents lie end to end; none sees another, `inner` holds within each, from its own position 0.
 
         document_lengths: one row [N] (ints or Tensor), or one per batch entry [B, N] (lists may be ragged, a
         tensor is filled with 0). seq_len: the sequence length S; None: the largest sum of a row. Shorter rows
@@ -134,7 +134,7 @@ class SpanMask:
 
     @classmethod
     def from_dense(cls, mask: Tensor) -> SpanMask:
-        """From a boolean mask [Sq, Sk] or [B, Sq, Sk], True = visible. R is the most ranges in any row."""
+        """Convert a boolean mask [Sq, Sk] or [B, Sq, Sk], True = visible. R is the most ranges in any row."""
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"mask must be a bool Tensor, got {kind(mask)}")
         if mask.dim() not in (2, 3):
@@ -151,7 +151,7 @@ class SpanMask:
         return trusted_mask(spans.view(batch, q_len, ranges, 2), kv_len)
 
     def to_dense(self) -> Tensor:
-        """bool [B or 1, Sq, kv_len], True = visible."""
+        """Return bool [B or 1, Sq, kv_len], True = visible."""
         key = torch.arange(self.kv_len, dtype=torch.int32, device=self.spans.device)
         dense = torch.zeros(*self.spans.shape[:2], self.kv_len, dtype=torch.bool, device=self.spans.device)
         for start, end in (span.split(1, dim=-1) for span in self.spans.unbind(2)):
@@ -159,16 +159,16 @@ class SpanMask:
         return dense
 
     def to_block_mask(self, block_size: int = 128):
-        """The same mask as a torch `BlockMask` for flex_attention, in tiles of block_size x block_size."""
+        """Return the mask as a torch `BlockMask` for flex_attention, in tiles of block_size x block_size."""
         return _flex_block_mask(self.spans, self.kv_len, integer("block_size", block_size, 1))
 
     def density(self) -> float:
-        """Visible (query, key) pairs divided by all pairs; 0.0 where there are none."""
+        """Return visible (query, key) pairs divided by all pairs; 0.0 if there are no pairs."""
         pairs = self.spans.shape[0] * self.spans.shape[1] * self.kv_len
         return int((self.spans[..., 1] - self.spans[..., 0]).sum()) / pairs if pairs else 0.0
 
     def to(self, device: torch.device | str) -> SpanMask:
-        """The same mask on another device; itself where it is there already."""
+        """Return the same mask on another device; itself if it is there already."""
         spans = self.spans.to(device)
         return self if spans is self.spans else trusted_mask(spans, self.kv_len)
 
@@ -188,7 +188,7 @@ class _Rows:
 
     @staticmethod
     def of(seq_len: int, lengths: int | Tensor | None, padding_side: str) -> _Rows:
-        """One document of `lengths` tokens in each row."""
+        """Return rows of one document of `lengths` tokens each."""
         seq_len = integer("seq_len", seq_len, 0)
         if isinstance(lengths, Tensor):
             check_batch_vector("lengths", lengths, 0, seq_len)
@@ -201,7 +201,7 @@ class _Rows:
 
     @staticmethod
     def of_documents(table: Tensor, padding_side: str, seq_len: int | None = None) -> _Rows:
-        """Documents of lengths [B, N] laid end to end, padded to `seq_len`; None: to the longest row."""
+        """Return documents of lengths [B, N] end to end, padded to `seq_len`; None: to the longest row."""
         ends = table.cumsum(1)
         totals = table.sum(1, keepdim=True)
         longest = int(totals.max()) if totals.numel() else 0
@@ -213,7 +213,7 @@ class _Rows:
         return _Rows(place - first, first + shift, pad(table, (0, 1)).gather(1, document), seq_len)
 
     def span(self, start: Tensor | int, end: Tensor | int, shift: int = 0) -> Tensor:
-        """int32 [B, S, 2]: positions [start, end) cut to the document, as key indices moved by `shift`."""
+        """Return int32 [B, S, 2]: [start, end) cut to the document, as key indices moved by `shift`."""
         start, end = torch.broadcast_tensors(
             *(torch.as_tensor(bound, device=self.start.device) for bound in (start, end)), self.position
         )[:2]
@@ -234,7 +234,7 @@ def _mask(
     reach: int = 0,
     clean: str = "block_causal",
 ) -> SpanMask:
-    """The one definition of every pattern but the window."""
+    """Return the mask of a pattern; every pattern but the window is defined here."""
     position, seq_len = rows.position, rows.seq_len
     if inner == "full":
         return trusted_mask(rows.span(0, rows.length)[:, :, None], seq_len)
@@ -252,7 +252,7 @@ def _mask(
 
 
 def trusted_mask(spans: Tensor, kv_len: int) -> SpanMask:
-    """A SpanMask of spans that are right by construction."""
+    """Return a SpanMask of spans that are valid by construction, without checking them."""
     mask = object.__new__(SpanMask)
     object.__setattr__(mask, "spans", spans)
     object.__setattr__(mask, "kv_len", kv_len)
@@ -300,7 +300,7 @@ def _pads_left(padding_side: str) -> bool:
 
 
 def _document_table(document_lengths: object) -> Tensor:
-    """int64 [B, N], shorter rows filled with 0."""
+    """Return int64 [B, N], shorter rows padded with 0."""
     allowed = "must be ints [N], lists of ints [B][N], or an int32 or int64 Tensor [N] or [B, N]"
     if isinstance(document_lengths, Tensor):
         if document_lengths.dtype not in (torch.int32, torch.int64) or document_lengths.dim() not in (1, 2):

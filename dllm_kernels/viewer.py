@@ -17,13 +17,13 @@ STYLES = {"given": "", "fresh": "bold green", "filled": "cyan", "mask": "dim"}
 
 
 class TerminalView:
-    """Shows row 0 of a running `dk.sample` or `dk.infill`: pass the view as `on_round`.
+    """Show row 0 of a running `dk.sample` or `dk.infill`: pass the view as `on_round`.
 
     with TerminalView(tokenizer, mask_id, title="def fib(n):") as view:
         dk.sample(model, prompt, tokenizer=tokenizer, on_round=view)
 
-    `pause` seconds are waited after every round, so that the eye can follow a small model. Where the
-    console is not a terminal nothing is drawn: the caller prints the finished text.
+    The view waits `pause` seconds after every round, so that the eye can follow a small model. It draws
+    nothing if the console is not a terminal: the caller prints the finished text.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class TerminalView:
 def canvas_text(
     canvas: list[int] | torch.Tensor, tokenizer, mask_id: int, fresh: set[int], filled: set[int]
 ) -> Text:
-    """The canvas as styled text: one cell a mask, given text plain, tokens of this round in bold.
+    """Return the canvas as styled text: one cell per mask, given text plain, tokens of this round in bold.
 
-    Tokens are decoded in runs of one style, since a character may span several byte-level tokens, and behind
-    the text before them, which decides whether a space stands between the two.
+    Tokens are decoded in runs of one style, since a character may span several byte-level tokens, and after
+    the text before them, which determines whether a space separates the two.
     """
     kinds = [
         "mask"

@@ -1,4 +1,4 @@
-"""`diffusion_generate` of Dream, a method of its model there."""
+"""`diffusion_generate` of Dream, where it is a method of the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dllm_kernels.sampling.schedules import dream_quota, dream_schedule
 
 @dataclass
 class DreamModelOutput(ModelOutput):
-    """sequences: int64 [B, T]; history: those after every step, or None."""
+    """sequences: int64 [B, T]; history: sequences after every step, or None."""
 
     sequences: Tensor | None = None
     history: tuple[Tensor, ...] | None = None
@@ -35,18 +35,18 @@ class DreamModelOutput(ModelOutput):
 def diffusion_generate(
     model, inputs: Tensor | None = None, generation_config=None, **kwargs
 ) -> DreamModelOutput | Tensor:
-    """int64 [B, S + new tokens]: `inputs` [B, S] and their completions.
+    """Return int64 [B, S + new tokens]: `inputs` [B, S] and their completions.
 
     generation_config, kwargs: max_new_tokens (20) or max_length, steps (512), eps (1e-3), alg ("origin",
     "maskgit_plus", "topk_margin" or "entropy"), alg_temp, temperature (0.0), top_p, top_k, mask_token_id,
-    num_return_sequences (1), output_history, return_dict_in_generate; kwargs come first. The other special
-    tokens may be named and change nothing, as there. attention_mask: int [B, S], 0 where `inputs` is padded,
-    at the left where there are hooks.
+    num_return_sequences (1), output_history, return_dict_in_generate; kwargs override. The other special
+    tokens may be named and change nothing, as in Dream. attention_mask: int [B, S], 0 where `inputs` is
+    padded; with hooks, on the left.
 
     generation_logits_hook_func(step, x, logits [B, T, V]) returns the logits to use, and
-    generation_tokens_hook_func(step, x, logits) the tokens to go on with; it is also called before the first
-    step, with None for step and logits. With hooks every step is a forward over whole canvases, without them
-    only those that commit something.
+    generation_tokens_hook_func(step, x, logits) the tokens to continue with; it is also called before the
+    first step, with None for step and logits. With hooks every step is a forward over whole canvases;
+    without, only steps that commit something are.
     """
     attention_mask = kwargs.pop("attention_mask", None)
     logits_hook = kwargs.pop("generation_logits_hook_func", None)
@@ -85,7 +85,7 @@ def diffusion_generate(
 
 
 def read_options(defaults: Mapping[str, object], config, kwargs: Mapping[str, object]) -> dict:
-    """The defaults, over them what a generation config says, over that `kwargs`."""
+    """Return the defaults, overridden by the generation config, overridden by `kwargs`."""
     if unknown := kwargs.keys() - defaults.keys():
         raise TypeError(f"{min(unknown)!r} is not an option; known: {', '.join(defaults)}")
     found = {name: getattr(config, name, None) for name in defaults}
@@ -93,7 +93,7 @@ def read_options(defaults: Mapping[str, object], config, kwargs: Mapping[str, ob
 
 
 def expanded(inputs: Tensor, attention_mask: Tensor | None, times: int) -> tuple[Tensor, Tensor | None]:
-    """Every row so many times in a row."""
+    """Repeat every row `times` times."""
     check_tokens("inputs", inputs)
     if attention_mask is not None and attention_mask.shape != inputs.shape:
         raise ValueError(f"attention_mask is {list(attention_mask.shape)}, inputs is {list(inputs.shape)}")
@@ -103,7 +103,7 @@ def expanded(inputs: Tensor, attention_mask: Tensor | None, times: int) -> tuple
 
 
 def length_of_completion(model, inputs: Tensor, option: Mapping[str, object], said: bool) -> int:
-    """max_new_tokens; else what max_length leaves, whose default counts new tokens, unless it was `said`."""
+    """Return max_new_tokens, else what max_length leaves; unless `said`, its default counts new tokens."""
     if option["max_new_tokens"] is not None:
         return option["max_new_tokens"]
     prompt, longest = inputs.shape[1], option["max_length"]
@@ -117,7 +117,7 @@ def length_of_completion(model, inputs: Tensor, option: Mapping[str, object], sa
 
 
 def returned(sequences: Tensor, history: list[Tensor], option: Mapping[str, object]):
-    """What `diffusion_generate` gives back."""
+    """Return the result of `diffusion_generate`."""
     if not option["return_dict_in_generate"]:
         return sequences
     return DreamModelOutput(sequences, tuple(history) if option["output_history"] else None)

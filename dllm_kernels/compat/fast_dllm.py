@@ -29,7 +29,7 @@ def generate(
     threshold: float | None = None,
     factor: float | None = None,
 ) -> tuple[Tensor, int]:
-    """Without a cache: `prompt` [B, S] and its completions [B, S + gen_length], and forwards made."""
+    """Complete `prompt` [B, S] without a cache; return [B, S + gen_length] and the number of forwards."""
     return _generate(
         "none", model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold,
         factor,
@@ -48,7 +48,7 @@ def generate_with_prefix_cache(
     threshold: float | None = None,
     factor: float | None = None,
 ) -> tuple[Tensor, int]:
-    """As `generate`, keeping K/V of what stands before the block."""
+    """Complete as `generate` does, caching K/V of the tokens before the block."""
     return _generate(
         "prefix", model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold,
         factor,
@@ -67,7 +67,7 @@ def generate_with_dual_cache(
     threshold: float | None = None,
     factor: float | None = None,
 ) -> tuple[Tensor, int]:
-    """As `generate`, keeping K/V of what stands before and behind the block."""
+    """Complete as `generate` does, caching K/V of the tokens before and after the block."""
     return _generate(
         "dual", model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold,
         factor,
@@ -75,12 +75,12 @@ def generate_with_dual_cache(
 
 
 def diffusion_generate(model, inputs: Tensor | None = None, generation_config=None, **kwargs):
-    """Dream: `inputs` int64 [B, S] completed, with the options of `compat.dream.diffusion_generate` and more.
+    """Complete `inputs` int64 [B, S] for Dream, with more options than `compat.dream.diffusion_generate`.
 
     use_cache (True), dual_cache (False): which of the caches. block_length (32): None is one block. alg may
-    also be "confidence_threshold", with threshold (0.9). With a cache every other alg ranks by entropy, as
-    there; without one the completion is one block, and a threshold accepts at most what an even schedule has
-    due by then. Hooks: without a cache, and not with a threshold.
+    also be "confidence_threshold", with threshold (0.9). With a cache every other alg ranks by entropy, as in
+    Fast-dLLM; without one the completion is one block, and a threshold accepts at most what an even schedule
+    has due by then. Hooks: without a cache, and not with a threshold.
     """
     option = dream.read_options(
         _DREAM_DEFAULTS, generation_config, {k: v for k, v in kwargs.items() if k not in _NOT_OPTIONS}
@@ -141,6 +141,6 @@ def _generate(
 
 
 def _complete_after_refresh(output, start: int, gen_length: int, block_length: int) -> int:
-    """Blocks whose refresh filled them: the original makes one more forward before it looks."""
+    """Return the blocks filled by their refresh: the original makes one more forward before it looks."""
     steps = output.unmask_step[:, start : start + gen_length].unflatten(1, (-1, block_length))
     return int((steps.amin(2) == steps.amax(2)).all(0).sum())

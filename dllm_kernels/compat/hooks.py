@@ -30,12 +30,12 @@ def same_logits(step: int, x: Tensor, logits: Tensor) -> Tensor:
 
 @dataclass
 class Hooked:
-    """A transformers model or a function of ids, its hooks and what a step does.
+    """A transformers model or a function of ids with hooks, and one step of the loop.
 
     logits(step, x, logits [B, T, V]) returns the logits to use, where position i is predicted by row i, and
-    tokens(step, x, logits) the tokens to go on with; it is also called before the first step, with None for
-    step and logits. quotas(step, masks int64 [B]) says how many tokens each row commits. statistics: options
-    of `dk.token_stats`. hidden: bool [B, T], what guidance takes away.
+    tokens(step, x, logits) the tokens to continue with; it is also called before the first step, with None
+    for step and logits. quotas(step, masks int64 [B]) says how many tokens each row commits. statistics:
+    options of `dk.token_stats`. hidden: bool [B, T], the tokens that guidance hides.
     """
 
     model: object
@@ -50,7 +50,7 @@ class Hooked:
     hidden: Tensor | None = None
 
     def fill(self, canvas: Tensor, lengths: Tensor, steps: int) -> list[Tensor]:
-        """Canvases [B, T], padded at the left to `lengths` [B], before and after every step."""
+        """Return canvases [B, T], padded on the left to `lengths` [B], before and after every step."""
         self._check_padding(canvas, lengths)
         with inference(self.model) if is_transformers_model(self.model) else torch.no_grad():
             canvas = self.tokens(None, canvas, None)
@@ -61,7 +61,7 @@ class Hooked:
         return history
 
     def step(self, step: int, canvas: Tensor, lengths: Tensor) -> Tensor:
-        """One forward and one commit."""
+        """Run one forward and one commit."""
         rows, width = canvas.shape
         logits = self.logits(step, canvas, self._predicted(canvas, lengths))
         column = torch.arange(width, device=canvas.device).expand(rows, -1)
@@ -79,7 +79,7 @@ class Hooked:
         return self.tokens(step, canvas, logits)
 
     def _predicted(self, canvas: Tensor, lengths: Tensor) -> Tensor:
-        """Logits [B, T, V], where position i is predicted by row i."""
+        """Return logits [B, T, V], where position i is predicted by row i."""
         logits = self._logits(canvas, lengths)
         if self.cfg_scale:
             without = self._logits(canvas.masked_fill(self.hidden, self.mask_id), lengths)
@@ -87,7 +87,7 @@ class Hooked:
         return torch.cat([logits[:, :1], logits[:, :-1]], dim=1) if self.shift else logits
 
     def _check_padding(self, canvas: Tensor, lengths: Tensor) -> None:
-        """Refuse padding where the model would see it."""
+        """Refuse padding that the model would see."""
         if not bool((lengths < canvas.shape[1]).any()):
             return
         model, name = self.model, type(self.model).__name__

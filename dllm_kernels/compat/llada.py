@@ -33,7 +33,7 @@ def generate(
     logits_eos_inf: bool = False,
     confidence_eos_eot_inf: bool = False,
 ) -> Tensor:
-    """int64 [B, S + gen_length]: `prompt` [B, S] and its completions, with no stop at the end token.
+    """Return int64 [B, S + gen_length]: `prompt` [B, S] and its completions, with no stop at the end token.
 
     logits_eos_inf: the model's first end token is never proposed. confidence_eos_eot_inf: all of them only
     with confidence 0. The end tokens of a function of ids are LLaDA's.
@@ -56,7 +56,7 @@ def generate(
 
 
 def check_steps(steps: int, gen_length: int, block_length: int) -> None:
-    """Blocks and steps must come out even, as there."""
+    """Refuse blocks and steps that do not divide evenly, as LLaDA does."""
     if gen_length % block_length:
         raise ValueError(f"gen_length {gen_length} must be a multiple of block_length {block_length}")
     blocks = gen_length // block_length

@@ -1,4 +1,4 @@
-"""Between the rectangular tensors that others take and return and rows of unequal length."""
+"""Conversions between rectangular tensors of third-party functions and rows of unequal length."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def check_tokens(name: str, tokens: Tensor) -> None:
-    """Refuse what is not a batch of ids, under the name that it has for the caller."""
+    """Refuse a value that is not a batch of ids, by the caller's name for it."""
     if not isinstance(tokens, Tensor):
         raise TypeError(f"{name} is a {type(tokens).__name__}; it must be an int64 Tensor [B, S]")
     if tokens.dtype not in (torch.int32, torch.int64) or tokens.dim() != 2:
@@ -15,7 +15,7 @@ def check_tokens(name: str, tokens: Tensor) -> None:
 
 
 def beside_prompt(prompt: Tensor, given: Tensor, sequences: Tensor, new_tokens: int) -> Tensor:
-    """[B, S + new_tokens]: `prompt` as it was, padding included, and the completions behind it.
+    """Return [B, S + new_tokens]: `prompt` unchanged, padding included, followed by the completions.
 
     given: int64 [B], where each completion starts in its row of `sequences`.
     """
@@ -24,14 +24,14 @@ def beside_prompt(prompt: Tensor, given: Tensor, sequences: Tensor, new_tokens: 
 
 
 def prompt_lengths(prompt: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """int64 [B], real tokens of each row."""
+    """Return int64 [B], real tokens of each row."""
     if attention_mask is None:
         return torch.full((len(prompt),), prompt.shape[1])
     return attention_mask.bool().sum(1).cpu()
 
 
 def stacked(rows: list[list[int]], width: int, fill: int, side: str = "right") -> Tensor:
-    """int64 [B, width], rows filled up at one side."""
+    """Return int64 [B, width], rows padded on one side."""
     result = torch.full((len(rows), width), fill)
     for index, row in enumerate(rows):
         start = 0 if side == "right" else width - len(row)
@@ -49,11 +49,11 @@ def replayed(
     quotas: list[int] | None = None,
     least: int = 1,
 ) -> list[Tensor]:
-    """Canvases [B, T] before and after every step of a loop that takes all rows through each block together.
+    """Return canvases [B, T] before and after every step of a loop that moves all rows block by block.
 
     sequences: int64 [B, T], finished; unmask_step: each row's own forward that wrote a token, −1: given.
-    origin: int64 [B], where blocks count from. quotas: what the steps of a block commit, 0 where that is
-    nothing; None: no step commits nothing. least: fewest steps of a block.
+    origin: int64 [B], where blocks count from. quotas: tokens that each step of a block commits, possibly 0;
+    None: every step commits something. least: fewest steps of a block.
     """
     filled = unmask_step >= 0
     block = (torch.arange(sequences.shape[1]) - origin[:, None]).div(block_size, rounding_mode="floor")
@@ -71,12 +71,12 @@ def replayed(
 
 
 def parity_at_zero(temperature: float, parity: str, otherwise: dict) -> dict:
-    """The parity mode at temperature 0; above it the options that the mode would fix."""
+    """Return the parity mode at temperature 0; above it the options that the mode would fix."""
     return dict(parity=parity) if temperature == 0 else otherwise
 
 
 def drawn_seed(draws: object) -> int:
-    """Where anything is drawn, a seed from torch's generator, with which others draw."""
+    """Return a seed from torch's generator, as the originals draw from it, if anything is drawn."""
     return int(torch.randint(2**62, ())) if draws else 0
 
 
@@ -90,7 +90,7 @@ CONFIDENCE = {
 
 
 def confidence_of(name: str, value: str, *allowed: str) -> str:
-    """What others call a confidence, in our words."""
+    """Translate a third-party name of a confidence to ours."""
     if value not in allowed:
         raise NotImplementedError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
     return CONFIDENCE[value]

@@ -13,7 +13,7 @@ from dllm_kernels.models.tokenizer_files import read_tokenizer
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether a folder holds a peft adapter and no whole model; ValueError where it holds both."""
+    """Return whether a folder holds a peft adapter and no whole model; ValueError if it holds both."""
     if not (folder / ADAPTER).is_file():
         return False
     whole = (folder / CONFIG).is_file() and any((folder / name).is_file() for name in (WEIGHTS, INDEX))
@@ -116,7 +116,7 @@ def _grow(model, weights: dict[str, torch.Tensor]) -> None:
 
 @torch.no_grad()
 def _untie(model) -> bool:
-    """Give the head a weight of its own where the embedding is merged into; return whether they were tied.
+    """Give the head its own weight if the embedding is merged into; return whether they were tied.
 
     An adapter on one of them alone computes with the other as it was.
     """
@@ -128,7 +128,7 @@ def _untie(model) -> bool:
 
 
 def _tie_if_equal(model) -> None:
-    """Tie head and embedding again where merging left them equal, and say in the config whether they are."""
+    """Tie head and embedding again if merging left them equal, and record in the config whether they are."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     equal = torch.equal(head.weight, embedding.weight)
     if equal:

@@ -52,11 +52,11 @@ AS_A_FUNCTION = (
 
 @contextmanager
 def enable_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Within this context `model` computes attention with our operators; afterwards as it did before.
+    """Make `model` compute attention with our operators within this context; afterwards as before.
 
     The model keeps its projections, positions and mask (causal, padding, 4-D). Models that share the
     config object switch together, since transformers keeps the choice there. Contexts may be nested and may
-    overlap in several threads: the last to leave restores what the first one found.
+    overlap across threads: the last to leave restores the state that the first one found.
     """
     with ExitStack() as switched:
         for config in _configs(model):
@@ -75,7 +75,7 @@ def _restored(config) -> Iterator[None]:
 
 
 def _configs(model: PreTrainedModel) -> list:
-    """The distinct configs of `model` and its submodels; an error if one cannot be hooked."""
+    """Return the distinct configs of `model` and its submodels; an error if one cannot be hooked."""
     model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -95,7 +95,7 @@ def _configs(model: PreTrainedModel) -> list:
 
 
 def see_as_trained(model: PreTrainedModel) -> None:
-    """Let a direct call of `model` see what its config's "diffusion" entry says it was trained to see.
+    """Give direct calls of `model` the mask that its config's "diffusion" entry says it was trained with.
 
     Bidirectional decoders get transformers' own `config.is_causal = False`, which config.json keeps, and stay
     on their attention implementation unless it ignores that. Block-causal models go to ours, or to "eager" if
@@ -137,7 +137,7 @@ def _hands_on_is_causal(model: PreTrainedModel) -> bool:
 
 
 class _Reached(Exception):
-    """Ends a forward in its first attention."""
+    """Raised to end a forward in its first attention."""
 
     def __init__(self, bidirectional: bool):
         self.bidirectional = bidirectional
@@ -193,7 +193,7 @@ def attention(
     dllm_mask: SpanMask | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """One layer's attention: query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D] -> [B, Sq, Hq, D]."""
+    """Attend in one layer: query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D] -> [B, Sq, Hq, D]."""
     if module.training and dropout > 0:
         raise ValueError(
             f"attention dropout is {dropout}, and this attention has none: load the model with "
@@ -229,8 +229,8 @@ def attention(
 def _of_one_width(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None
 ) -> tuple[Tensor, Tensor, Tensor, float | None]:
-    """Heads padded with zeros to one width that the kernels have (latent attention has narrower values), and
-    the scale of the original width."""
+    """Return heads padded with zeros to one width that the kernels have (latent attention has narrower
+    values), and the scale of the original width."""
     widths = query.shape[3], value.shape[3]
     padded = -(-max(widths) // 8) * 8
     if widths == (padded, padded):
@@ -250,7 +250,7 @@ _forward = _Forward()
 
 @contextmanager
 def attention_by_view() -> Iterator[None]:
-    """Within this context, of this thread, attention that no view reaches is an error."""
+    """Raise an error for attention that no view reaches, within this context and thread."""
     _forward.by_view = True
     try:
         yield
@@ -259,12 +259,12 @@ def attention_by_view() -> Iterator[None]:
 
 
 def view_not_handed_on(what: str) -> str:
-    """Say that a model does not pass its keywords on to its attention."""
+    """Return the error of a model that does not pass its keywords on to its attention."""
     return f"the view did not reach the attention of {what}, which does not hand its keywords on"
 
 
 def _own_mask(module, attention_mask: Tensor | None, query: Tensor, key: Tensor) -> SpanMask | None:
-    """The spans of the mask that the model made itself or was given."""
+    """Return the spans of the mask that the model made itself or was given."""
     queries, keys = query.shape[2], key.shape[2]
     if attention_mask is None:
         if not getattr(module, "is_causal", False) or queries == 1:
@@ -296,7 +296,7 @@ def _fits(mask: Tensor, batch: int, queries: int, keys: int) -> bool:
 
 
 def within_window(spans: Tensor, query: Tensor, key: Tensor, window: int) -> Tensor:
-    """spans [B, Sq, R, 2] cut to the keys with |position(q) - position(k)| < window, which is how
+    """Return spans [B, Sq, R, 2] cut to the keys with |position(q) - position(k)| < window, as
     transformers counts a sliding window.
 
     query [B or 1, Sq]: position of each query; key [B or 1, Sk]: of each key, rising by one within a span.

@@ -1,4 +1,4 @@
-"""From conversations to token ids, by the tokenizer's chat template."""
+"""Conversations to token ids, by the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def chat_ids(
 
 
 def _texts(messages) -> Iterator[str]:
-    """Every str in the values of messages, however deep."""
+    """Yield every str in the values of messages, at any depth."""
     if isinstance(messages, str):
         yield messages
     elif isinstance(messages, Mapping | Sequence) and not isinstance(messages, bytes):

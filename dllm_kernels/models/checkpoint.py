@@ -43,11 +43,11 @@ def load(
     merge_projections: bool = False,
     base: str | Path | None = None,
 ):
-    """(model, tokenizer) of a checkpoint; the tokenizer is None when the checkpoint has none.
+    """Return (model, tokenizer) of a checkpoint; the tokenizer is None if the checkpoint has none.
 
     name: "tiny-python", a folder with config.json and safetensors weights, or a hub name "owner/name". A
     folder with a peft adapter gives its base model with the adapter merged in.
-    device: None takes the GPU where there is one. dtype: None is float32 on CPU, bfloat16 elsewhere.
+    device: None takes the GPU if there is one. dtype: None is float32 on CPU, bfloat16 elsewhere.
     attention: "block_causal" | "bidirectional" for checkpoints trained for both; None is their first.
     merge_projections: queries, keys and values as one product without gradients, gate and up as another
     (`models.merged_projections`); a model whose projections are fused already stays as it is.
@@ -153,7 +153,7 @@ def save(
 
 @contextmanager
 def _saved_by_any_process(model) -> Iterator[None]:
-    """Let save_pretrained write in every process: where torch.distributed runs, only that of rank 0 would."""
+    """Let save_pretrained write in every process: under torch.distributed only rank 0 would."""
     model.should_save_on_this_rank = lambda is_main_process: is_main_process
     try:
         yield
@@ -205,7 +205,7 @@ def _read_adapted(
 
 
 def _placement(device, dtype) -> tuple[torch.device, torch.dtype]:
-    """Where and as what the weights are loaded."""
+    """Return the device and dtype of the weights."""
     try:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -228,7 +228,7 @@ def _placement(device, dtype) -> tuple[torch.device, torch.dtype]:
 
 # ---- what the files say together ---------------------------------------------------------------------------
 def _pick_attention(config, model_type: str, attention: str | None) -> None:
-    """Put the kind of attention that was asked for first."""
+    """Put the requested kind of attention first."""
     kinds = config.diffusion["attention"]
     if not kinds:
         raise ValueError(
@@ -243,7 +243,7 @@ def _pick_attention(config, model_type: str, attention: str | None) -> None:
 
 
 def _mask_token(folder: Path, config, tokenizer) -> int | None:
-    """Return the config's mask token, or the tokenizer's where it has none; refuse two of them."""
+    """Return the config's mask token, else the tokenizer's; refuse two different ones."""
     mask, own = getattr(config, "mask_token_id", None), getattr(tokenizer, "mask_token_id", None)
     if None not in (mask, own) and mask != own:
         raise ValueError(f"{folder}: mask_token_id is {mask} in config.json and {own} in the tokenizer")
@@ -252,7 +252,7 @@ def _mask_token(folder: Path, config, tokenizer) -> int | None:
 
 
 def _end_tokens(folder: Path, config, tokenizer, family: Family) -> int | list[int] | None:
-    """All that ends a text: the config's, generation_config.json's and the family's end tokens."""
+    """Return all end tokens: the config's, generation_config.json's and the family's."""
     generation = folder / GENERATION
     named = read_json(generation).get("eos_token_id") if generation.is_file() else None
     own = _text(config, "eos_token_id")
@@ -267,14 +267,14 @@ def _end_tokens(folder: Path, config, tokenizer, family: Family) -> int | list[i
 
 
 def _complete(config, whole) -> None:
-    """Give the config of a text model that is a part of a multimodal one what its whole says of diffusion."""
+    """Copy the diffusion settings of a multimodal config to the config of its text model."""
     if config is not whole:
         config.diffusion, config.mask_token_id = whole.diffusion, whole.mask_token_id
         config.eos_token_id = whole.eos_token_id
 
 
 def _text(config, name: str):
-    """A setting of the language model, which is a part of multimodal ones."""
+    """Return a setting of the language model, which is a part of multimodal ones."""
     own = getattr(config, name, None)
     return getattr(config.get_text_config(), name, None) if own is None else own
 
@@ -282,7 +282,7 @@ def _text(config, name: str):
 # ---- files -------------------------------------------------------------------------------------------------
 @contextmanager
 def _named(folder: Path) -> Iterator[None]:
-    """Put the folder into errors about what its files say."""
+    """Add the folder to errors about the contents of its files."""
     try:
         yield
     except RecursionError:
@@ -295,7 +295,7 @@ def _named(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _named_disk(folder: Path) -> Iterator[None]:
-    """Put the folder into what safetensors says of a file that it could not write."""
+    """Add the folder to the error of safetensors about a file that it could not write."""
     try:
         yield
     except SafetensorError as error:
@@ -303,7 +303,7 @@ def _named_disk(folder: Path) -> Iterator[None]:
 
 
 def _version(folder: Path) -> tuple[int, int]:
-    """What changes when a checkpoint is replaced: its config.json goes first, and the new one comes last."""
+    """Return a value that changes when a checkpoint is replaced: config.json goes first and comes last."""
     try:
         found = (folder / CONFIG).stat()
     except FileNotFoundError:
@@ -319,7 +319,7 @@ def _check_shard_size(size: int | str) -> None:
 
 @contextmanager
 def _quiet(logging):
-    """No progress bar of transformers."""
+    """Silence the progress bars of transformers."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -23,7 +23,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a checkpoint as the header of its file describes it. dtype: the file's word for others."""
+    """A tensor of a checkpoint as the header of its file describes it. dtype: else the file's name of it."""
 
     file: Path
     shape: tuple[int, ...]
@@ -31,13 +31,13 @@ class Stored:
 
 
 class OpenFiles:
-    """Safetensors files that are read by turns, each open from its first tensor until it is closed."""
+    """Safetensors files that are read in turn, each open from its first tensor until it is closed."""
 
     def __init__(self):
         self._open: dict[Path, safe_open] = {}
 
     def read(self, name: str, file: Path) -> Tensor:
-        """A tensor as pages of the file, not of memory; they go with the tensor and the file."""
+        """Return a tensor mapped from the file; its pages are released with the tensor and the file."""
         if file not in self._open:
             self._open[file] = _opened(file)
         return self._open[file].get_tensor(name)
@@ -47,7 +47,7 @@ class OpenFiles:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of a checkpoint by name, from the headers of its files."""
+    """Return all tensors of a checkpoint by name, from the headers of its files."""
     found: dict[str, Stored] = {}
     for path, indexed in _files(folder).items():
         file = _opened(path)
@@ -64,7 +64,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def read_json(path: Path) -> dict:
-    """The entries of a checkpoint's JSON file."""
+    """Return the entries of a checkpoint's JSON file."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"), object_hook=_number)
     except RecursionError:
@@ -77,7 +77,7 @@ def read_json(path: Path) -> dict:
 
 
 def _number(entries: dict) -> dict | float:
-    """Infinity and NaN as transformers writes them, which JSON has no words for."""
+    """Return infinity and NaN, which JSON cannot express, from the form in which transformers writes them."""
     return float(entries["__float__"]) if entries.keys() == {"__float__"} else entries
 
 
@@ -93,7 +93,7 @@ def _opened(path: Path):
 
 
 def _files(folder: Path) -> dict[Path, set[str]]:
-    """The files that hold the weights, each with the names the index gives it (none: no index)."""
+    """Return the files that hold the weights, each with its names in the index (none: no index)."""
     index = folder / INDEX
     if not index.is_file():
         if not (folder / WEIGHTS).is_file():

@@ -1,4 +1,4 @@
-"""How model lines write their checkpoints where transformers does otherwise: config.json, weight names.
+"""Checkpoint layouts of model lines that differ from transformers: config.json and weight names.
 
 A layout is data, read in both directions; no code of a line is needed to load or save in it.
 """
@@ -38,7 +38,7 @@ class Layout:
     diffusion: Mapping[str, str] = field(default_factory=dict)
 
     def misfits(self, entries: dict) -> list[str]:
-        """The entries of a config.json that keep its weights from being read, with what is allowed."""
+        """Return the entries of a config.json that prevent reading its weights, with what is allowed."""
         absent = [f"{key} is absent" for key in self.required if entries.get(key) is None]
         return absent + [
             f"{key} is {entries.get(key)!r} (allowed: {', '.join(map(repr, values))})"
@@ -47,7 +47,7 @@ class Layout:
         ]
 
     def stock_entries(self, entries: dict) -> dict:
-        """Entries of the stock config from those of config.json."""
+        """Translate entries of config.json to those of the stock config."""
         if self.renamed is None:
             stock = {key: value for key, value in entries.items() if key not in self.diffusion}
         else:
@@ -58,7 +58,7 @@ class Layout:
         return {**stock, "diffusion": {**diffusion, **entries.get("diffusion", {})}}
 
     def own_entries(self, stock: dict) -> dict:
-        """Entries of config.json from those of the stock config; what has no place in it is left out."""
+        """Translate entries of the stock config to those of config.json, dropping those without a place."""
         stock = _with_old_rope(stock)
         if self.renamed is None:
             own = {key: value for key, value in stock.items() if key != "diffusion"}
@@ -71,24 +71,24 @@ class Layout:
         return {**own, "diffusion": diffusion} if diffusion else own
 
     def stock_names(self, name: str) -> tuple[str, ...]:
-        """The stock names of what the weight `name` holds."""
+        """Return the stock names of the tensors that the weight `name` holds."""
         stock = self.weights.get(_LAYER.sub("{}", name), name)
         return _numbered((stock,) if isinstance(stock, str) else stock, name)
 
     def own_name(self, stock: str) -> str:
-        """What the weight with this stock name is called here."""
+        """Return the layout's name of the weight with this stock name."""
         own = {ours: theirs for theirs, ours in self.weights.items()}.get(_LAYER.sub("{}", stock), stock)
         return _numbered((own,), stock)[0]
 
 
 def _numbered(names: tuple[str, ...], source: str) -> tuple[str, ...]:
-    """`names` with the layer's number of `source` in place of `{}`."""
+    """Return `names` with the layer's number of `source` in place of `{}`."""
     layer = _LAYER.search(source)
     return tuple(name.replace("{}", layer[0]) if layer else name for name in names)
 
 
 def _with_old_rope(stock: dict) -> dict:
-    """Rotary settings as entries of their own, where the lines' own code looks for them."""
+    """Return `stock` with rotary settings as separate entries, where the lines' own code looks for them."""
     if "rope_parameters" not in stock:
         return stock
     rope = dict(stock["rope_parameters"])

@@ -2,11 +2,11 @@
 
 A layer of a stock model is some twenty small kernels around its matrix products; compiled they are a few.
 What a step sees changes from step to step and must not be compiled in: in the graph attention is one opaque
-operator, which asks the view that is current when it runs. So one graph serves every cache and every number
+operator, which queries the current view when it runs. So one graph serves every cache and every number
 of tokens.
 
 On the CPU the whole body is compiled, since calling a compiled function costs as much as several kernels. On
-CUDA its layers are: they are alike, so that one compilation does for all, and a step that is recorded as a
+CUDA its layers are compiled: they are alike, so one compilation serves all, and a step that is recorded as a
 CUDA graph calls nothing.
 """
 
@@ -31,14 +31,14 @@ _FUNCTIONS: weakref.WeakKeyDictionary[PreTrainedModel, tuple[tuple, Callable]] =
 
 @contextmanager
 def compiled(model: PreTrainedModel) -> Iterator[None]:
-    """Within this context the body of `model` is compiled where `current` is entered, when first called;
-    calls outside `current`, of other threads too, go to the body as it is. Afterwards it is as it was.
+    """Compile the body of `model` within this context, on its first call inside `current`; calls outside
+    `current`, also of other threads, use the body as it is. Afterwards it is as before.
 
-    The body is called with what `current` yields as `dllm_view`. What was compiled serves later contexts too,
-    as long as the model lives and until a hook is put on it or taken off, or a module or its forward is
-    replaced. Where torch compiles nothing, or fails to, the body runs as it is, with a warning. ValueError if
-    `model` has no layers that can be taken by themselves, or if one of them has a forward of its own (hooks
-    of accelerate, for example), which would be passed over.
+    The body is called with what `current` yields as `dllm_view`. Compiled code serves later contexts too, as
+    long as the model lives and until a hook is added or removed, or a module or its forward is replaced. If
+    torch compiles nothing, or fails to, the body runs as it is, with a warning. ValueError if `model` has no
+    separate layers, or if one of them has its own forward (hooks of accelerate, for example), which would be
+    bypassed.
     """
     with nested_patch(("compiled", id(model)), partial(_replaced_forwards, model)):
         yield
@@ -71,7 +71,7 @@ def _forward(region: nn.Module, function: Callable, *args, **kwargs):
 
 @contextmanager
 def current(view) -> Iterator[_CurrentView]:
-    """Within this context compiled layers attend by `view`; yields what a model is given as `dllm_view`."""
+    """Make compiled layers attend by `view` within this context; yield the `dllm_view` to pass to a model."""
     _step.view, _step.layer = view, 0
     try:
         yield _CURRENT_VIEW
@@ -83,8 +83,8 @@ _LOOKING_UP = threading.Lock()
 
 
 def _hooks_of(model: nn.Module) -> tuple:
-    """The hooks of a model's modules and of all modules; torch numbers them and uses no number twice.
-    What was compiled with some does not see that they change."""
+    """Return the hooks of a model's modules and of all modules; torch numbers them and reuses no number.
+    Compiled code does not notice when they change."""
     every = vars(torch.nn.modules.module)
     return (
         *(tuple(every[f"_global{name}"]) for name in _HOOKS),
@@ -97,7 +97,7 @@ _HOOKS = "_forward_hooks", "_forward_pre_hooks"
 
 
 def _compiled_forward(name: str, reason: str | None) -> Callable:
-    """The forward of a module, compiled where that can be. name: of the model; reason: why it cannot be."""
+    """Return the forward of a module, compiled if possible. name: of the model; reason: why it is not."""
 
     def forward(module: nn.Module, *args, **kwargs):
         return type(module).forward(module, *args, **kwargs)
@@ -127,7 +127,7 @@ def _compiled_forward(name: str, reason: str | None) -> Callable:
 
 
 def _why_not() -> str | None:
-    """Why torch.compile compiles nothing in this process, if it does not."""
+    """Return why torch.compile compiles nothing in this process; None if it does."""
     if torch._dynamo.config.disable:
         return "torch.compile is turned off (TORCH_COMPILE_DISABLE or torch._dynamo.config.disable)"
     return None
@@ -138,7 +138,7 @@ def _warn_uncompiled(name: str, reason: str) -> None:
 
 
 def _regions(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that are compiled: the body, or its layers in their order."""
+    """Return the modules to compile: the body, or its layers in order."""
     if model.device.type == "cpu":
         return [model.base_model]
     count = model.config.num_hidden_layers
@@ -157,11 +157,11 @@ class _Step(threading.local):
 
 
 class _CurrentView:
-    """What a compiled model holds in a view's place. It has no state: nothing of a view is compiled in, and
-    neither is the layer's number, in which layers would differ."""
+    """Takes the place of a view in a compiled model. It has no state: nothing of a view is compiled in, nor
+    the layer's number, in which layers would differ."""
 
     def attend(self, layer, query, key, value, scale, window) -> Tensor:
-        """As StepView.attend."""
+        """Attend as StepView.attend does."""
         output = torch.ops.dllm_kernels.attend_current_view(query, key, value, scale, window)
         return output.transpose(1, 2)
 
@@ -176,8 +176,8 @@ _library.define(
 
 @torch.library.impl(_library, "attend_current_view", "CompositeExplicitAutograd")
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
-    """query [B, Hq, N, D], key and value [B, Hkv, N, D] -> [B, N, Hq, D]. Each layer needs the output of the
-    one before, so that they attend in their order."""
+    """Attend: query [B, Hq, N, D], key and value [B, Hkv, N, D] -> [B, N, Hq, D]. Each layer needs the
+    output of the previous one, so they attend in order."""
     layer, _step.layer = _step.layer, _step.layer + 1
     return _step.view.attend(layer, query, key, value, scale, window).transpose(1, 2).contiguous()
 

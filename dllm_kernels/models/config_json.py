@@ -30,7 +30,7 @@ _LAYER_COUNT = re.compile(r"(.*_)?n(um)?_(.*_)?layers?|decoder_layers|encoder_la
 def read_config(entries: dict, family: Family):
     """Return the stock config of config.json's entries and the layout of the weights.
 
-    The config's "diffusion" entry is complete. An entry that no model can have is a ValueError that names it.
+    The config's "diffusion" entry is complete. An invalid entry is a ValueError that names it.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
@@ -65,9 +65,9 @@ def read_config(entries: dict, family: Family):
 
 
 def own_entries(config, name: str) -> tuple[dict, Layout] | None:
-    """config.json of a model in a family's own layout, and that layout; None where it is the stock one.
+    """Return config.json of a model in a family's own layout, and that layout; None for the stock layout.
 
-    Read back it must give the same config: what the layout has no word for is refused.
+    Reading it back must give the same config: settings that the layout cannot express are refused.
     """
     architecture = config.model_type
     fitting = {
@@ -103,7 +103,7 @@ def own_entries(config, name: str) -> tuple[dict, Layout] | None:
 
 
 def check_tokens(ids: object, name: str, vocab_size: object, several: bool = False) -> None:
-    """Refuse what is no token id, or no list of them where there may be several."""
+    """Refuse a value that is no token id, or no list of them if several are allowed."""
     given = ids if several and isinstance(ids, list) else [] if ids is None else [ids]
     for token in given:
         if type(token) is not int or token < 0 or (type(vocab_size) is int and token >= vocab_size):
@@ -114,7 +114,7 @@ def check_tokens(ids: object, name: str, vocab_size: object, several: bool = Fal
 
 
 def _layout(entries: dict, family: Family) -> Layout | None:
-    """The layout that the entries are written in."""
+    """Return the layout that the entries are written in."""
     if not family.layouts:
         return None
     layout = next((layout for layout in family.layouts if not layout.misfits(entries)), None)
@@ -126,7 +126,7 @@ def _layout(entries: dict, family: Family) -> Layout | None:
 
 
 def _of_the_model(entries: Mapping, dropped: set[str]) -> dict:
-    """`entries` without those that are dropped, nor those about software in nested configs."""
+    """Return `entries` without the dropped ones and without those about software in nested configs."""
     return {
         key: _of_the_model(value, _SOFTWARE) if isinstance(value, dict) else value
         for key, value in entries.items()
@@ -136,7 +136,7 @@ def _of_the_model(entries: Mapping, dropped: set[str]) -> dict:
 
 # ---- checks ------------------------------------------------------------------------------------------------
 def _check_entries(entries: Mapping) -> None:
-    """Refuse what config classes take as it is: layer counts, which they list, rotary bases, epsilons."""
+    """Refuse what config classes do not check: layer counts, which they list, rotary bases, epsilons."""
     for key, value in entries.items():
         if isinstance(value, dict):
             _check_entries(value)
@@ -177,7 +177,7 @@ def _check(config) -> None:
 
 
 def _check_number(name: str, value: object) -> None:
-    """Refuse what is no finite number, or must be positive and is not."""
+    """Refuse a value that is no finite number, or that must be positive and is not."""
     positive = name.endswith("rope_theta") or name == "factor"
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"config.json: {name} is {value!r:.80}; it must be a number")
@@ -186,7 +186,7 @@ def _check_number(name: str, value: object) -> None:
 
 
 def _setting(config, name: str):
-    """A setting; None where the config has none of its own, or another one for each kind of layer."""
+    """Return a setting; None if the config does not set it, or sets it for each kind of layer."""
     if isinstance(getattr(type(config), name, None), property):
         return None
     try:
@@ -196,7 +196,7 @@ def _setting(config, name: str):
 
 
 def _numbers(rope: object) -> Iterator[tuple[str, object]]:
-    """The settings of rotary embeddings, of all kinds of layers, but for flags and names."""
+    """Yield the numbers among the rotary settings of all kinds of layers."""
     if not isinstance(rope, Mapping):
         raise ValueError(f"config.json: rope_parameters is {rope!r:.80}; it must hold entries by name")
     for name, value in rope.items():

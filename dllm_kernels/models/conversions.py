@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Fill:
-    """How weights of a model come from tensors of a checkpoint.
+    """A conversion of tensors of a checkpoint to weights of a model.
 
     sources: names in the checkpoint. weights: turns their tensors, in that order, into weights by name; it
     works on the meta device too.
@@ -28,7 +28,7 @@ class Fill:
 
 
 def stock_fills(model, names: Iterable[str]) -> tuple[list[Fill], list[str]]:
-    """How weights of a transformers model come from the tensors `names`, and the names that it leaves."""
+    """Return the fills of a transformers model's weights from the tensors `names`, and unused names."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (

@@ -29,11 +29,11 @@ def model_class(config, masked_lm: bool, architectures: Sequence[str] | None = N
 
 
 def skeleton(kind: type, config, dtype: torch.dtype, elements: int | None = None) -> nn.Module:
-    """A model on the meta device.
+    """Return a model on the meta device.
 
     kind: a model class of transformers, or one of its auto classes. elements: how many numbers the checkpoint
-    holds; a model that needs many more is not built to the end. A config that no model can be built from is a
-    ValueError.
+    holds; building stops early for a model that needs many more. A config that no model can be built from is
+    a ValueError.
     """
     try:
         with _limited(None if elements is None else _TIMES * elements + _SPARE):
@@ -50,7 +50,7 @@ def skeleton(kind: type, config, dtype: torch.dtype, elements: int | None = None
 
 
 def empty_model(kind: type, config, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A model whose weights hold whatever was in memory."""
+    """Return a model with uninitialised weights."""
     return _built(kind, config, device, dtype)
 
 

@@ -1,4 +1,4 @@
-"""The model lines that load, sample and save, one row each, and what sampling reads off a loaded model.
+"""The model lines that load, sample and save, one row each, and the sampling facts of a loaded model.
 
 A checkpoint says how it was trained in the "diffusion" entry of its config.json:
     "mask_token_id": 4093,
@@ -94,10 +94,10 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Diffusion:
-    """How a loaded model samples; None and () where its checkpoint says nothing.
+    """The sampling facts of a loaded model; None and () if its checkpoint does not say.
 
     head: the functions from hidden states to logits, in turn; the last one is an nn.Linear.
-    first_position: what the model calls the first position. max_positions: how many it has.
+    first_position: the model's number of the first position. max_positions: how many it has.
     chat: options of its chat template.
     """
 
@@ -115,7 +115,7 @@ class Diffusion:
 
 
 def family_of(model_type: str | None, architectures: Sequence[str] | None = None) -> Family:
-    """The row of a config.json's model_type; language models of transformers without a row run as they are.
+    """Return the row of a config.json's model_type; language models without a row run as they are.
 
     architectures: config.json's, which tell masked-LM models of a type from its causal LMs.
     """
@@ -149,7 +149,7 @@ def is_masked_lm(model) -> bool:
 
 
 def diffusion_of(model, *, head: bool = True) -> Diffusion:
-    """Return what `model`, a transformers model, says of its diffusion training.
+    """Return the sampling facts of `model`, a transformers model.
 
     head: whether its head must be plain; if not, callers make logits as the model does, and `head` is ().
     """
@@ -190,7 +190,7 @@ def diffusion_of(model, *, head: bool = True) -> Diffusion:
 
 
 def diffusion_entry(config, family: Family) -> dict:
-    """The config's "diffusion" entry, filled up from its family's row."""
+    """Return the config's "diffusion" entry, completed from its family's row."""
     given = getattr(config, "diffusion", None) or {}
     if not isinstance(given, Mapping):
         raise ValueError(f"config.diffusion is {given!r}; it must hold entries by name")
@@ -243,7 +243,7 @@ def _either(name: str, *configs):
 
 
 def token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
-    """Token ids as configs hold them: one, several or none."""
+    """Return token ids as a tuple; configs hold one, several or none."""
     return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
 
 
@@ -252,7 +252,7 @@ def _head(model, family: Family) -> tuple[Callable, ...]:
 
 
 def head_modules(model, family: Family) -> tuple[Callable, ...]:
-    """Return what the names in family.head stand for in `model`."""
+    """Return the modules and functions of `model` that family.head names."""
     from transformers.activations import ACT2FN
 
     try:
@@ -263,16 +263,16 @@ def head_modules(model, family: Family) -> tuple[Callable, ...]:
 
 
 # Models that were seen to be nothing more than a base model and its output embeddings.
-_PLAIN: weakref.WeakSet = weakref.WeakSet()
+_BARE_HEADS: weakref.WeakSet = weakref.WeakSet()
 _LOOKING = threading.Lock()
 
 
 def _output_embeddings(model):
-    """What gives the logits of a model without a row; refuses one that scales or caps on the way."""
+    """Return the head of a model without a row; refuse one that scales or caps logits."""
     with _LOOKING:  # another thread's forward would come through the same hooks
-        if model not in _PLAIN:
+        if model not in _BARE_HEADS:
             _refuse_more_than_embeddings(model)
-            _PLAIN.add(model)
+            _BARE_HEADS.add(model)
     return model.get_output_embeddings()
 
 
@@ -287,7 +287,7 @@ def _refuse_more_than_embeddings(model) -> None:
 
 
 def _more_than_embeddings(model) -> str | None:
-    """Say what a forward of `model` does besides; None: nothing."""
+    """Return what else the forward of `model` does to logits; None: nothing."""
     import torch
 
     from dllm_kernels.models.shadow import shadow

@@ -15,7 +15,7 @@ from dllm_kernels.models.nested_patch import nested_patch
 
 @contextmanager
 def inference(model: PreTrainedModel) -> Iterator[None]:
-    """Within this context `model` has no dropout, no gradients and our attention; afterwards it is as before.
+    """Run `model` without dropout and gradients and on our attention within this context.
 
     ValueError if its attention cannot be hooked.
     """

@@ -2,14 +2,14 @@
 
 `merge_projections` lays the weights of such a group one after the other in memory. Every module keeps its
 place, its name and its Parameters, which become row slices of one storage: state_dict, checkpoints and
-optimizers see the stock model. The first module of a group multiplies its input by the rows of all. It leaves
-the others' parts with the input itself: there they find them when they are called with that very tensor, and
-what nobody fetches ends with it.
+optimizers see the stock model. The first module of a group multiplies its input by the rows of all. It
+attaches the others' parts to the input tensor, where they find them when called with that very tensor; unused
+parts are freed with the input.
 
-A module computes by itself, as nn.Linear does, whenever it is not certain that this gives the same: with
-gradients enabled or under autocast, for another input or one that was changed in between, and when weights
-have come to lie elsewhere or are no longer plain Parameters. Compiled code and inference mode do not see
-changes of an input in between, since torch counts none there.
+A module computes separately, as nn.Linear does, unless the result is certain to be the same: with gradients
+enabled or under autocast, for another input or one that was changed in between, and if weights have moved or
+are no longer plain Parameters. Compiled code and inference mode do not notice changes of an input in between,
+since torch does not count them there.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ _PARTS = "_dllm_parts"  # of an input: what its projections have still to fetch
 
 
 def merge_projections(model: nn.Module) -> int:
-    """Compute each group of projections in `model` as one product from now on; returns how many there are.
+    """Compute each group of projections in `model` as one product from now on; return how many there are.
 
-    Groups are found by name (`GROUPS`). One is left alone unless all its modules are plain nn.Linear without
-    hooks, alike in input size, dtype, device and in having a bias, with weights that no other module uses. A
-    model without such groups (its projections are fused already, say) stays as it is. One that is copied, or
-    moved to another dtype or device, has weights in other places: its modules compute by themselves until
-    this is called again. Memory: that of one group besides the model's.
+    Groups are found by name (`GROUPS`). A group is merged if all its modules are plain nn.Linear without
+    hooks, with the same input size, dtype, device and presence of a bias, and weights that no other module
+    uses. A model without such groups (with fused projections, say) does not change. Copying a model, or
+    moving it to
+    another dtype or device, moves its weights: its modules then compute separately until this is called
+    again.
+    Memory: one group besides the model.
     """
     owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     merged = 0
@@ -74,7 +76,7 @@ class MergedLinear(nn.Linear):
     others: tuple[MergedLinear, ...]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]: a slice of the group's product, where there is one."""
+        """Project x [..., in] -> [..., out], by a slice of the group's product if there is one."""
         output = None
         if not torch.is_grad_enabled():
             output = _first_part(x, (self, *self.others)) if self.others else _own_part(x, self)
@@ -83,7 +85,7 @@ class MergedLinear(nn.Linear):
 
 # ---- the product and its parts -----------------------------------------------------------------------------
 def _first_part(x: Tensor, group: tuple[MergedLinear, ...]) -> Tensor | None:
-    """The part of the group's first module; the others' are left with `x`."""
+    """Return the part of the group's first module, and attach the others' to `x`."""
     weights, biases = _parameters(group)
     as_merged = len(biases) in (0, len(group)) and _are_plain(weights + biases)
     if not as_merged or _under_autocast(x):
@@ -106,7 +108,7 @@ def _first_part(x: Tensor, group: tuple[MergedLinear, ...]) -> Tensor | None:
 
 
 def _own_part(x: Tensor, module: MergedLinear) -> Tensor | None:
-    """The part that was left with `x`, which is `x` as it was then."""
+    """Return the part attached to `x`, if `x` has not changed since."""
     parts = getattr(x, _PARTS, None)
     if parts is None or module not in parts:
         return None
@@ -115,7 +117,7 @@ def _own_part(x: Tensor, module: MergedLinear) -> Tensor | None:
 
 
 def _version(x: Tensor) -> int | None:
-    """Rises with every change in place; None where changes are not counted."""
+    """Return a count of in-place changes; None if changes are not counted."""
     return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
@@ -125,9 +127,9 @@ def _under_autocast(x: Tensor) -> bool:
 
 
 def _merged_product(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor | None:
-    """x [..., in] times weights [out_i, in], plus biases [out_i] if any -> [..., sum of out_i].
+    """Multiply x [..., in] by weights [out_i, in], add biases [out_i] if any -> [..., sum of out_i].
 
-    None where they do not lie one after the other.
+    None if the weights are not contiguous in one storage.
     """
     weight, bias = _joined(weights), _joined(biases) if biases else None
     if weight is None or (biases and bias is None):
@@ -154,7 +156,7 @@ def _separate_products(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -
 
 # ---- weights in memory -------------------------------------------------------------------------------------
 def _parameters(group: tuple[nn.Linear, ...]) -> tuple[list[Tensor | None], list[Tensor]]:
-    """Weights (None: computed from others) and biases, of which there may be none."""
+    """Return weights (None: computed from others) and biases, if any."""
     weights = [module._parameters.get("weight") for module in group]
     biases = [module._parameters.get("bias") for module in group]
     return weights, [bias for bias in biases if bias is not None]
@@ -165,7 +167,7 @@ def _are_plain(parameters: list[Tensor | None]) -> bool:
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:
-    """The tensor whose rows are those of `parts`, if these lie so in the storage of the first."""
+    """Return the tensor whose rows are those of `parts`, if they are contiguous in one storage."""
     first, rows = parts[0], 0
     address, stride, dtype = first.data_ptr(), first.stride(), first.dtype
     for part in parts:
@@ -180,7 +182,7 @@ def _joined(parts: list[Tensor]) -> Tensor | None:
 
 
 def _lay_together(group: tuple[nn.Linear, ...]) -> None:
-    """Weights one after the other, and biases, unless they lie so already or differ in kind."""
+    """Lay weights one after the other, and biases, unless they lie so already or differ in kind."""
     for parts in filter(None, _parameters(group)):
         if not _are_plain(parts) or len({(part.dtype, part.device, part.shape[1:]) for part in parts}) > 1:
             continue
@@ -199,7 +201,7 @@ def _is_merged(group: tuple[nn.Module | None, ...]) -> bool:
 
 
 def _can_merge(group: tuple[nn.Module | None, ...], owners: Counter) -> bool:
-    """owners: how many modules have the Parameter of this id."""
+    """Return whether a group can be merged. owners: number of modules per id of a Parameter."""
     if not all(is_plain_linear(module) for module in group):
         return False
     weights, biases = _parameters(group)

@@ -1,7 +1,7 @@
-"""The masks that transformers models make for themselves, when a caller gives neither a view nor a SpanMask.
+"""The masks that transformers models make themselves, if a caller passes neither a view nor a SpanMask.
 
-transformers asks the mask interface of a model's attention implementation what its queries see. Registered
-there are:
+transformers asks the mask interface of a model's attention implementation what its queries see. This module
+registers:
 - for "dllm", masks as spans: int32 [B or 1, 1, Sq, R, 2] in place of a dense [B, 1, Sq, Sk];
 - for every implementation, the mask that a diffusion model was trained with. A config whose "diffusion" entry
   says "bidirectional" or "block_causal" gets that mask where transformers would make a causal one. Blocks
@@ -37,7 +37,7 @@ UNKNOWN_PATTERN = torch.empty(0, 0, 0, 0, 0, device="cpu")
 
 @dataclass(frozen=True)
 class Pattern:
-    """What the query at position q of a row sees, padding excepted.
+    """The keys that the query at position q of a row sees, apart from padding.
 
     kind: "causal", keys up to q; "bidirectional", all; "block_causal", keys up to the end of q's block, where
     blocks count from the row's first real token. reach: how far from q a key may lie; None: any distance.
@@ -48,10 +48,10 @@ class Pattern:
     reach: int | None = None
 
     def spans(self, first: Tensor, last: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Start and end of the positions that each query sees, int64 [B or 1, Sq].
+        """Return start and end of the positions that each query sees, int64 [B or 1, Sq].
 
-        query: int64 [1, Sq], positions. first, last: int64 [B or 1, 1 or Sq], the first position of what a
-        query can see at all, where its blocks count from, and the one after the last.
+        query: int64 [1, Sq], positions. first, last: int64 [B or 1, 1 or Sq], the first position that a query
+        can see at all, where its blocks count from, and the one after the last.
         """
         start, end = torch.broadcast_tensors(first, last, query)[:2]
         if self.kind == "causal":
@@ -67,7 +67,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class MaskRequest:
-    """What transformers tells a mask interface of one forward; names and meanings are those of its
+    """The arguments that transformers passes to a mask interface for one forward, named as in its
     `masking_utils.sdpa_mask`."""
 
     batch_size: int
@@ -85,7 +85,7 @@ class MaskRequest:
 
     @staticmethod
     def of(arguments: dict) -> MaskRequest:
-        """From an interface's arguments; only bidirectional masks have the option to be skipped."""
+        """Make a request from an interface's arguments; only bidirectional masks may be skipped."""
         known = {name: arguments[name] for name in MaskRequest.__dataclass_fields__ if name in arguments}
         return MaskRequest(**known, bidirectional="allow_is_bidirectional_skip" in arguments)
 
@@ -102,14 +102,14 @@ class MaskRequest:
             )
 
     def own_pattern(self) -> Pattern | None:
-        """That of transformers; None where a dense mask must be looked at."""
+        """Return the pattern of transformers; None if only a dense mask tells."""
         if self.mask_function is causal_mask_function:
             return Pattern("causal")
         return Pattern("bidirectional") if self.mask_function is bidirectional_mask_function else None
 
     def trained_pattern(self) -> Pattern | None:
-        """The one in its place, for a diffusion model; None for masks of images, for chunks that are no whole
-        blocks or lie in a cache, and where the block size is not known.
+        """Return the pattern of a diffusion model's training; None for masks of images, for chunks that
+        are no whole blocks or lie in a cache, and if the block size is not known.
 
         Windows of decoders reach |q - k| < config.sliding_window, as their attention functions count them.
         Encoders, whose masks are bidirectional without `is_causal=False`, count in the key itself.
@@ -127,8 +127,9 @@ class MaskRequest:
     def bounds(self) -> tuple[Tensor, Tensor] | None:
         """Return first and last + 1 of the positions that queries can see at all, int64 [B or 1, 1 or Sq].
 
-        They are a row's unpadded tokens, and of these a query's document, where position ids tell of several,
-        or its chunk. None for padding with holes, and for any padding in compiled code, which cannot read it.
+        They are a row's unpadded tokens, restricted to a query's document if position ids show several,
+        or to its chunk. None for padding with holes, and for any padding in compiled code, which cannot read
+        it.
         """
         length = self.kv_length + self.kv_offset
         start = self.first_real()
@@ -152,21 +153,21 @@ class MaskRequest:
         return torch.maximum(start, first), torch.minimum(end, last)
 
     def first_real(self) -> Tensor:
-        """int64 [B, 1], each row's first unpadded position; [1, 1] without padding."""
+        """Return int64 [B, 1], each row's first unpadded position; [1, 1] without padding."""
         if self.attention_mask is None:
             return torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         return self.attention_mask.bool().int().argmax(1, keepdim=True)
 
     def query(self) -> Tensor:
-        """int64 [1, Sq], positions of the queries."""
+        """Return int64 [1, Sq], positions of the queries."""
         return (torch.arange(self.q_length, device=self.device) + self.q_offset)[None]
 
     def _is_chunked(self) -> bool:
         return self.local_size is not None and getattr(self.config, "attention_chunk_size", None) is not None
 
     def _documents(self) -> tuple[Tensor, Tensor]:
-        """int64 [B, S], where each query's document or chunk starts and ends: in causal masks a token sees
-        the one before it unless that ends another one."""
+        """Return int64 [B, S], where each query's document or chunk starts and ends: in causal masks a token
+        sees the previous one unless that ends another one."""
         index = torch.arange(self.q_length, device=self.device)
         row = torch.arange(self.batch_size, device=self.device)[:, None]
         seen = self.mask_function(row, torch.zeros_like(row), index[None, 1:], index[None, :-1])
@@ -177,7 +178,7 @@ class MaskRequest:
 
 
 def span_mask_interface(**arguments) -> Tensor:
-    """The mask of one forward as spans of key indices, int32 [B or 1, 1, Sq, R, 2]."""
+    """Return the mask of one forward as spans of key indices, int32 [B or 1, 1, Sq, R, 2]."""
     given = arguments.get("attention_mask")
     if given is not None and given.dim() == 5:
         return given  # made by an earlier call: `generate` makes masks for static caches before the forward
@@ -209,7 +210,7 @@ def span_mask_interface(**arguments) -> Tensor:
 
 def trained_kind(config) -> tuple[str, int | None] | None:
     """Return ("bidirectional", 1) or ("block_causal", block size or None), the first kind in the config's
-    "diffusion" entry; None without such an entry, or where the config asks for a causal mask."""
+    "diffusion" entry; None without such an entry, or if the config asks for a causal mask."""
     entry = getattr(config, "diffusion", None)
     if not isinstance(entry, Mapping) or not entry.get("attention") or getattr(config, "is_causal", None):
         return None
@@ -225,7 +226,7 @@ def trained_kind(config) -> tuple[str, int | None] | None:
 
 
 def _function(pattern: Pattern, request: MaskRequest) -> Callable[..., Tensor]:
-    """`pattern` as a mask function of transformers, which adds what padding hides."""
+    """Return `pattern` as a mask function of transformers, which adds the padding."""
     bounds = request.bounds()
     if bounds is None:
         end = torch.tensor([[request.kv_length + request.kv_offset]], device=request.device)
@@ -246,7 +247,7 @@ _library.define("spans_of_dense(Tensor visible) -> Tensor")
 
 @torch.library.impl(_library, "spans_of_dense", "CompositeExplicitAutograd")
 def _spans_of_dense(visible: Tensor) -> Tensor:
-    """bool [B, Sq, Sk] -> int32 [B, Sq, R, 2]; an operator, since compiled code cannot know R."""
+    """Convert bool [B, Sq, Sk] -> int32 [B, Sq, R, 2]; an operator, since compiled code cannot know R."""
     return SpanMask.from_dense(visible).spans
 
 
@@ -258,10 +259,10 @@ def _(visible: Tensor) -> Tensor:
 
 # ---- masks that a caller gives -----------------------------------------------------------------------------
 def spans_of_4d(mask: Tensor, keys: int) -> Tensor:
-    """The first `keys` columns of a boolean (True = visible) or additive (0 or -inf) mask [B, 1, Sq, >= keys]
-    as spans, int32 [B, Sq, R, 2].
+    """Return the first `keys` columns of a boolean (True = visible) or additive (0 or -inf) mask
+    [B, 1, Sq, >= keys] as spans, int32 [B, Sq, R, 2].
 
-    All layers of a forward are given one mask: its spans are kept with it, until it changes.
+    All layers of a forward get the same mask: its spans are cached with it until it changes.
     """
     if torch.compiler.is_compiling():
         return torch.ops.dllm_kernels.spans_of_dense(_visible(mask, keys))
@@ -281,7 +282,7 @@ def _same(before: Tensor | int, now: Tensor | int) -> bool:
 
 
 def _visible(mask: Tensor, keys: int) -> Tensor:
-    """bool [B, Sq, keys]"""
+    """Return the mask as bool [B, Sq, keys]."""
     if mask.shape[1] != 1:
         raise ValueError(f"attention_mask is {list(mask.shape)}; a mask per head cannot be kept as spans")
     visible = mask[:, 0, :, :keys]
@@ -303,7 +304,7 @@ def _visible(mask: Tensor, keys: int) -> Tensor:
 
 # ---- registration ------------------------------------------------------------------------------------------
 def _as_trained(make_mask: Callable) -> Callable:
-    """`make_mask`, of another attention implementation, for diffusion models too."""
+    """Extend `make_mask`, of another attention implementation, to diffusion models."""
 
     @wraps(make_mask)
     def mask(**arguments):
@@ -333,7 +334,7 @@ def _as_trained(make_mask: Callable) -> Callable:
 
 
 def unknown_pattern(what: str) -> str:
-    """What to say when a diffusion model's own mask is none that its training tells of."""
+    """Return the error text for a diffusion model whose mask its training does not describe."""
     return (
         f"{what} makes a mask for which its diffusion training says nothing: of images, of chunks that are "
         'no whole blocks or lie in a cache, or of blocks without a "block_size" in config.diffusion. Give '

@@ -1,4 +1,4 @@
-"""A change to a model that several contexts share, nested or in several threads."""
+"""Patches of a model that several contexts share, nested or in several threads."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ _made: dict[Hashable, tuple[ExitStack, set[object]]] = {}
 
 @contextmanager
 def nested_patch(key: Hashable, change: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    """Within this context the change holds that `change()` makes on entry and takes back on exit.
+    """Hold the change that the context `change()` makes on entry and undoes on exit.
 
-    Among contexts of one key, whatever their threads and order, the first makes it and the last to leave
-    takes it back: each for itself would put back what another still needs, or has put there.
+    Among contexts of one key, in any threads and order, the first makes the change and the last to leave
+    undoes
+    it: each by itself would restore a state that another still needs, or has made.
     """
     user = object()
     try:

@@ -1,10 +1,11 @@
-"""What a model computes besides attention, and what its attention is given: asked of the model itself.
+"""Probe a model for what it computes besides attention, and for the inputs of its attention.
 
 Sampling lays rows end to end and keeps keys and values, which is right only if tokens depend on each other
-through attention alone. A config does not say so: state-space layers, convolutions and hashed n-grams are
-found in models of all names. So a few tokens go through the model with attention that passes every token its
-own value. Then no token may depend on another: not-a-number in one must stay there, and equal tokens at equal
-positions must come out equal.
+through attention alone. A config does not say so: state-space layers, convolutions and hashed n-grams occur
+in models of all names. So a few tokens go through the model with attention that passes every token its own
+value.
+Then no token may depend on another: NaN in one must stay there, and equal tokens at equal positions must come
+out equal.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from dllm_kernels.models.shadow import shadow
 
 @dataclass(frozen=True)
 class Traits:
-    """What sampling has to know of a model.
+    """Facts about a model that sampling needs.
 
-    kv_heads, head_dims: of each call of attention in a forward, in turn.
+    kv_heads, head_dims: of each attention call in a forward, in turn.
     local: whether tokens depend on each other through attention alone. If not, rows are computed one by one
-    and nothing is kept. causal: whether what else there is looks back only.
-    mask: what the model is given as attention_mask. rotary: what depends on the length of a row.
+    and nothing is cached. causal: whether the other dependences only look back.
+    mask: the attention_mask to pass to the model. rotary: rotary modules that depend on the length of a row.
     """
 
     kv_heads: tuple[int, ...]
@@ -46,7 +47,7 @@ class Traits:
 
     @property
     def calls(self) -> int:
-        """How often a forward attends."""
+        """Return the number of attention calls in a forward."""
         return len(self.kv_heads)
 
 
@@ -73,7 +74,7 @@ def traits_of(model: PreTrainedModel, diffusion: Diffusion) -> Traits:
 
 
 def structure_of(model: nn.Module) -> tuple:
-    """Return what a model is made of: equal unless modules, forwards, dtypes or devices have changed."""
+    """Return a value that changes with the modules, forwards, dtypes or devices of a model."""
     return tuple(
         (id(module), type(module), id(vars(module).get("forward")), *map(_place, module._parameters.values()))
         for module in model.modules()
@@ -91,13 +92,13 @@ _FURTHEST = 1 << 16  # position of models that have any number
 
 @dataclass(eq=False)
 class _OwnValues:
-    """A view in which every token sees itself alone. seen: queries, keys and values of each call."""
+    """A view in which every token sees only itself. seen: queries, keys and values of each call."""
 
     layers: set[int] = field(default_factory=set)
     seen: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale, window) -> Tensor:
-        """As StepView.attend."""
+        """Attend as StepView.attend does."""
         if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == value.shape[2] == len(_TOKENS):
             raise ValueError("its attention sees something else than the tokens of its input")
         self.layers.add(len(self.layers))
@@ -139,7 +140,7 @@ class _Probe:
         return Traits(*zip(*shapes, strict=True), local, causal, mask, LengthDependentRotary(self.model))
 
     def first_forward(self, last: int) -> tuple[Tensor | None, list]:
-        """The attention mask that the model takes, and what was seen of its forward."""
+        """Return the attention mask that the model takes, and the values seen in its forward."""
         positions = [min(position, last) for position in _POSITIONS]
         try:
             return VIEW_ONLY, self.forward(positions, VIEW_ONLY)
@@ -149,7 +150,7 @@ class _Probe:
     def forward(
         self, positions, mask: Tensor | None, tokens: tuple[int, ...] = _TOKENS, taint: bool = True
     ) -> list[tuple[Tensor, ...]]:
-        """Queries, keys and values of each call of attention, and the hidden states, [1, ..., N, D]."""
+        """Return queries, keys and values of each attention call, and the hidden states, [1, ..., N, D]."""
         device, view, thread = self.model.device, _OwnValues(), threading.get_ident()
 
         def tainted(module, inputs, output):
@@ -190,13 +191,13 @@ class _Probe:
 
 
 def _not_a_number(seen: list[tuple[Tensor, ...]]) -> bool:
-    """Whether that was seen of a token other than the tainted one."""
+    """Return whether a token other than the tainted one has NaN."""
     others = [token for token in range(len(_TOKENS)) if token != _TAINTED]
     return any(bool(part[..., others, :].isnan().any()) for parts in seen for part in parts)
 
 
 def _alike(some: list[tuple[Tensor, ...]], others: list[tuple[Tensor, ...]], here: int, there: int) -> bool:
-    """Whether what was seen of one token and of another is equal up to rounding."""
+    """Return whether the values of two tokens are equal up to rounding."""
     for part, other in zip(chain(*some), chain(*others), strict=True):
         one, two = part[..., here, :].float(), other[..., there, :].float()
         most = 1e-3 if part.dtype == torch.float32 else 0.1

@@ -1,8 +1,8 @@
 """Rotary embeddings whose frequencies depend on the length of the sequence: LongRoPE and dynamic NTK scaling.
 
-transformers picks their frequencies anew in every forward, from its largest position, and dynamic NTK scaling
-remembers the longest one. A forward over cached keys, or over several rows, would mix frequencies. While
-sampling they are fixed instead: those of a row's whole canvas, in every step.
+transformers picks their frequencies in every forward from its largest position, and dynamic NTK scaling
+remembers the longest one. A forward over cached keys, or over several rows, would mix frequencies. Sampling
+fixes them in every step to those of a row's whole canvas.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LengthDependentRotary:
         return bool(self._parts)
 
     def scaling_of(self, length: int) -> tuple:
-        """Return what the frequencies follow from: rows of equal scaling rotate alike."""
+        """Return a key of the frequencies: rows of equal scaling rotate alike."""
         return tuple(
             _scaling(part(), rope_type, layer_type, length)
             for part, rope_types in self._parts
@@ -45,7 +45,7 @@ class LengthDependentRotary:
 
     @contextmanager
     def fixed(self, length: int) -> Iterator[None]:
-        """Within this context the model rotates as for `length` positions. One thread at a time is in it."""
+        """Rotate as for `length` positions within this context, which holds one thread at a time."""
         if not self._parts:
             yield
             return
@@ -88,7 +88,7 @@ def _scaling(module: nn.Module, rope_type: str, layer_type: str | None, length: 
 @torch.inference_mode(False)
 @torch.no_grad()
 def _fixed_copy(module: nn.Module, length: int) -> nn.Module:
-    """A copy of a rotary module, as a new one would be after a forward over `length` positions."""
+    """Return a copy of a rotary module, as a new one would be after a forward over `length` positions."""
     fixed, kinds = copy.deepcopy(module, {id(module.config): module.config}), _rope_types(module)
     device = next(fixed.buffers()).device
     last = torch.full((1, 1), length - 1, device=device)

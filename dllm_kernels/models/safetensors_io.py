@@ -1,4 +1,4 @@
-"""Weights of a model from and to a checkpoint: all are checked by the files' headers, then read in turn."""
+"""Weights of a model from and to safetensors files: checked against the headers, then read in turn."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def plan_weights(
     layout: Layout | None = None,
     unread: tuple[str, ...] = (),
 ) -> list[Fill]:
-    """How every weight of a model comes from the tensors of a checkpoint.
+    """Return the fills that make every weight of a model from the tensors of a checkpoint.
 
     skeleton: the model on the meta device. unread: the beginnings of names that may stay in the files.
-    A weight that is missing, left over, of another shape or of another kind of dtype is a ValueError.
+    A missing or unexpected weight, another shape or another kind of dtype is a ValueError.
     """
     state = skeleton.state_dict(keep_vars=True)
     fills, unexpected = _fills(skeleton, stored, layout)
@@ -70,8 +70,8 @@ def plan_weights(
 def fill_weights(model: nn.Module, fills: list[Fill], stored: Mapping[str, Stored]) -> None:
     """Read every weight of `model` as planned.
 
-    Besides the model, pages of the files that are being read are in memory, and what one conversion makes.
-    Weights that the model ties must be equal where the checkpoint holds several of them.
+    Besides the model, memory holds pages of the files being read and the result of one conversion. Weights
+    that the model ties must be equal if the checkpoint holds several of them.
     """
     state = model.state_dict(keep_vars=True)
     fills = sorted(fills, key=lambda fill: stored[fill.sources[0]].file)
@@ -86,7 +86,7 @@ def fill_weights(model: nn.Module, fills: list[Fill], stored: Mapping[str, Store
 
 
 def _fill(state: dict[str, Tensor], fill: Fill, tensors: list[Tensor], filled: dict[int, str]) -> None:
-    """Fill weights. filled: ids -> names that they were filled as. No part of a file outlives the call."""
+    """Fill weights. filled: ids -> names they were filled as. No part of a file outlives the call."""
     for name, tensor in fill.weights(tensors).items():
         target = state[name].detach()
         twin = filled.setdefault(id(state[name]), name)
@@ -97,7 +97,7 @@ def _fill(state: dict[str, Tensor], fill: Fill, tensors: list[Tensor], filled: d
 
 
 def write_weights(model: nn.Module, folder: Path, layout: Layout, max_shard_size: str) -> None:
-    """The weights of `model` under the layout's names; of tied weights the first one alone."""
+    """Write the weights of `model` under the layout's names; of tied weights only the first one."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     weights: dict[str, Tensor] = {}
@@ -115,9 +115,9 @@ def write_weights(model: nn.Module, folder: Path, layout: Layout, max_shard_size
 
 
 def own_storages(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`weights`, those that are parts of a storage as tensors that know of no other part.
+    """Return `weights`, with tensors of their own for parts of a shared storage.
 
-    Writers copy tensors that share a storage, or keep them in one shard; here nothing is copied.
+    Writers copy tensors that share a storage, or keep them in one shard; this copies nothing.
     """
 
     def is_part(tensor) -> bool:
@@ -129,7 +129,7 @@ def own_storages(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _fills(
     skeleton: nn.Module, stored: Mapping[str, Stored], layout: Layout | None
 ) -> tuple[list[Fill], list[str]]:
-    """Fills by the names of the layout, and of transformers for the rest; names that nothing takes."""
+    """Return fills by the names of the layout, and of transformers for the rest, and unused names."""
     state = skeleton.state_dict()
     fills, unused, stock = [], [], []
     for name in stored:
@@ -148,7 +148,7 @@ def _fills(
 
 
 def _parts(tensor: Tensor, names: tuple[str, ...], sizes: list[int]) -> dict[str, Tensor]:
-    """What a tensor holds one after the other along its first dimension."""
+    """Return the weights that a tensor holds one after the other along its first dimension."""
     if len(names) == 1:
         return {names[0]: tensor}
     if tensor.dim() == 0 or len(tensor) != sum(sizes):
@@ -157,7 +157,7 @@ def _parts(tensor: Tensor, names: tuple[str, ...], sizes: list[int]) -> dict[str
 
 
 def _misfit(tensor: Tensor, weight: Tensor) -> str | None:
-    """What keeps `tensor` from being read into `weight`."""
+    """Return why `tensor` cannot be read into `weight`; None if it can."""
     if tensor.shape != weight.shape:
         return f"{[*tensor.shape]}, not {[*weight.shape]}"
     if tensor.dtype != weight.dtype and not (tensor.is_floating_point() and weight.is_floating_point()):
@@ -166,7 +166,7 @@ def _misfit(tensor: Tensor, weight: Tensor) -> str | None:
 
 
 def _computed(model: nn.Module) -> set[str]:
-    """Buffers that a model computes where its checkpoint lacks them."""
+    """Return the buffers that a model computes if its checkpoint lacks them."""
     patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     buffers = (name for name, _ in model.named_buffers())
     return {name for name in buffers if any(re.search(pattern, name) for pattern in patterns)}

@@ -1,4 +1,4 @@
-"""Which models are written as a checkpoint: those that hold the weights of their class and nothing else."""
+"""Refuse to save models that hold more than the weights of their class."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _not_transformers(model: object) -> str:
 
 
 def _odd(tensor: Tensor) -> str | None:
-    """What makes a tensor unfit to be written, and a remedy."""
+    """Return why a tensor cannot be written, and a remedy; None if it can."""
     if tensor.is_meta:
         return "on the meta device, where nothing is stored; load the model without offloading"
     kind = type(tensor)
@@ -90,7 +90,7 @@ def _odd(tensor: Tensor) -> str | None:
 
 
 def _refuse_other_ties(described: str, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Refuse other tied weights than the config's, since a checkpoint holds tied weights once."""
+    """Refuse tied weights other than the config's, since a checkpoint holds tied weights once."""
     tied: dict[int, list[str]] = {}
     for name, tensor in expected.items():
         tied.setdefault(id(tensor), []).append(name)

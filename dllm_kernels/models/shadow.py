@@ -1,4 +1,4 @@
-"""A copy of a model to ask things of: its forwards leave the model, and what hooks count, as they were."""
+"""A copy of a model for probing: its forwards change neither the model nor the counts of its hooks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def shadow(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` in eval mode with the same parameters, buffers of its own, and without the
-    hooks that users put on; `model` itself where a copy would not compute."""
+    """Return a copy of `model` in eval mode with the same parameters, its own buffers, and without users'
+    hooks; `model` itself if a copy would not compute."""
     return model if _runs_only_itself(model) else _shadow(model, {})
 
 
 def _runs_only_itself(model: nn.Module) -> bool:
-    """Whether a copy would not compute: with sharded weights, or forwards that are bound to the originals."""
+    """Return whether a copy would not compute: with sharded weights, or forwards bound to the originals."""
     return any("forward" in vars(module) for module in model.modules()) or any(
         hasattr(weight, "device_mesh") for weight in model.parameters()
     )

@@ -1,9 +1,9 @@
-"""Files that replace others in a folder together, or not at all.
+"""Replace files in a folder together, or not at all.
 
 New files are written to a staging folder inside the target. Once they are complete, config.json of the target
 moves out before any other file, and the new one moves in after all others. A process that dies in between
 leaves a folder without config.json, which nothing loads, and never old files beside new ones. Every step is a
-rename, so an exception undoes those that were made, and the next load or save those that a dead process made.
+rename, so an exception undoes completed steps, and the next load or save undoes those of a dead process.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def interrupted_save(folder: Path) -> Path | None:
 
 # ---- moving ------------------------------------------------------------------------------------------------
 def _finish_files(new: Path, folder: Path) -> list[str]:
-    """Names of the files in `new`, which get the permissions of new files and are on the disk afterwards."""
+    """Give the files in `new` the permissions of new files, sync them to disk, and return their names."""
     names = _files(new)
     for name in names:
         (new / name).chmod(folder.stat().st_mode & 0o666)  # safetensors leaves 0600
@@ -119,7 +119,7 @@ def _undo(folder: Path, staging: Path) -> None:
 
 
 def _remove(staging: Path) -> None:
-    """Remove a staging folder with nothing to undo, so that there is nothing at any moment."""
+    """Remove a staging folder with nothing to undo, so that at no moment there is something to undo."""
     shutil.rmtree(staging / _REPLACED, ignore_errors=True)
     shutil.rmtree(staging, ignore_errors=True)
 
@@ -134,7 +134,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or what a folder lists, is on the disk."""
+    """Wait until a file, or a folder's list of entries, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -170,7 +170,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(path: Path, wait: bool = True) -> int | None:
-    """A lock that ends with the process at the latest; None where there are no locks, or another has it."""
+    """Return a lock that ends with the process at the latest; None without locks, or if another has it."""
     if fcntl is None:
         return None
     descriptor = None

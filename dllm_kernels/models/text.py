@@ -28,7 +28,7 @@ def check_tokenizer(tokenizer) -> None:
 
 
 def check_text(name: str, text: str) -> None:
-    """Raise ValueError where `text` holds half of a surrogate pair, which no tokenizer can read."""
+    """Raise ValueError if `text` holds half of a surrogate pair, which no tokenizer can read."""
     if not text.isascii() and (found := _SURROGATE.search(text)):
         raise ValueError(
             f"{name} holds the lone surrogate U+{ord(found[0]):04X} at character {found.start()}: half of a "
@@ -89,8 +89,8 @@ def added_text(tokenizer, before: list[int], ids: list[int]) -> str:
 def decoded_behind(decode: Callable[[list[int]], str], before: list[int], ids: list[int]) -> str:
     """Return what `ids` add to the text of the ids before them.
 
-    Decoded alone, the first word would lose the space before it in SentencePiece tokenizers. Where the
-    text before changes (a character that `ids` complete or spoil), only its whole characters count.
+    Decoded alone, the first word would lose the space before it in SentencePiece tokenizers. If the text
+    before changes (a character that `ids` complete or spoil), only its whole characters count.
     """
     context = before[-_CONTEXT:]
     whole, spoken = decode(context + ids), decode(context)

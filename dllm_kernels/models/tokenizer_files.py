@@ -48,7 +48,7 @@ def read_tokenizer(folder: Path, config, kind: str | None):
 
 
 def _check(path: Path) -> None:
-    """Refuse JSON that is none, or whose top is of another kind than in any tokenizer's file."""
+    """Refuse invalid JSON, and JSON whose top level no tokenizer's file has."""
     if path.suffix not in (".json", ".jinja", ".txt"):
         return
     try:

@@ -1,4 +1,4 @@
-"""The transformers model in a wrapper that only passes calls on: DataParallel, DDP, torch.compile, peft."""
+"""The transformers model in a wrapper that only forwards calls: DataParallel, DDP, torch.compile, peft."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _TRANSPARENT = {
 
 
 def unwrapped(model: object) -> object:
-    """Return the transformers model in `model`, through any number of wrappers; what is no wrapper, itself.
+    """Return the transformers model in `model`, through any number of wrappers; other objects as they are.
 
-    ValueError for a wrapper that does more than pass calls on: a learned prompt, sharded parameters, a module
-    of the user's own.
+    ValueError for a wrapper that does more than forward calls: a learned prompt, sharded parameters, a custom
+    module.
     """
     while isinstance(model, nn.Module) and not is_transformers_model(model):
         inner = _passed_on_to(model)
@@ -30,7 +30,7 @@ def unwrapped(model: object) -> object:
 
 
 def is_transformers_model(model: object) -> bool:
-    """Whether `model` is one of transformers' own."""
+    """Return whether `model` is a model of transformers."""
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
         return False
     from transformers import PreTrainedModel
@@ -54,7 +54,7 @@ def _is_peft_model(model: nn.Module) -> bool:
 
 
 def _refuse_more_than_adapters(model: nn.Module) -> None:
-    """What peft computes outside the base model would be lost with the wrapper."""
+    """Refuse peft models that compute outside the base model: the computation would be lost."""
     for config in _active_configs(model):
         kind = getattr(config.peft_type, "value", config.peft_type)
         if config.is_prompt_learning:
@@ -81,7 +81,7 @@ def _active_configs(model: nn.Module) -> Iterator:
 
 
 def _refuse_wrapper(model: nn.Module) -> None:
-    """A module around a transformers model would run it with its own, usually causal, mask."""
+    """Refuse a module around a transformers model: it would run it with its own, usually causal, mask."""
     inner = next((module for module in model.modules() if is_transformers_model(module)), None)
     if inner is None:
         return

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """What autocast converts, in `dtype`; float64 and integers stay and are refused by name."""
+    """Cast to `dtype` as autocast does; float64 and integers stay and are refused by name."""
     return tensor.to(dtype) if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) else tensor
 
 

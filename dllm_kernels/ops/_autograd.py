@@ -51,7 +51,7 @@ def register_derivative(name: str, backward: Callable, setup_context: Callable) 
 
 
 def register_no_derivative(name: str, remedy: str) -> None:
-    """Raise NotImplementedError where a gradient reaches dllm_kernels::`name`; `remedy`: what to do then."""
+    """Raise NotImplementedError, with a `remedy`, if a gradient reaches dllm_kernels::`name`."""
     text = f"{name}: no derivative is implemented; {remedy}"
 
     def backward(ctx, *grads):

@@ -1,4 +1,4 @@
-"""Fake kernels: what torch.compile and tensors on the meta device see of an operator."""
+"""Fake kernels: the shapes and dtypes that torch.compile and meta tensors see of an operator."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .. import _library  # noqa: F401  (loads the operators)
 
 
 def register_fake(name: str) -> Callable[[Callable], Callable]:
-    """As torch.library.register_fake for dllm_kernels::`name`, and all tensors must be on one device.
+    """Register a fake kernel of dllm_kernels::`name` that also requires all tensors on one device.
 
-    The compiled kernels check that themselves, but a call with one meta tensor among others comes here.
+    Compiled kernels check that themselves, but a call with one meta tensor among others comes here.
     """
     arguments = getattr(torch.ops.dllm_kernels, name).default._schema.arguments
 

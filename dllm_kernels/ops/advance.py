@@ -20,7 +20,7 @@ _ops = torch.ops.dllm_kernels
 
 @functools.cache
 def row_shapes(block_size: int, queries: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of B rows in the order of their buffer: names, and shapes after [B] (core/block_rows.h)."""
+    """Return the tensors of B rows in buffer order: names, and shapes after [B] (core/block_rows.h)."""
     block_size = integer("block_size", block_size, 1)
     sizes = {"block_size": block_size, "queries": integer("queries", queries, block_size)}
     shapes = {}
@@ -32,18 +32,18 @@ def row_shapes(block_size: int, queries: int) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True, eq=False)
 class BlockRows:
-    """B rows of block-causal decoding and their next step, in int32 tensors that keep their place, so that a
+    """B rows of block-causal decoding and their next step, in int32 tensors at fixed addresses, so that a
     CUDA graph can hold them.
 
     C is block_size, Q = queries >= C the tokens of a row in one forward. With 2 C a block's first step has
     room to write the keys and values of the block before it too. buffer: int32 [N], contiguous; the tensors
     are views of it, to read and to write.
 
-    Asked of a row, [B]: given, stop: where its completion starts and stops; canvas_end: where its canvas
-    ends; steps: of each block, 0 for one token per step.
+    Inputs, [B]: given, stop: where the completion starts and stops; canvas_end: where the canvas ends;
+    steps: per block, 0 for one token per step.
 
-    Where it is, [B]: block_start: of its active block, canvas_end when it is finished; cached: how many
-    positions, from 0 on, have keys and values in pages; q_lengths: its tokens in the next forward;
+    State, [B]: block_start: of the active block, canvas_end when the row is finished; cached: number of
+    leading positions with keys and values in pages; q_lengths: its tokens in the next forward;
     block_masks: masks its block had at the first step; step, block_step: steps of the row and of its block.
 
     The next step, for `commit_`: quota [B], and candidates [B, C], the positions that may be unmasked, -1 for
@@ -87,7 +87,7 @@ class BlockRows:
 
     @classmethod
     def empty(cls, batch: int, block_size: int, queries: int, device: torch.device | str) -> BlockRows:
-        """Rows that have nothing to do."""
+        """Return idle rows."""
         numbers = sum(map(math.prod, row_shapes(block_size, queries).values()))
         buffer = torch.zeros(integer("batch", batch, 0) * numbers, dtype=torch.int32, device=device)
         rows = cls(buffer, block_size, queries)
@@ -98,10 +98,10 @@ class BlockRows:
     def admit_(
         self, row: int, *, given: int, stop: int, canvas_end: int, steps: int = 0, cached: int = 0
     ) -> None:
-        """Hand `row` to a new sequence; `advance_` then finds its first block.
+        """Assign `row` to a new sequence; `advance_` then finds its first block.
 
-        cached: leading positions, whole blocks, that are in pages already. Prompt tokens that are not are
-        computed and written by the steps themselves, Q at a time.
+        cached: leading positions, whole blocks, that are in pages already. The steps compute and write the
+        other prompt tokens, Q at a time.
         """
         asked = dict(
             given=integer("given", given, 0),
@@ -119,7 +119,7 @@ class BlockRows:
 
     @property
     def finished(self) -> Tensor:
-        """bool [B], rows with nothing left to do."""
+        """Return bool [B], rows with nothing left to do."""
         return self.block_start >= self.canvas_end
 
 
@@ -131,17 +131,17 @@ def advance_(
     quota_total: int | None = None,
     stop_ids: Sequence[int] = (),
 ) -> None:
-    """Move every row to its next step, in place: after a forward over `rows` and its `commit_`, or before the
-    first one. Runs on the device of the tensors, without synchronisation.
+    """Move every row to its next step in place, after a forward over `rows` and its `commit_` or before the
+    first forward. Runs on the device of the tensors, without synchronisation.
 
     canvas: int64 or int32 [B, T], read. A row stays in its block while a mask before `stop` is left there;
-    then it goes to the next block with one, or is finished. It is finished too when its block has one of
-    `stop_ids` in the completion with no mask before it (what comes after is for the caller to fill).
+    then it moves to the next block with a mask, or is finished. It is also finished when its block has one of
+    `stop_ids` in the completion with no mask before it (the caller fills the rest).
 
-    What the last forward wrote is cached now. The next one computes the positions from there to the end of
-    the active block: in a block's first step the finished block before it as well, which saves that a forward
-    of its own. Where that is more than Q, as after a long prompt, it computes only as many final blocks as
-    have room, and nothing is committed.
+    Positions that the last forward wrote are now cached. The next forward computes from there to the end of
+    the active block: in a block's first step also the previous, finished block, which saves it a separate
+    forward. If that is more than Q tokens, as after a long prompt, it computes only as many final blocks as
+    fit, and nothing is committed.
 
     The quota is that of the `llada` schedule: `quota_total` (None: the masks of the block) over `steps`; a
     step after the last takes all. Rules without a quota leave it aside.

@@ -25,7 +25,7 @@ def block_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale * q kᵀ) v over the keys that `mask` shows; invisible tiles cost nothing.
+    """Compute softmax(scale * q kᵀ) v over the keys that `mask` shows; invisible tiles cost nothing.
 
     q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D] with Hq a multiple of Hkv (grouped queries) and D a multiple
     of 8 up to 256; float32, bfloat16 or float16, float32 arithmetic. mask=None: every query sees every key.
@@ -65,7 +65,7 @@ def cached_block_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of a step's queries over spans of a paged cache and over the step's own, fresh keys.
+    """Attend from a step's queries to spans of a paged cache and to the step's own, fresh keys.
 
     q [B, Hq, Tq, D] and fresh k, v [B, Hkv, Tq, D] belong to the same Tq tokens; cache_k and cache_v
     [pages, page_size, Hkv, D]; page_table int32 [B, P]: token position p of sequence b lies in page

@@ -1,6 +1,6 @@
 """The loss of masked diffusion from logits: Σ_i w_i · CE_i over the masked positions.
 
-w_i is what the objective says: w(t) of MDLM and BD3LM, CART weights of Dream, divided by the normaliser.
+The objective defines w_i: w(t) of MDLM and BD3LM, CART weights of Dream, divided by the normaliser.
 Positions that are not masked have weight 0; they cost nothing and may hold anything.
 """
 
@@ -28,7 +28,7 @@ def diffusion_cross_entropy(
     suppress_tokens: Sequence[int] | None = None,
     return_ce: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Σ_i weights_i · CE_i, where CE_i = −ln softmax(logits_i)[targets_i].
+    """Return Σ_i weights_i · CE_i, where CE_i = −ln softmax(logits_i)[targets_i].
 
     logits [..., V]; targets int64 [...]; weights [...], any float dtype. Logits are read once in the forward
     and once in the backward pass, rows of weight 0 never: their logits and targets may be anything.
@@ -81,8 +81,8 @@ torch.library.define(
 
 @torch.library.impl("dllm_kernels::scaled_gradient", "CompositeExplicitAutograd")
 def _(gradient: Tensor, grad_loss: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient · grad_loss, where `gradient` was made with `loss`: what a gradient of the result would have
-    to reach by way of `loss`."""
+    """Return gradient · grad_loss. `gradient` was computed with `loss`, so that a gradient of the result must
+    pass through `loss`."""
     return (grad_loss * gradient).to(dtype)
 
 

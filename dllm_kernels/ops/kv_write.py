@@ -1,4 +1,4 @@
-"""Writing keys and values into the pages of a cache."""
+"""Write keys and values into the pages of a cache."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def linear_diffusion_cross_entropy(
     suppress_tokens: Sequence[int] | None = None,
     return_ce: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`diffusion_cross_entropy` of logits = hidden · weightᵀ + bias, which exist for a few rows at a time.
+    """Return `diffusion_cross_entropy` of logits = hidden · weightᵀ + bias, which exist for a chunk of rows.
 
     hidden [..., H]; weight [V, H] and bias [V] of the same dtype; the rest as there. Only rows of weight
     other than 0 are projected. Gradients of those of hidden, weight and bias that require one are made in the
@@ -99,7 +99,7 @@ def _loss_and_gradients(
 
 
 def _new_results(hidden, weight, targets, bias, needs_grad) -> tuple[Tensor, ...]:
-    """Uninitialised loss, ce, grad_hidden, grad_weight, grad_bias, in the precision of the arithmetic.
+    """Allocate loss, ce, grad_hidden, grad_weight, grad_bias, in the precision of the arithmetic.
 
     needs_grad: which of hidden, weight and bias need a gradient; the others' have no elements.
     """
@@ -112,13 +112,13 @@ def _new_results(hidden, weight, targets, bias, needs_grad) -> tuple[Tensor, ...
 
 
 def _chunk_rows(rows: int, weight: Tensor) -> int:
-    """So many that their logits are as large as the hidden states of all `rows`."""
+    """Return the number of rows whose logits are as large as the hidden states of all `rows`."""
     vocabulary, size = weight.shape
     return max(MIN_CHUNK_ROWS, rows * size // vocabulary)
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
-    """logits = x · weightᵀ + bias."""
+    """Compute logits = x · weightᵀ + bias."""
     block = len(weight) if x.is_cuda else CPU_BLOCK_IDS
     for first in range(0, len(weight), block):
         ids = slice(first, first + block)
@@ -129,7 +129,7 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> 
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a · b; the first product is written, not added."""
+    """Compute total += a · b; the first product is written, not added."""
     if a.dtype == total.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
     elif first:
@@ -164,7 +164,7 @@ def _check(hidden, weight, targets, weights, bias, suppress_tokens, needs_grad) 
 
 
 def _check_targets(targets, kept, vocabulary, suppress_tokens) -> None:
-    """The same texts as diffusion_cross_entropy; on a GPU contents are not looked at."""
+    """Raise the errors of diffusion_cross_entropy; on a GPU contents are not checked."""
     if targets.is_cuda:
         return
     outside = (targets[kept] < 0) | (targets[kept] >= vocabulary)

@@ -23,7 +23,7 @@ CHUNK_LOGITS = 1 << 26  # logits that exist at once where the projection is a li
 
 
 class TokenStats(NamedTuple):
-    """What a row of logits says; every field has the logits' leading shape.
+    """Statistics of rows of logits; every field has the logits' leading shape.
 
     token       int64, the proposal
     prob        p(token) under softmax(logits / confidence_temperature)
@@ -56,11 +56,11 @@ def token_stats(
     previous: Tensor | None = None,
     precision: str = "float32",
 ) -> TokenStats:
-    """Proposal and confidence of every row of logits, in one pass over them.
+    """Return proposal and confidence of every row of logits, in one pass over them.
 
     logits: [..., V] float32, bfloat16 or float16. The proposal is the argmax (ties to the lowest id) of
     logits + temperature · g, with Gumbel noise g = −ln(−ln(1 − w)) from Philox4x32-10 [Salmon et al.
-    2011] keyed by `seed` and counted by (token id, noise_ids): the draw depends on nothing else.
+    2011] keyed by `seed` and counted by (token id, noise_ids) alone.
     LLaDA's `exp(l) / (−ln u)^T` has the same distribution.
 
     noise_ids: int32 [N, 3] or [..., 3], (sequence, position, step) of each row; None: (0, row, 0).
@@ -70,9 +70,9 @@ def token_stats(
 
     top_p, top_k: filters of softmax(logits / confidence_temperature), at temperature 0 too [Dream, with
     confidence_temperature = temperature where that is not 0]. top_p keeps ids in descending probability
-    while the sum before them is at most top_p, then top_k keeps what is not below the k-th highest. The
-    proposal is drawn from what they keep, and the statistics are those of what they keep, renormalised.
-    Where nothing that is kept may be proposed, the best id that may is, with prob and margin 0.
+    while the sum before them is at most top_p, then top_k keeps ids not below the k-th highest. The
+    proposal is drawn from the kept ids, and the statistics are those of the kept ids, renormalised. If no
+    kept id may be proposed, the best id that may is proposed, with prob and margin 0.
 
     previous: the logits of the step before, like `logits`. divergence is then KL(p ‖ q) with p and q the
     softmax of logits and previous, at confidence_temperature and without suppress_tokens and
@@ -129,11 +129,11 @@ def linear_token_stats(
     previous: Tensor | None = None,
     precision: str = "float32",
 ) -> TokenStats:
-    """`token_stats` of hidden · weightᵀ + bias, without storing these logits.
+    """Return `token_stats` of hidden · weightᵀ + bias, without storing these logits.
 
     hidden: [..., H]; weight: [V, H]; bias: [V]; each float32, bfloat16 or float16. On the CPU products
     and sums are float32 whatever the storage, and a row's result does not depend on the rows beside it.
-    The same holds on Hopper GPUs where hidden and weight are both bfloat16 or both float16, H is a
+    The same holds on Hopper GPUs if hidden and weight are both bfloat16 or both float16, H is a
     multiple of 8, rows are contiguous and begin at multiples of 16 bytes, and precision is "float32".
     Otherwise the projection on CUDA is the library's, in the dtype of weight and in chunks of rows. The
     other arguments are those of `token_stats`; top_p, top_k and previous need stored logits and are refused.
@@ -171,7 +171,7 @@ def is_float64(name: str, precision: str) -> bool:
 def chunked_linear_token_stats(
     hidden, weight, bias=None, temperature=0.0, seed=0, noise_ids=None, *options
 ) -> tuple[Tensor, ...]:
-    """linear_token_stats through the library's product, a chunk of rows at a time."""
+    """Compute linear_token_stats by the library's product, a chunk of rows at a time."""
     shape = hidden.shape[:-1]
     hidden = hidden.reshape(-1, hidden.shape[-1]).to(weight.dtype)
     if noise_ids is None:

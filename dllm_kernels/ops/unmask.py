@@ -41,17 +41,18 @@ def commit_(
     state: Tensor | None = None,
     progress: Tensor | None = None,
 ) -> Tensor:
-    """Write the proposals that `rule` accepts into `canvas`; returns accepted, bool [B, C].
+    """Write the proposals that `rule` accepts into `canvas`; return accepted, bool [B, C].
 
     canvas: int64 or int32 [B, T], changed in place. positions: int32 [B, C], distinct in a row, −1 for
     none. The statistics of (b, c) are entry b·C + c of each field of `stats`. Candidates are listed
     positions that hold `mask_id` and whose proposal is another token; other listed positions stay as
     they are, except with `Rule.edit` (so never list the prompt). Ties go to the lower position.
 
-    quota: int32 [B] (or an int for all), for rules that need one. step, sequence_ids: int32 [B],
-    what the draws of `random` confidence, alg_temp and `Rule.bernoulli` are keyed by beside `seed` and the
-    position; None: step 0, sequence = row. progress: int32 [B, 2], written: masks left among the listed
-    positions, tokens changed. state: int32 [B, T] for `Rule.confident_stable`, zeros at first and then kept
+    quota: int32 [B] (or an int for all), for rules that need one. step, sequence_ids: int32 [B], key the
+    draws of `random` confidence, alg_temp and `Rule.bernoulli`, together with `seed` and the position; None:
+    step 0, sequence = row. progress: int32 [B, 2], written: masks left among the listed positions, tokens
+    changed.
+    state: int32 [B, T] for `Rule.confident_stable`, zeros at first and then kept
     from step to step: for each masked position the number of steps in a row with a small
     `stats.divergence`.
     """
@@ -102,7 +103,7 @@ def unmask_(
     confidence_temperature: float = 1.0,
     precision: str = "float32",
 ) -> Tensor:
-    """One denoising step of a block: `token_stats` of its masked positions, then `commit_`.
+    """Run one denoising step of a block: `token_stats` of its masked positions, then `commit_`.
 
     logits: [B, block_size, V], row i of b predicts canvas position block_start[b] + i; block_start: int
     or int32 [B]. `mask_id` is barred from proposal and softmax; listed in `proposal_exclude` it stays

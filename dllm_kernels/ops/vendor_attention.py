@@ -1,7 +1,7 @@
-"""Attention without a mask: an installed library takes it where its kernels are the better ones.
+"""Attention without a mask, by a vendor's library where its kernels are better.
 
-Without spans nothing is skipped, and what remains is the plain case that vendors tune for. `backend` is the
-whole decision, a pure function of what is known before a launch.
+Without spans no tile is skipped, and vendors tune for this case. `backend` makes the whole decision, as a
+pure function of what is known before a launch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WIDEST_HEAD = {"sdpa": 128, "flash_attention_3": 256}
 
 @dataclass(frozen=True)
 class UnmaskedCall:
-    """What is known of a call before it is launched."""
+    """A call without a mask, as known before its launch."""
 
     capability: tuple[int, int] | None  # of the GPU; None: not a GPU
     dtype: torch.dtype
@@ -34,7 +34,7 @@ class UnmaskedCall:
 
 
 def backend(call: UnmaskedCall, *, flash_attention_3: bool) -> str:
-    """ "dllm" (our kernels), "sdpa" (torch's, cuDNN first) or "flash_attention_3" (where it is installed)."""
+    """Return "dllm" (our kernels), "sdpa" (torch's, cuDNN first) or "flash_attention_3" (if installed)."""
     half = call.dtype in (torch.bfloat16, torch.float16)
     if call.capability is None or call.capability < AMPERE or not half:
         return "dllm"  # on CPUs and in float32 ours is the faster or the more exact one
@@ -47,7 +47,7 @@ def backend(call: UnmaskedCall, *, flash_attention_3: bool) -> str:
 
 
 def vendor_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
-    """softmax(scale · q kᵀ) v by a library, of the shapes of `block_attention`; None: ours is to do it."""
+    """Return softmax(scale · q kᵀ) v by a library, shapes as in `block_attention`; None: use our kernels."""
     if not q.is_cuda or not _fit(q, k, v):  # ours casts under autocast, and says what does not fit
         return None
     call = UnmaskedCall(

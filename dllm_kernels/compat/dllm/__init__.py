@@ -1,8 +1,8 @@
 """The samplers of dLLM: MDLM, BD3LM, Dream and its ports of Fast-dLLM, with their configs and outputs.
 
-A sampler is made of a model and a tokenizer (anything with mask_token_id, eos_token_id, pad_token_id);
-`scheduler` is None, "linear", "cosine", or an object whose class is named so. Options given to `sample` and
-`infill` come before those of the config.
+A sampler has a model and a tokenizer (anything with mask_token_id, eos_token_id, pad_token_id); `scheduler`
+is None, "linear", "cosine", or an object whose class is named so. Options given to `sample` and `infill`
+override those of the config.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = [
 
 
 class MDLMSampler(Sampler):
-    """[MDLM, LLaDA] Blocks of masks behind each prompt, under bidirectional attention."""
+    """[MDLM, LLaDA] Blocks of masks after each prompt, under bidirectional attention."""
 
     _config = MDLMSamplerConfig
 
@@ -87,8 +87,8 @@ class BD3LMSampler(Sampler):
         )
 
     def _returned(self, output, given: list[int], new_tokens: int, block_size: int, option: SimpleNamespace):
-        """Prompts fill whole blocks; canvases end with the block at work, and nothing stands behind the block
-        in which the last row ends: a row that ends earlier goes on till then."""
+        """Return canvases in which prompts fill whole blocks and nothing follows the block in which the last
+        row ends: a row that ends earlier continues until then. Histories end with the active block."""
         lengths = [length + new_tokens for length in given]
         start = -(-max(given) // block_size) * block_size
         result = self._filled(output, given, lengths, start + new_tokens, block_size, option)
@@ -109,7 +109,7 @@ class BD3LMSampler(Sampler):
 
     @property
     def _ends(self) -> bool:
-        """Whether an end token stops a row, which without a tokenizer's none does."""
+        """Return whether an end token stops a row; a tokenizer without one stops none."""
         return self.tokenizer is None or getattr(self.tokenizer, "eos_token_id", None) is not None
 
 
@@ -128,7 +128,7 @@ class DreamSampler(Sampler):
         generation_logits_hook_func: Hook = same_logits,
         **kwargs,
     ) -> BaseSamplerOutput | Tensor:
-        """Prompts and their completions, int64 [B, T]; hooks as in `compat.dream.diffusion_generate`."""
+        """Return prompts and completions, int64 [B, T]; hooks as in `compat.dream.diffusion_generate`."""
         if (generation_tokens_hook_func, generation_logits_hook_func) == (same_tokens, same_logits):
             return super().sample(inputs, config, **kwargs)
         option = self._settled(config, kwargs)
@@ -145,7 +145,7 @@ class DreamSampler(Sampler):
         generation_logits_hook_func: Hook = same_logits,
         **kwargs,
     ) -> BaseSamplerOutput | Tensor:
-        """Canvases with their masks filled, int64 [B, T]; hooks as in `sample`."""
+        """Return canvases with their masks filled, int64 [B, T]; hooks as in `sample`."""
         if (generation_tokens_hook_func, generation_logits_hook_func) == (same_tokens, same_logits):
             return super().infill(inputs, config, **kwargs)
         option = self._settled(config, kwargs)
@@ -202,7 +202,7 @@ class FastdLLMLLaDASampler(MDLMSampler):
         return super()._begun(rows, option)
 
     def _new_tokens(self, option: SimpleNamespace, longest: int) -> int:
-        """What max_length leaves the longest prompt, or max_new_tokens."""
+        """Return the new tokens that max_length leaves the longest prompt, or max_new_tokens."""
         if option.max_length is not None:
             return left_of(option.max_length, longest)
         return super()._new_tokens(option, longest)

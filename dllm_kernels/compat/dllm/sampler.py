@@ -1,4 +1,4 @@
-"""What dLLM's samplers share: from their options and tokenizers to those of `dk.sample`, and back."""
+"""The base of dLLM's samplers: translates their options and tokenizers to `dk.sample`, and results back."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from dllm_kernels.sampling.plan import model_with_diffusion
 
 @dataclass
 class Sampler:
-    """model, tokenizer, scheduler as there. _attention: what the models are sampled with; _side,
-    _filled_with: where and with which of the tokenizer's tokens rows of a batch are filled up."""
+    """model, tokenizer, scheduler: as in dLLM. _attention: the kind that models are sampled with.
+    _side, _filled_with: where and with which of the tokenizer's tokens rows of a batch are padded."""
 
     model: object
     tokenizer: object = None
@@ -35,7 +35,7 @@ class Sampler:
     _without_parity = MappingProxyType(dict(stop_on_eos=False))
 
     def sample(self, inputs: list[Tensor | list[int]], config=None, **kwargs) -> BaseSamplerOutput | Tensor:
-        """Prompts and their completions, int64 [B, T], filled up with the end token."""
+        """Return prompts and completions, int64 [B, T], padded with the end token."""
         option = self._settled(config, kwargs)
         prompts = self._begun(inputs, option)
         longest = max(map(len, prompts))
@@ -47,7 +47,7 @@ class Sampler:
         return self._returned(output, given, new_tokens, settings["block_size"], option)
 
     def infill(self, inputs: list[Tensor | list[int]], config=None, **kwargs) -> BaseSamplerOutput | Tensor:
-        """Canvases with their masks filled, int64 [B, T]."""
+        """Return canvases with their masks filled, int64 [B, T]."""
         option = self._settled(config, kwargs)
         canvases = self._begun(inputs, option)
         length = max(1, *map(len, canvases))
@@ -81,7 +81,7 @@ class Sampler:
         return SimpleNamespace(**{**asdict(self._config()), **asdict(config), **kwargs})
 
     def _settings(self, option: SimpleNamespace, length: int) -> dict:
-        """Options of `dk.sample` for completions, or canvases, of `length`."""
+        """Return options of `dk.sample` for completions, or canvases, of `length`."""
         exact, size = option.temperature == 0, getattr(option, "block_size", None) or length
         return dict(
             temperature=option.temperature, stochastic=option.stochastic_transfer,
@@ -95,25 +95,25 @@ class Sampler:
         )  # fmt: skip
 
     def _begun(self, inputs, option: SimpleNamespace) -> list[list[int]]:
-        """Rows of ids. Where predictions are shifted, an empty list begins with the first token."""
+        """Return rows of ids. If predictions are shifted, an empty list gets the beginning-of-text token."""
         first = getattr(self.tokenizer, "bos_token_id", None)
         begin = [first] if option.right_shift_logits and first is not None else []
         return [row.tolist() if isinstance(row, Tensor) else list(row) or begin for row in inputs]
 
     def _new_tokens(self, option: SimpleNamespace, longest: int) -> int:
-        """max_new_tokens, or what max_length leaves the longest prompt."""
+        """Return max_new_tokens, or what max_length leaves the longest prompt."""
         new_tokens = option.max_new_tokens
         if not new_tokens and option.max_length is None:
             raise ValueError("max_new_tokens and max_length are None; give one of them")
         return new_tokens or left_of(option.max_length, longest)
 
     def _returned(self, output, given: list[int], new_tokens: int, block_size: int, option: SimpleNamespace):
-        """What `sample` gives back. given: lengths of the prompts."""
+        """Return the result of `sample`. given: lengths of the prompts."""
         lengths = [length + new_tokens for length in given]
         return self._filled(output, given, lengths, max(lengths), block_size, option)
 
     def _filled(self, output, origin, lengths, width, block_size, option, **steps):
-        """sequences [B, width] and, if asked for, the canvases of a loop over blocks from `origin` on."""
+        """Return sequences [B, width] and, on request, the canvases of a loop over blocks from `origin`."""
         fill = getattr(self.tokenizer, self._filled_with, None)
         fill = self._end_token if fill is None else fill
 
@@ -135,7 +135,7 @@ class Sampler:
 
 
 def left_of(max_length: int, longest: int) -> int:
-    """New tokens that the longest prompt leaves."""
+    """Return the new tokens that the longest prompt leaves."""
     if max_length <= longest:
         raise ValueError(f"max_length is {max_length}; the longest prompt has {longest} tokens already")
     return max_length - longest
@@ -154,7 +154,7 @@ def _is_cosine(scheduler) -> bool:
 
 @contextmanager
 def attending(model, kind: str) -> Iterator[None]:
-    """Within this context `model` is sampled with this kind of attention; a function has its own."""
+    """Sample `model` with this kind of attention within this context; a function has its own."""
     model = unwrapped(model)
     if not is_transformers_model(model):
         yield

@@ -10,7 +10,7 @@ def llada_quotas(masks: int, steps: int) -> list[int]:
 
 
 def advance_(canvas: Tensor, rows, *, mask_id: int, quota_total: int | None = None, stop_ids=()) -> None:
-    """`dllm_kernels.ops.advance.advance_`: `rows` holds the same tensors, changed in place."""
+    """Do what `dllm_kernels.advance_` does: `rows` holds the same tensors, changed in place."""
     size, queries = rows.candidates.shape[1], rows.query_positions.shape[1]
     for b, tokens in enumerate(canvas.tolist()):
         given, stop, end_of_canvas, steps = (

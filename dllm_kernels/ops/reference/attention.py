@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def visible_keys(spans: Tensor, kv_len: int) -> Tensor:
-    """bool [B or 1, Sq, kv_len] of spans [B or 1, Sq, R, 2]: key k is in some [start, end) of the query."""
+    """Return bool [B or 1, Sq, kv_len]: key k is in some [start, end) of spans [B or 1, Sq, R, 2]."""
     key = torch.arange(kv_len, device=spans.device)
     return ((spans[..., :1] <= key) & (key < spans[..., 1:])).any(-2)
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, scale: float):
-    """softmax(scale * q kᵀ) v over visible keys, and the logarithm of the softmax's denominator.
+    """Return softmax(scale * q kᵀ) v over visible keys, and the logarithm of the softmax's denominator.
 
     q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D] -> out as q, lse [B, Hq, Sq] in float32 (float64 for float64).
     A query that sees nothing has output 0 and lse -inf.
@@ -36,7 +36,7 @@ def cached_block_attention(
     q_lengths: Tensor | None,
     scale: float,
 ):
-    """The cache laid out by token position, the fresh keys behind it, then dense attention."""
+    """Lay the cache out by token position, append the fresh keys, then attend densely."""
     batch, _, length, _ = q.shape
     cached = page_table.shape[1] * cache_k.shape[1]
     rows = torch.arange(length)
@@ -57,7 +57,7 @@ def cached_block_attention(
 
 
 def kv_write_(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, page_table: Tensor, positions: Tensor):
-    """cache[page_table[b, p // page_size], p % page_size] = token (b, t) for p = positions[b, t] >= 0."""
+    """Set cache[page_table[b, p // page_size], p % page_size] = token (b, t) for p = positions[b, t] >= 0."""
     page_size = cache_k.shape[1]
     for b, t in (positions >= 0).nonzero().tolist():
         page, offset = divmod(int(positions[b, t]), page_size)
@@ -89,7 +89,7 @@ def block_attention_backward(
     scale: float,
     chunk: int = 512,
 ):
-    """Gradients of q, k, v, `chunk` queries at a time: memory is chunk x Sk per head, never Sq x Sk.
+    """Return gradients of q, k, v, `chunk` queries at a time: memory is chunk x Sk per head, never Sq x Sk.
 
     With P = exp(scale * q kᵀ - lse) and dS = P * (dO vᵀ - rowsum(dO * O) + dlse):
     dq = scale * dS k, dk = scale * dSᵀ q, dv = Pᵀ dO; heads of a group sum their dk and dv.

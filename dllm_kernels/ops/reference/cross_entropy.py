@@ -12,7 +12,7 @@ from torch import Tensor
 def diffusion_cross_entropy(
     logits: Tensor, targets: Tensor, weights: Tensor, suppress_tokens: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ_i weights_i · CE_i, each CE_i and each log Σ exp(logits_i); rows of weight 0 have 0 and are not read.
+    """Return Σ_i weights_i · CE_i, each CE_i and log Σ exp(logits_i); rows of weight 0 give 0, unread.
 
     logits [..., V], targets and weights [...] -> scalar and two [...], float32 (float64 for float64).
     """
@@ -32,7 +32,7 @@ def diffusion_cross_entropy_backward(
     logsumexp: Tensor,
     suppress_tokens: Sequence[int] = (),
 ) -> Tensor:
-    """Gradient of the logits: grad_loss · weights_i · (softmax(logits_i) − onehot(targets_i))."""
+    """Return the gradient of the logits: grad_loss · weights_i · (softmax(logits_i) − onehot(targets_i))."""
     kept = weights != 0
     gradient = torch.exp(_rows(logits, kept, suppress_tokens) - logsumexp[kept][:, None])
     gradient[torch.arange(len(gradient), device=logits.device), targets[kept]] -= 1
@@ -45,7 +45,7 @@ def diffusion_cross_entropy_backward(
 def diffusion_cross_entropy_gradient_(
     logits: Tensor, targets: Tensor, weights: Tensor, suppress_tokens: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Loss and each CE_i; the logits are replaced by their gradient."""
+    """Return loss and each CE_i, and replace the logits by their gradient."""
     loss, ce, logsumexp = diffusion_cross_entropy(logits, targets, weights, suppress_tokens)
     one = torch.ones_like(loss)
     logits.copy_(diffusion_cross_entropy_backward(one, logits, targets, weights, logsumexp, suppress_tokens))
@@ -60,7 +60,7 @@ def linear_diffusion_cross_entropy(
     bias: Tensor | None = None,
     suppress_tokens: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Loss and each CE_i of logits = hidden · weightᵀ + bias."""
+    """Return loss and each CE_i of logits = hidden · weightᵀ + bias."""
     logits = F.linear(hidden, weight, bias)
     return diffusion_cross_entropy(logits, targets, weights, suppress_tokens)[:2]
 

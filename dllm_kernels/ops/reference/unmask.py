@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def philox4x32_10(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Philox4x32-10 [Salmon et al. 2011] of counters [..., 4]; returns uint32 words [..., 4]."""
+    """Compute Philox4x32-10 [Salmon et al. 2011] of counters [..., 4]; return uint32 words [..., 4]."""
     c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
     low = np.uint64(0xFFFFFFFF)
     k0, k1 = key
@@ -38,12 +38,12 @@ def uniform(words: np.ndarray) -> np.ndarray:
 
 
 def gumbel(words: np.ndarray) -> np.ndarray:
-    """−ln(−ln(1 − w)) in float64."""
+    """Return −ln(−ln(1 − w)) in float64."""
     return -np.log(-np.log1p(-uniform(words)))
 
 
 def token_noise(vocabulary: int, seed: int, sequence: int, position: int, step: int) -> np.ndarray:
-    """Gumbel noise of one row, float64: word v mod 4 of counter (v div 4, position, step, sequence)."""
+    """Return one row's Gumbel noise, float64: word v mod 4 of counter (v div 4, position, step, sequence)."""
     words = _words(seed, np.arange((vocabulary + 3) // 4), position, step, sequence)
     return gumbel(words.reshape(-1)[:vocabulary])
 
@@ -51,7 +51,7 @@ def token_noise(vocabulary: int, seed: int, sequence: int, position: int, step: 
 def scores(
     logits: Tensor, temperature: float = 0.0, seed: int = 0, noise_ids: Tensor | None = None
 ) -> Tensor:
-    """What the proposal is the argmax of, float64 [N, V], before anything is barred."""
+    """Return the scores whose argmax is the proposal, float64 [N, V], before anything is barred."""
     x = _tame(logits.reshape(-1, logits.shape[-1]).double())
     if temperature > 0:
         for row in range(len(x)):
@@ -63,7 +63,7 @@ def scores(
 
 
 def kept(x: Tensor, top_p: float | None = None, top_k: int | None = None) -> Tensor:
-    """What top-p and then top-k keep of x [N, V], bool, as Dream's top_p_logits and top_k_logits do."""
+    """Return the ids of x [N, V] that top-p, then top-k keep, bool, as in Dream."""
     result = x > -math.inf
     if top_p is not None and top_p < 1:
         ordered = x.sort(dim=-1, descending=True, stable=True)
@@ -90,7 +90,7 @@ def token_stats(
     top_k: int | None = None,
     confidence_temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """token, prob, margin, entropy, logsumexp of each row; see `dllm_kernels.token_stats`."""
+    """Return token, prob, margin, entropy, logsumexp of each row; see `dllm_kernels.token_stats`."""
     leading, vocabulary = logits.shape[:-1], logits.shape[-1]
     clean = _tame(logits.reshape(-1, vocabulary).double())
     barred = [*suppress_tokens, *proposal_exclude]
@@ -136,7 +136,7 @@ def token_divergence(
     confidence_exclude=(),
     confidence_temperature: float = 1.0,
 ) -> Tensor:
-    """Σ p·(ln p − ln q), float64, p and q the softmax of the rows of logits and previous."""
+    """Return Σ p·(ln p − ln q), float64, p and q the softmax of the rows of logits and previous."""
     log_p, log_q = (_tame(x.double()) / confidence_temperature for x in (logits, previous))
     for x in (log_p, log_q):
         x[..., [*suppress_tokens, *confidence_exclude]] = -math.inf
@@ -147,7 +147,7 @@ def token_divergence(
 
 
 def linear_token_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **options):
-    """`token_stats` of the logits, computed in float64."""
+    """Return `token_stats` of the logits, computed in float64."""
     logits = hidden.double() @ weight.double().T
     return token_stats(logits if bias is None else logits + bias.double(), **options)
 
@@ -166,7 +166,7 @@ def commit(
     divergence: Tensor | None = None,
     state: list[list[int]] | None = None,
 ) -> tuple[list[list[int]], list[list[bool]], list[list[int]]]:
-    """New canvas, accepted and progress of `dllm_kernels.commit_`, by sorting each row; `state` in place."""
+    """Return canvas, accepted and progress of `dllm_kernels.commit_`, by sorting rows; `state` in place."""
     canvas = [list(row) for row in canvas]
     accepted, progress = [], []
     shape = (len(positions), len(positions[0]) if positions else 0)
@@ -203,7 +203,7 @@ def commit(
 
 
 class _Candidate(NamedTuple):
-    """In the order of acceptance; c: place in the list of positions; drawn: uniform in (0, 1)."""
+    """A candidate, ordered by acceptance. c: index in the list of positions; drawn: uniform in (0, 1)."""
 
     key: float
     position: int
@@ -215,7 +215,7 @@ class _Candidate(NamedTuple):
 
 
 def count_stable_steps(state: list[int], positions: list[int], divergence: Tensor, rule) -> None:
-    """Counts on or starts anew, in place; what is not below the bound, NaN included, starts anew."""
+    """Increment or reset the counters in place; a divergence not below the bound, NaN included, resets."""
     bound = rule.parameters[1]
     for position, stable in zip(positions, (divergence < bound).tolist(), strict=True):
         state[position] = state[position] + 1 if stable else 0
@@ -226,7 +226,7 @@ def _above(rule, value: float, bound: float) -> bool:
 
 
 def _accepted(rule, candidates: list[_Candidate], quota: int | None, step: int | None) -> set[int]:
-    """Which of the sorted candidates a rule of SEMANTICS accepts."""
+    """Return the sorted candidates that a rule accepts."""
     c = [candidate.c for candidate in candidates]
     if rule.name == "quota":
         return {*c[:quota]}
