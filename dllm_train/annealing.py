@@ -1,4 +1,4 @@
-"""How far ahead a query sees while a causal model becomes bidirectional (DiffuLLaMA, Gong et al. 2024)."""
+"""Anneal a causal mask to a bidirectional one, token by token (DiffuLLaMA, Gong et al. 2024)."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def _option(default, help: str, **metadata):
 
 @dataclass
 class ModelArguments:
-    """Which model is trained, and how it is held."""
+    """The model to train, and how it is loaded."""
 
     model_name_or_path: str = _option(
         "tiny-python",
@@ -65,7 +65,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which text is trained on, and how rows are made of it."""
+    """The training text, and how rows are made of it."""
 
     dataset: str = _option(
         "", "Specification: 'name[train:5000,test:100]+other', local files, or weights '0.7*a+0.3*b'."
@@ -225,7 +225,7 @@ class DiffusionTrainingArguments(TrainingArguments):
             level_of(level)
 
     def _refuse_without_effect(self):
-        """Refuse options of transformers that would be ignored, or would change what is computed unseen."""
+        """Refuse options of transformers that would be ignored, or would silently change the result."""
         accelerator = self.accelerator_config
         refused = {
             "remove_unused_columns": (
@@ -295,7 +295,7 @@ def get_tokenizer(model_args: ModelArguments):
 
 
 def get_sampler(model_args: ModelArguments, model=None, tokenizer=None) -> "Sampler":
-    """Return a Sampler of `model` and `tokenizer`; what is None is loaded as `model_args` says."""
+    """Return a Sampler of `model` and `tokenizer`; None loads the one of `model_args`."""
     model = get_model(model_args) if model is None else model
     return Sampler(model, get_tokenizer(model_args) if tokenizer is None else tokenizer)
 

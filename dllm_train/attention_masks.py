@@ -1,4 +1,4 @@
-"""Arguments that make a transformers base model see what an objective says, whatever computes its attention.
+"""Arguments that give a transformers base model an objective's mask on any attention implementation.
 
 A mask has the form that the model's attention implementation takes: boolean for "sdpa", additive for "eager",
 a BlockMask for "flex_attention", spans for ours. transformers hands a 4-D mask to every layer as it is, so a
@@ -39,13 +39,13 @@ def base_arguments(
     clean: str = "block_causal",
     reach: int = 0,
 ) -> dict:
-    """Return what to call the base model of `model` with, for int64 ids [B, S] under an attention pattern.
+    """Return the arguments of the base model of `model` for int64 ids [B, S] under an attention pattern.
 
     kind: "full" | "causal" | "block_causal" | "block_diffusion" (input_ids is then x_t ⊕ x_0, and both halves
     carry the positions of one). lengths: int64 [B], valid tokens of right-padded rows (of one half).
     document_lengths: int64 [B, D], zero-filled, the documents of packed rows, each with positions from 0 on.
-    clean: for "block_diffusion", what x_0 sees. reach: for "causal", how many tokens ahead a query sees.
-    Raises ValueError where the model's layers cannot be given such a mask.
+    clean: for "block_diffusion", the mask of x_0. reach: for "causal", how many tokens ahead a query sees.
+    Raises ValueError if the model's layers cannot take such a mask.
     """
     base, length = model.base_model, input_ids.shape[1]
     halves = 2 if kind == "block_diffusion" else 1
@@ -83,7 +83,8 @@ def _pattern(
     """Return the SpanMask of a pattern, the positions of its tokens, int64 [B or 1, S], and their position
     ids, int64 [B, S], counted from `first`.
 
-    All are made where the lengths lie and copied to `device`. For "block_diffusion" S is 2 · length.
+    All are computed on the device of the lengths and copied to `device`. For "block_diffusion" S is 2 ·
+    length.
     """
     spans = span_mask(kind, length, block_size, lengths, document_lengths, clean, reach)
     positions = copied(places(length, document_lengths).position, device)
@@ -125,9 +126,9 @@ def copied(tensor: Tensor, device) -> Tensor:
 def mask_arguments(model, spans: SpanMask, positions: Tensor, position_ids: Tensor | None = None) -> dict:
     """Return the keywords that make every layer of `model` see `spans`, cut to the layer's sliding window.
 
-    positions: int64 [B or 1, S], of queries and keys alike. position_ids: what layers are handed, if other.
-    Raises ValueError for layers that no mask reaches and for attention implementations whose masks are not
-    known here.
+    positions: int64 [B or 1, S], of queries and keys alike. position_ids: those passed to layers, if
+    different. Raises ValueError for layers that no mask reaches and for attention implementations with
+    unknown masks.
     """
     base = model.base_model
     windows = layer_windows(base)
@@ -156,7 +157,7 @@ def mask_arguments(model, spans: SpanMask, positions: Tensor, position_ids: Tens
 def layer_windows(base) -> dict[str | None, int | None]:
     """Return the window of each kind of layer: keys with |position(q) - position(k)| < window are seen.
 
-    Kinds are those of config.layer_types; None stands for all layers of a model that has none. A window of
+    Kinds are those of config.layer_types; None is all layers of a model without them. A window of
     None is no limit. Raises ValueError for kinds of layers that no mask reaches.
     """
     config = base.config.get_text_config()
@@ -197,7 +198,7 @@ def first_position(base) -> int:
 
 
 def learned_positions(base) -> int | None:
-    """Return the number of positions that a model has learned; None where they are computed."""
+    """Return the number of positions that a model has learned; None if they are computed."""
     table = _position_table(base)
     if table is None:
         return None
@@ -251,5 +252,5 @@ def accepts(model_class: type, name: str) -> bool:
 
 @functools.cache
 def _takes_a_mask_for_each_kind(model_class: type) -> bool:
-    """Whether the forward looks for a dict of masks, as models of transformers with several kinds do."""
+    """Return whether the forward takes a dict of masks, as models of transformers with several kinds do."""
     return "dict" in inspect.unwrap(model_class.forward).__code__.co_names

@@ -1,8 +1,8 @@
 """Cut datasets into batches, the same for any number of ranks, accumulation steps and dataloader workers.
 
 An optimizer step takes the next `batch size · ranks · accumulation steps` examples of one global order.
-Every example carries its number, by which its noise is keyed. No example is seen twice to fill up a batch: a
-rank that the last examples do not reach gets a copy of one whose labels are all ignored.
+Every example carries its number, which keys its noise. No example is seen twice to fill a batch: a rank that
+the last examples do not reach gets a copy of one with all labels ignored.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class NumberedStream(IterableDataset):
     """One rank's part of a stream whose examples carry "example_id", their place in the stream.
 
     Every rank and every dataloader worker reads the whole stream and keeps its batches, so the order and the
-    numbers are those of one process without workers. endless: start over at the end, numbers going on.
+    numbers are those of one process without workers. endless: start over at the end, with increasing numbers.
     Raises ValueError for an empty stream and for examples without input_ids.
     """
 
@@ -185,7 +185,7 @@ def _numbered(example: Mapping, number: int, name: str, ignored: bool = False) -
 
 
 def _whole(dataset) -> Iterator[Mapping]:
-    """Iterate over all of a stream, also in a dataloader worker, where those of `datasets` take a share."""
+    """Iterate over all of a stream, also in a dataloader worker, where streams of `datasets` take a share."""
     library = sys.modules.get("datasets")
     if library is not None and isinstance(dataset, library.IterableDataset):
         for batch in dataset.iter(batch_size=1):

@@ -1,9 +1,8 @@
-"""Checkpoint folders of a run: complete ones, listed in their own file, and nothing else under their name.
+"""Checkpoint folders of a run: each is complete and lists its files, or does not exist.
 
 A checkpoint is written to `unfinished-checkpoints/` beside its place. When all ranks have written their
 files, it gets a list of them and their sizes and is moved to its place. So a process that dies leaves no
-folder that looks like a checkpoint, and a file that was cut or lost later is found before a run resumes
-from it.
+folder that looks like a checkpoint, and a truncated or lost file is found before a run resumes from it.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def last_complete(run: str | Path, before: Path | None = None) -> Path | None:
 
 
 def _fault(folder: Path) -> str | None:
-    """Say what is wrong with a checkpoint; None if nothing is."""
+    """Return the fault of a checkpoint; None if it has none."""
     if not folder.is_dir():
         return "is no folder"
     try:

@@ -1,7 +1,6 @@
 """Batches of the losses from tokenized examples: padding to whole blocks, BOS, truncation and crops.
 
-Random cuts are drawn by Philox from (seed, example id), so that they depend on neither the batch, the worker
-nor the epoch.
+Philox draws random cuts from (seed, example id), so they depend on neither batch, worker nor epoch.
 """
 
 import copy
@@ -30,7 +29,7 @@ class _Row:
 
     @property
     def response_start(self) -> int:
-        """Position of the first token that is trained, or the length of the row."""
+        """Return the position of the first trained token, or the length of the row."""
         trained = self.labels != IGNORED_LABEL
         return int(trained.argmax()) if trained.any() else len(self.labels)
 
@@ -246,7 +245,7 @@ def _prepend_bos(row: _Row, bos_id: int) -> None:
 
 
 def _document_table(rows: list[_Row]) -> torch.Tensor:
-    """int64 [B, D]: the documents of each row, then zeros."""
+    """Return int64 [B, D]: the documents of each row, then zeros."""
     table = torch.zeros(len(rows), max(len(row.documents) for row in rows), dtype=torch.int64)
     for index, row in enumerate(rows):
         table[index, : len(row.documents)] = torch.tensor(row.documents)

@@ -1,6 +1,6 @@
 """Turn a language model of transformers into a diffusion language model that is ready to train.
 
-The package imports this module, so that `dllm_train.convert` is the function: heavy imports stand inside it.
+The package imports this module, so that `dllm_train.convert` is the function; it does heavy imports itself.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def convert(
     overwrite: whether a target that exists may be replaced.
 
     The target is written beside its place and renamed when it is complete. ValueError: a mask token with
-    another role, an architecture that stays causal whatever mask it gets, weights that are missing, left over
-    or of the wrong shape, and contradicting options. FileExistsError: the target exists.
+    another role, an architecture that stays causal under any mask, missing or unexpected weights or wrong
+    shapes, and conflicting options. FileExistsError: the target exists.
     """
     import dllm_kernels as dk
     from dllm_train.conversion import marks

@@ -1,4 +1,4 @@
-"""What all objectives compute: which outputs predict, what they weigh, one forward, and sums."""
+"""The computation of all objectives: predicting outputs, their weights, one forward, and sums."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class LossOutput:
     all of them count both views of an example.
     ar_sum: sum of CE of next tokens, with `ar_weight`. entropy_sum, right: the entropies of masked positions
     whose argmax is right, and their number, with `certainty_weight`. None elsewhere.
-    ce: float32 [masked], the cross entropy of each masked position. t: float32 [masked], its time, where the
-    batch lies.
+    ce: float32 [masked], the cross entropy of each masked position. t: float32 [masked], its time, on the
+    device of the batch.
     """
 
     loss: Tensor
@@ -42,7 +42,7 @@ class LossOutput:
 
     @property
     def nll(self) -> float:
-        """nll_sum / tokens: a bound on the negative log-likelihood of a token, in nats."""
+        """Return nll_sum / tokens: a bound on the negative log-likelihood of a token, in nats."""
         return float(self.nll_sum) / max(self.tokens, 1)
 
 
@@ -130,7 +130,7 @@ def diffusion_loss(
 
 
 def _divided(weights: Tensor, divisor) -> Tensor:
-    """Return weights / divisor where the divisor lies."""
+    """Return weights / divisor on the device of the divisor."""
     return (copied(weights, divisor.device) if isinstance(divisor, Tensor) else weights) / divisor
 
 

@@ -1,4 +1,4 @@
-"""Where each position of a row stands: in which document, and how far from its start."""
+"""The document of each position of a row, and its distance from the document's start."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def places(length: int, document_lengths: Tensor | None = None, device=None) -> 
     """Return the places of rows of `length` tokens.
 
     document_lengths: int64 [B, D], zero-filled, the documents of packed rows from left to right; None: a row
-    is one document. The result lies on its device, or on `device` (default: the CPU).
+    is one document. The result is on its device, or on `device` (default: the CPU).
     """
     if document_lengths is None:
         position = torch.arange(length, device=device or "cpu")[None]

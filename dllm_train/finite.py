@@ -1,4 +1,4 @@
-"""Stops a run whose losses or weights are no longer finite, before anything is saved."""
+"""Stop a run whose losses or weights are no longer finite, before anything is saved."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def check_finite_weights(model: nn.Module, step: int, device: torch.device, coll
 
 
 def _raise_everywhere(message: str | None, device: torch.device | None) -> None:
-    """Raise `message` if there is one. With `device`, where ranks communicate, all raise what one has."""
+    """Raise `message` if there is one. With `device`, where ranks communicate, all raise one's message."""
     messages = [message]
     if device is not None and distributed.is_available() and distributed.is_initialized():
         failed = torch.tensor(message is not None, dtype=torch.int32, device=device)

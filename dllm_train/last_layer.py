@@ -1,7 +1,7 @@
-"""Leaves out what the last layer would compute for outputs that predict nothing.
+"""Skip the computation of the last layer for outputs that predict nothing.
 
-In block diffusion the clean half of a row is there to be attended to: after the attention of the last layer
-nobody reads it any more. So half of that layer's MLP, the largest part of a layer, need not run.
+In block diffusion the clean half of a row only serves as keys and values: after the attention of the last
+layer it is not read any more. So half of that layer's MLP, the largest part of a layer, need not run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def cut_last_layer(base: nn.Module, outputs: int | None) -> tuple[AbstractContex
     """Return a context, and keywords for a call of `base` within it that is to give `outputs` outputs a row.
 
     outputs: how many, from the first on; None: all. The hidden states that `base` returns are shorter only
-    where its last layer is known (`_reads_like_llama`); elsewhere there are no keywords.
+    if its last layer is known (`_reads_like_llama`); otherwise there are no keywords.
     """
     layers = getattr(base, "layers", None)
     if outputs is None or not isinstance(layers, nn.ModuleList) or not len(layers):
@@ -66,7 +66,7 @@ def _is_recomputed(layer: nn.Module) -> bool:
 
 
 def _first_outputs(layer: nn.Module, outputs: int, hidden_states: Tensor, **kwargs) -> Tensor:
-    """Return what the forward of Llama's layer does, [B, outputs, hidden] of it."""
+    """Return the first outputs of Llama's layer, [B, outputs, hidden]."""
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
     states = hidden_states[:, :outputs] + attended[:, :outputs]
     return states + layer.mlp(layer.post_attention_layernorm(states))

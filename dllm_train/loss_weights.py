@@ -1,4 +1,4 @@
-"""What each masked position weighs in a loss, and the number that the sum is divided by."""
+"""Weights of masked positions in a loss, and the divisor of the sum."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def loss_normalizer(
     document_lengths: Tensor | None = None,
     shift: bool = False,
 ) -> int:
-    """Return what `normalizer` counts in a batch; that of the global batch is the sum of its parts.
+    """Return the count of a batch that `normalizer` takes; counts of a global batch's parts add up.
 
     labels: int64 [B, L], -100 where a token is given. "token": maskable positions, those with a label; with
     `shift`, the first token of a packed document is none. "sequence", "batch": documents of packed rows, else
@@ -100,8 +100,8 @@ def cart_weights(visible: Tensor, where: Places, p: float) -> Tensor:
 def norm_shares(
     batch: NoisedBatch, row: Tensor, column: Tensor, loss_norm_type: str
 ) -> tuple[Tensor | None, int, int]:
-    """Return what the loss of each masked position (row, column) is divided by before it is normalised, int64
-    [N] or None for 1, the number of maskable positions, and what `normalizer` counts."""
+    """Return the divisor of each masked position (row, column) before normalisation, int64 [N] or None for 1,
+    the number of maskable positions, and the count of `normalizer`."""
     maskable, documents = batch.labels != IGNORED_LABEL, batch.document_lengths
     tokens = int(maskable.sum())
     if loss_norm_type == "token":
@@ -125,7 +125,7 @@ def next_tokens(batch: NoisedBatch, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def divisor(name: str, value, default: int):
-    """Return what a sum is divided by: `value`, `default` where it is None, and 1 in place of 0.
+    """Return the divisor of a sum: `value`, `default` if it is None, and 1 in place of 0.
 
     value: a number, or a Tensor of one on any device, which the host does not wait for.
     """

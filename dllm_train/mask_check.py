@@ -1,4 +1,4 @@
-"""Detects models that do not see what a mask says: recurrent, hybrid, or causal under any mask."""
+"""Detect models that do not follow a mask: recurrent, hybrid, or causal under any mask."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _OBEDIENT: weakref.WeakSet = weakref.WeakSet()
 def refuse_models_without_masks(model) -> None:
     """Raise ValueError if tokens that a mask hides from a query change its output, or visible ones do not.
 
-    Runs once per model, on four tokens, for models that are no known family. Gradients of the outputs tell
-    what they depend on. Sharded models and recomputed layers, which gradients inside a forward would disturb,
-    are taken as they are.
+    Runs once per model, on four tokens, for models of no known family. Gradients of the outputs show their
+    dependences. Sharded models and recomputed layers, which gradients inside a forward would disturb, are not
+    checked.
     """
     base = model.base_model
     if model.config.model_type in FAMILIES or model in _OBEDIENT:

@@ -1,4 +1,4 @@
-"""Merge a peft adapter into its base model, as a checkpoint of its own."""
+"""Merge a peft adapter into its base model and write the result as a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def merge_adapter(
     layout, overwrite: as in `convert`.
 
     Modules that the adapter replaces, embeddings that it saved and its tokenizer are part of the result.
-    ValueError: a folder without an adapter, a base model that is not there or does not fit.
+    ValueError: a folder without an adapter, a base model that is missing or does not fit.
     """
     target = free_target(adapter, target, overwrite, name="adapter")
     if not is_adapter(checkpoint_folder(adapter)):

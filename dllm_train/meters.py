@@ -76,13 +76,13 @@ class LossMeter:
         return {"sums": self._sums.cpu(), "counts": self._counts.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from the sums of `state_dict`."""
+        """Continue from the sums of `state_dict`."""
         self._sums.copy_(state["sums"])
         self._counts.copy_(state["counts"])
 
 
 class FixedLevel(Schedule):
-    """Masks every maskable token with probability `level`, whatever time is drawn."""
+    """Mask every maskable token with probability `level`, whatever time is drawn."""
 
     def __init__(self, level: float):
         super().__init__("linear")
@@ -106,7 +106,7 @@ def level_of(t: float) -> int:
 
 
 def perplexity(nll: float) -> float:
-    """Return exp(nll); infinity where that is no float."""
+    """Return exp(nll); infinity if that is no float."""
     try:
         return math.exp(nll)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""Runs a loss inside the forward of a model, whatever wraps it.
+"""Run a loss inside the forward of a model, whatever wraps it.
 
 DistributedDataParallel, FSDP, DeepSpeed, peft and torch.compile act where the forward of the model they wrap
 is called. So the outermost wrapper is called, and the model at the bottom answers with losses instead of
@@ -28,12 +28,12 @@ from dllm_train.vocabulary_head import Certainty, GivenStates, RowLosses, given,
 
 @dataclass(frozen=True, eq=False)
 class MaskedRows:
-    """What a forward is to predict; the tensors may lie on any device. S: L, or 2 L for x_t ⊕ x_0.
+    """The rows that a forward predicts; tensors may be on any device. S: L, or 2 L for x_t ⊕ x_0.
 
     input_ids: int64 [B, S]. attention: its pattern, as keywords of `base_arguments`.
     row, source: int64 [N], the outputs that predict. targets: int64 [N]. weights: float [N].
-    outputs: all of `source` lie below it, in 1..S.
-    suppress_tokens: ids left out of the softmax, or None. certainty: which rows are forced, or None.
+    outputs: a bound above all of `source`, in 1..S.
+    suppress_tokens: ids left out of the softmax, or None. certainty: the rows to force, or None.
     """
 
     input_ids: Tensor
@@ -133,7 +133,7 @@ _not_traced = torch.compiler.disable(recursive=False)
 class _ForwardOrLosses:
     """The forward of a model that answers `masked_rows` with RowLosses and all else as before.
 
-    patched: what stood in the place of the class's own forward on the instance, or None.
+    patched: what replaced the class's own forward on the instance, or None.
     """
 
     def __init__(self, model: PreTrainedModel, patched):
@@ -151,7 +151,7 @@ class _ForwardOrLosses:
 def _losses_within(patched, model: PreTrainedModel, input_ids: Tensor, rows: MaskedRows) -> RowLosses:
     """Return the losses of `rows`, computed where the class's own forward would run inside `patched`.
 
-    input_ids: those of `rows` as the wrappers handed them down, on the device of the model.
+    input_ids: those of `rows` as the wrappers passed them, on the device of the model.
     """
     # Compiled forwards compute the same. Hooks of accelerate act on the modules that are called, too.
     if patched is None or hasattr(patched, "_torchdynamo_orig_callable") or hasattr(model, "_hf_hook"):

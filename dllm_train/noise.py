@@ -30,11 +30,11 @@ class Schedule:
             raise ValueError(f"schedule is {self.name!r}; allowed: 'linear', 'cosine'")
 
     def alpha(self, t: torch.Tensor) -> torch.Tensor:
-        """Probability that a token is still visible at time t."""
+        """Return the probability that a token is still visible at time t."""
         return 1 - t if self.name == "linear" else 1 - torch.cos(math.pi / 2 * (1 - t))
 
     def weight(self, t: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
-        """w(t) = -alpha'(t) / (1 - alpha(t) + eps); eps = 0 makes the loss a bound on -log p."""
+        """Return w(t) = -alpha'(t) / (1 - alpha(t) + eps); eps = 0 makes the loss a bound on -log p."""
         if self.name == "linear":
             return 1 / (t + eps)
         angle = math.pi / 2 * t  # sines of it, not cosines of 1 - t: small times keep their digits
@@ -49,7 +49,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Noise:
-    """What a loss needs to know about the noise of a batch.
+    """The noise of a batch.
 
     t: float32 [B, L], the time of every position (constant within its document or block), in (0, 1).
     masked: bool [B, L], the positions that the mask token replaces.
@@ -133,7 +133,7 @@ _GOLDEN, _SILVER = np.uint64(2654435769), np.uint64(1779033704)
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Philox4x32-10: uint32 counters [..., 4] -> uint32 [..., 4]."""
+    """Compute Philox4x32-10: uint32 counters [..., 4] -> uint32 [..., 4]."""
     c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
     k0, k1 = key
     low = np.uint64(0xFFFFFFFF)
@@ -146,7 +146,7 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 
 def _random_bits(length: int, example_ids: np.ndarray, seed: int, epoch: int, stream: int) -> np.ndarray:
-    """uint32 [B, length]; the draw of a position depends on its own key only."""
+    """Return uint32 [B, length]; the draw of a position depends on its own key only."""
     groups = -(-length // 4)
     counter = np.zeros((len(example_ids), groups, 4), dtype=np.uint32)
     counter[..., 0] = np.arange(groups, dtype=np.uint32)
@@ -158,5 +158,5 @@ def _random_bits(length: int, example_ids: np.ndarray, seed: int, epoch: int, st
 
 
 def _uniform(bits: np.ndarray) -> np.ndarray:
-    """(0, 1) from the upper 24 bits, exact in float32."""
+    """Return numbers in (0, 1) from the upper 24 bits, exact in float32."""
     return ((bits >> np.uint32(8)).astype(np.float64) + 0.5) * 2.0**-24

@@ -1,4 +1,4 @@
-"""Checks a batch and draws its noise: what a loss is computed from, before any model is seen."""
+"""Check a batch and draw its noise: the input of a loss, independent of any model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class NoisedBatch:
     """x_0 and its noise; with `complementary` every row twice, the second time with its mask inverted.
 
     input_ids: int64 [B, L], BOS included. labels: int64 [B, L], -100 where a token is given. lengths: int64
-    [B], or None where every row is full. document_lengths: int64 [B, D] or None. places: where positions
-    stand.
-    masked: bool [B, L], the positions that are noised. t: float32 [B, L], when.
+    [B], or None where every row is full. document_lengths: int64 [B, D] or None. places: documents of the
+    positions.
+    masked: bool [B, L], the positions that are noised. t: float32 [B, L], their times.
     """
 
     input_ids: Tensor
@@ -52,7 +52,7 @@ def noised_batch(
     bos_id: int | None,
     complementary: bool,
 ) -> NoisedBatch:
-    """Return the noised batch of a loss; arguments as in `mdlm_loss`. All work is done where the batch lies.
+    """Return the noised batch of a loss, on its device; arguments as in `mdlm_loss`.
 
     time_block: the positions of a document that share one t; None: all.
     """

@@ -1,4 +1,4 @@
-"""Settle what the model, its tokenizer and the arguments say of an objective, and mark the model with it."""
+"""Reconcile the settings of an objective in model, tokenizer and arguments, and write them to the model."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def objective_settings(
     shift: bool | None = None,
     block_size: int | None = None,
 ) -> ObjectiveSettings:
-    """Return the settings of an objective; what is None is read from config.json, then from the tokenizer.
+    """Return the settings of an objective; None is read from config.json, then from the tokenizer.
 
     model: a transformers model or a wrapper of one. trainer: its name, for errors. attention: what the
     objective trains, "bidirectional" | "block_causal". The settings are written to the model's config, as
     config.diffusion and config.mask_token_id, so that its checkpoints load with `dk.load`.
-    Raises ValueError where model, tokenizer and arguments contradict each other.
+    Raises ValueError if model, tokenizer and arguments conflict.
     """
     inner = wrapped_model(model)
     config = inner.config
@@ -124,7 +124,7 @@ def _refuse_attention_dropout(model: PreTrainedModel, config) -> None:
 
 
 def _mark(model, inner: PreTrainedModel, entry: dict, settings: ObjectiveSettings, attention: str) -> None:
-    """Write to the config what is trained, for the checkpoints to come: its attention becomes the default."""
+    """Write the training to the config of later checkpoints: its attention becomes the default."""
     config, kinds = inner.config, entry["attention"]
     adapted = hasattr(model, "peft_config")
     if not (adapted and kinds):

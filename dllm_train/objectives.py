@@ -53,7 +53,7 @@ def mdlm_loss(
 ) -> LossOutput:
     """Return the masked diffusion loss over whole rows; every position sees the whole row.
 
-    Tensors of the batch may lie on the CPU while the model is elsewhere: then the host waits for no device.
+    Tensors of the batch may be on the CPU while the model is elsewhere; the host then waits for no device.
 
     model: a transformers model with a vocabulary head, or any wrapper of it; its own sliding windows hold.
     input_ids: int64 [B, L]. labels: int64 [B, L], -100 where a token is given and never masked, else equal to
@@ -78,7 +78,7 @@ def mdlm_loss(
       positions whose argmax is right (dParallel). The mean is that of this batch, which then weighs what it
       has of `normalizer`.
     reach: query i sees keys before i + 1 + reach, to anneal a causal model's mask (DiffuLLaMA); None: all.
-    Raises TypeError and ValueError for arguments, models and wrappers that it cannot compute this loss for.
+    Raises TypeError and ValueError for arguments, models and wrappers that this loss does not support.
     """
     batch = noised_batch(
         input_ids, labels, lengths, document_lengths, noise=noise, example_ids=example_ids, seed=seed,
@@ -131,7 +131,7 @@ def bd3lm_loss(
     block, or all blocks of a row or document. Block of position p: p // block_size, counted in each document.
     With `shift` the first prediction of a block comes from the x_0 half, as in sampling, and the others from
     the x_t half.
-    clean: what x_0 sees, "block_causal" its own block and those before, or "causal" no token after.
+    clean: the mask of x_0, "block_causal" its own block and those before, or "causal" no later token.
     ar_weight: with clean="causal", adds this times the mean CE of next tokens predicted by the x_0 half
       (I-DLM, NeMo Automodel), over all labels that a token of their document precedes. `ar_normalizer`
       replaces their count by that of the global batch (`loss_normalizer(..., "next_token")`), and is needed

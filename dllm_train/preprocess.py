@@ -1,4 +1,4 @@
-"""Tokenize a dataset into a folder, from the command line; an interrupted run goes on where it stopped.
+"""Tokenize a dataset into a folder, from the command line; an interrupted run can continue.
 
     python -m dllm_train.preprocess --dataset "chats.jsonl[train:5000,test:100]" --tokenizer Qwen/Qwen3-0.6B
     \\

@@ -13,7 +13,7 @@ from torch import distributed
 def end_process() -> None:
     """If this process is in a process group, leave it and end the process with code 0; else do nothing.
 
-    Exit handlers run, threads are waited for and output is written, but Python does not shut down: a thread
+    Exit handlers run, threads are joined and output is written, but Python does not shut down: a thread
     of gloo that frees a tensor of its last collective then would abort the process with "terminate called
     without an active exception", and launchers would count it as failed. Leaving the group does not end its
     threads, since modules of torch and DeepSpeed that were imported while it stood refer to it in default

@@ -1,7 +1,7 @@
-"""Gradient checkpointing that keeps what is costly to compute again, and recomputes the rest.
+"""Gradient checkpointing that keeps results costly to recompute, and recomputes the rest.
 
-Of a layer it keeps what attention and most matrix products return. Norms, rotations and activations are
-computed again. So are the products that end in the residual stream: the last one of a layer is not needed at
+It keeps the results of attention and most matrix products of a layer. Norms, rotations and activations are
+recomputed. So are the products that end in the residual stream: the last one of a layer is not needed at
 all, and the one after attention costs least for the memory it takes. Gradients are those of the whole layer,
 bit for bit.
 """
@@ -23,7 +23,7 @@ _ATTENTION = {
 
 
 def checkpoint_selectively(model: nn.Module) -> None:
-    """Make the layers of a transformers model recompute what is cheap.
+    """Make the layers of a transformers model recompute cheap operations.
 
     Raises ValueError for a model whose layers cannot be recomputed.
     """
@@ -40,7 +40,7 @@ def _contexts(hidden_size: int):
 
 
 class _Policy:
-    """Whether to keep what an operator returns; asked for all of them in turn, and again in recomputation."""
+    """Decides whether to keep an operator's result; called for all in turn, and again in recomputation."""
 
     def __init__(self, hidden_size: int):
         self.hidden_size = hidden_size

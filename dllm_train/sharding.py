@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 
 def is_sharded(modules: Iterable[nn.Module]) -> bool:
-    """Return whether a call of one of `modules` has to be made by all processes at once.
+    """Return whether all processes must call `modules` at once.
 
     True for FSDP units, for DTensor weights and for weights of DeepSpeed ZeRO-3.
     """

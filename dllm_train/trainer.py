@@ -1,8 +1,8 @@
 """Trainers of diffusion language models: transformers' Trainer with our losses, batches and checkpoints.
 
-The loss is normalised over the global batch: what its mean is over is counted for all accumulation steps and
-ranks of an optimizer step, so that no way to cut it into batches changes the gradient. Batches stay on the
-CPU until the loss, which copies what it makes of them, so that a step never waits for the device.
+The loss is normalised over the global batch: the count of its mean covers all accumulation steps and ranks of
+an optimizer step, so that the division into batches does not change the gradient. Batches stay on the CPU
+until the loss, which copies its results to the device, so that a step never waits for the device.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class DiffusionTrainer(Trainer):
     Logs `loss`, the mean over the global batches, and nll (a bound, in nats per token), ppl and the cross
     entropy of masked tokens by noise level, ce_t0.1 … ce_t1.0. Evaluation draws the same noise every time,
     and eval_loss is the bound.
-    Raises ValueError for what would be ignored or would contradict the model, and FloatingPointError when
-    the loss is no longer finite.
+    Raises ValueError for options that would be ignored or conflict with the model, and FloatingPointError
+    when the loss is no longer finite.
     """
 
     objective: Callable[..., LossOutput]
@@ -112,7 +112,7 @@ class DiffusionTrainer(Trainer):
         return DiffusionCollator(tokenizer, block_size=block_size, train_padding=block_size is not None)
 
     def _refuse_parallelism(self) -> None:
-        """Raise ValueError for ways to distribute that the losses or the checkpoints do not know."""
+        """Raise ValueError for parallelism that the losses or the checkpoints do not support."""
         for name, size in (("context", self.get_cp_size()), ("sequence", self.get_sp_size())):
             if size > 1:
                 raise ValueError(
@@ -136,7 +136,7 @@ class DiffusionTrainer(Trainer):
     # ---- batches -----------------------------------------------------------------------------------------
     @cached_property
     def _ranks(self) -> tuple[int, int]:
-        """This process's place among those with other data, and their number; tensor-parallel peers share."""
+        """Return this process's data-parallel index, and their number; tensor-parallel peers share one."""
         peers = self.get_tp_size()
         return self.args.process_index // peers, self.args.world_size // peers
 
@@ -191,7 +191,7 @@ class DiffusionTrainer(Trainer):
         return batches, self._normalizers["normalizer"]
 
     def _counted(self, batches: list[dict]) -> dict[str, float | Tensor]:
-        """Return what the losses of `batches` are divided by, counted over all ranks."""
+        """Return the divisor of the losses of `batches`, counted over all ranks."""
         kinds = {"normalizer": self.args.loss_norm_type}
         if self._fixed.get("ar_weight"):
             kinds["ar_normalizer"] = "next_token"
@@ -212,7 +212,7 @@ class DiffusionTrainer(Trainer):
         )  # fmt: skip
 
     def _prepare_inputs(self, inputs: dict) -> dict:
-        """Leave the batch on the CPU: the loss copies what it makes of it."""
+        """Leave the batch on the CPU: the loss copies its results to the device."""
         return inputs
 
     def floating_point_ops(self, inputs: dict) -> int:
@@ -336,7 +336,7 @@ class DiffusionTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Write the model and the tokenizer beside their place, and move them there when all is written."""
+        """Write the model and the tokenizer beside their place, and move them when all is written."""
         output_dir = self.args.output_dir if output_dir is None else output_dir
         if self._unfinished is not None or not self.args.should_save:
             super()._save(output_dir, state_dict)

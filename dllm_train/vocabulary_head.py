@@ -36,7 +36,7 @@ _TELLING_LOGIT = 1000.0
 
 @dataclass(frozen=True)
 class Certainty:
-    """Certainty forcing (dParallel): rows, float [N] of 1 and 0, that take part; what divides logits."""
+    """Certainty forcing (dParallel). rows: float [N], 1 if forced, else 0. temperature: divides logits."""
 
     rows: Tensor
     temperature: float
@@ -62,7 +62,7 @@ def head_losses(
 ) -> RowLosses:
     """Return the losses of chosen rows under the head of `model`.
 
-    output: what its base model returned; states [N, hidden]: rows of output.last_hidden_state. targets: int64
+    output: of its base model; states [N, hidden]: rows of output.last_hidden_state. targets: int64
     [N]; weights: float [N]. Raises ValueError for models whose logits are not made row by row from states.
     """
     modules = _head(model)
@@ -148,7 +148,7 @@ def with_base(model, base):
 
 
 class GivenStates:
-    """Stands in for a base model: a call returns `output()`, all else is the base model's."""
+    """Stand-in for a base model: a call returns `output()`, all else is the base model's."""
 
     def __init__(self, base, output):
         self._base, self._output = base, output
@@ -196,7 +196,7 @@ def _ends_plainly(modules: tuple) -> bool:
 
 
 def _is_plain(model, modules: tuple, output) -> bool:
-    """Whether `modules` give the logits of `model`: tried on a few rows, once for each state of its head.
+    """Return whether `modules` give the logits of `model`: tried on a few rows, once per state of its head.
 
     Raises ValueError if logits are not made row by row from the states of the base model.
     """
@@ -225,7 +225,7 @@ _TRIED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def _head_state(model, modules: tuple) -> tuple:
-    """Return what decides how `model` makes logits, besides the values of its weights.
+    """Return what determines the logits of `model`, besides the values of its weights.
 
     That is its code, its modules, hooks and parameters outside the base model, and the numbers on them and in
     the config, such as caps and scales.
@@ -253,14 +253,14 @@ def _numbers(holder) -> tuple:
 
 
 def _holds_nothing_else(model, modules) -> bool:
-    """Whether the base model and `modules` hold all parameters: there is no scale that may be learned."""
+    """Return whether the base model and `modules` hold all parameters, so that no learned scale is left."""
     listed = [*modules, model.base_model]
     known = {id(p) for module in listed if isinstance(module, nn.Module) for p in module.parameters()}
     return all(id(p) in known for p in model.parameters())
 
 
 def _gives_own_logits(model, modules, output, states) -> bool:
-    """Whether `modules` are seen to give the model's own logits; zero weights hide it.
+    """Return whether `modules` are seen to give the model's own logits; zero weights hide it.
 
     States are scaled until a soft cap would show.
     """

@@ -1,4 +1,4 @@
-"""Prints the path of a configuration: accelerate launch --config_file $(python -m dllm_train.configs ddp)."""
+"""Print the path of a configuration: accelerate launch --config_file $(python -m dllm_train.configs ddp)."""
 
 import sys
 

@@ -16,7 +16,7 @@ _PLAIN = (
 
 
 def chat_template_of(model, tokenizer, given: str | None) -> str | None:
-    """Return the template that was given, else the tokenizer's own, else for masked LMs a plain one."""
+    """Return the given template, else the tokenizer's own, else a default one for masked LMs."""
     if given is not None:
         _check(given)
         return given
@@ -32,7 +32,7 @@ def chat_template_of(model, tokenizer, given: str | None) -> str | None:
 
 
 def _check(template: object) -> None:
-    """Refuse what is no Jinja template that fills in two messages."""
+    """Refuse a value that is no Jinja template, or that cannot render two messages."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 

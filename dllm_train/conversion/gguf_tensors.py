@@ -9,10 +9,9 @@ _EXPERTS = ("_exps.", "_shexp.", "ffn_gate_inp")
 
 
 def refuse_left_over_tensors(file: Path, model) -> None:
-    """Raise ValueError for tensors that `model` has no weight for, which transformers passes over silently.
+    """Raise ValueError for tensors that `model` has no weight for, which transformers ignores silently.
 
-    Among them are the frequencies of Llama 3.1 (rope_freqs): without them its positions would be computed as
-    another model's.
+    Such are the frequencies of Llama 3.1 (rope_freqs), without which its positions would be wrong.
     """
     import gguf
 

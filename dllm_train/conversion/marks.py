@@ -1,4 +1,4 @@
-"""Say in a model's config what it is to be trained for, and what ends its replies."""
+"""Record in a model's config its training objective and the end tokens of its replies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropou
 
 
 def check_training(objective: object, block_size: object, shift: object) -> None:
-    """Raise ValueError or TypeError for an objective, a block size or a shift that is none."""
+    """Raise ValueError or TypeError for an invalid objective, block size or shift."""
     if objective is not None and objective not in ATTENTION_OF:
         raise ValueError(f"objective is {objective!r}; allowed: {', '.join(map(repr, ATTENTION_OF))}, None")
     if block_size is not None:
@@ -20,7 +20,7 @@ def check_training(objective: object, block_size: object, shift: object) -> None
 
 
 def mark(model, objective: str | None, block_size: int | None, shift: bool | None) -> None:
-    """Say in the model's config what it is to be trained for."""
+    """Record in the model's config what it is to be trained for."""
     config = model.config
     entry = dict(config.diffusion)
     before = entry["attention"]
@@ -43,7 +43,7 @@ def mark(model, objective: str | None, block_size: int | None, shift: bool | Non
 
 
 def name_end_tokens(model, tokenizer) -> None:
-    """List in the config what ends a reply: its own tokens and the family's; for masked LMs [SEP]."""
+    """List in the config the end tokens of replies: its own and the family's; for masked LMs [SEP]."""
     config = model.config
     ends = list(token_ids(config.eos_token_id))
     if is_masked_lm(model):

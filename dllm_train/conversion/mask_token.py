@@ -1,4 +1,4 @@
-"""Give a model and its tokenizer a mask token that means nothing else."""
+"""Give a model and its tokenizer a mask token without another role."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _refuse_other_roles(model, tokenizer, token: str, is_own: bool) -> None:
 
 
 def _roles_of_configs(model) -> dict[int, str]:
-    """Token ids with a role in config.json or generation_config.json."""
+    """Return token ids with a role in config.json or generation_config.json."""
     found: dict[int, str] = {}
     for config in (getattr(model, "generation_config", None), model.config, model.config.get_text_config()):
         for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
@@ -114,7 +114,7 @@ def _rows(model) -> int:
 
 @torch.no_grad()
 def _make_room(model, mask_id: int, in_use: int) -> None:
-    """Grow the embedding and the head up to the mask token where they end before it.
+    """Grow the embedding and the head to include the mask token.
 
     New rows and that of the mask token are set to the mean of the first `in_use` rows, themselves left out.
     """

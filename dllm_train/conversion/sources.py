@@ -29,7 +29,7 @@ def read_source(
 
     dtype: None keeps that of the largest weight; GGUF files give float32. tokenizer: one to take in place of
     the source's, or a folder that has one. base: of a peft adapter, in place of the model that it names. A
-    weight that is missing, left over or of the wrong shape is a ValueError. No code of the source is run.
+    missing or unexpected weight or a wrong shape is a ValueError. No code of the source is run.
     """
     dtype = _checked(dtype)
     if Path(source).suffix == ".gguf":

@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def free_target(source: object, target: object, overwrite: bool, name: str = "source") -> Path:
-    """Return the path of `target`; an error where it is in use, or is the source itself.
+    """Return the path of `target`; an error if it is in use, or is the source itself.
 
-    name: what the caller calls the source.
+    name: the caller's name of the source.
     """
     if not isinstance(source, str | Path):
         raise TypeError(f"{name} is a {type(source).__name__}; give a folder, a hub name or a file")

@@ -1,4 +1,4 @@
-"""Check that a tokenizer comes back from its files as it was written."""
+"""Check that a tokenizer is read back from its files as it was written."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _TEXT = "Hello, world! It's 12345 (x == 0.5)\n\n    naïve café: 你好 🙂\tE
 
 
 def check_reads_back(tokenizer, config) -> None:
-    """Raise ValueError if what transformers reads from the files of `tokenizer` makes other tokens.
+    """Raise ValueError if `tokenizer`, read from its files by transformers, makes other tokens.
 
-    transformers picks a tokenizer class by the model type in places, whatever the files say.
+    transformers picks some tokenizer classes by model type, whatever the files say.
     """
     words = list(tokenizer.get_vocab())
     step = max(len(words) // 64, 1)

@@ -1,4 +1,4 @@
-"""Check by a model's own outputs that it sees what its config's "diffusion" entry says."""
+"""Check by a model's outputs that its mask is the one in its config's "diffusion" entry."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dllm_kernels.models.attention import see_as_trained
 
 
 def check_visibility(model) -> None:
-    """Raise ValueError where `model` would compute other attention than a conversion promises.
+    """Raise ValueError if `model` would compute other attention than the conversion promises.
 
     A bidirectional model must look ahead by transformers' `config.is_causal = False` alone, without this
     library. A block-causal one must see the tokens of its block and not those of the next.

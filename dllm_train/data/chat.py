@@ -38,10 +38,10 @@ def encode_conversation(
 def render_replies(
     tokenizer, messages: list[dict], *, train_on: str = "all", tools: list | None = None
 ) -> tuple[str, list[Span]]:
-    """Return the text of a conversation that ends with a reply, and where its replies are, in characters.
+    """Return the text of a conversation that ends with a reply, and the spans of its replies in characters.
 
-    The template's own {% generation %} blocks are used where it has them, with the token after them.
-    Otherwise a reply is what the template adds to the conversation before it, which must be a prefix of the
+    The template's own {% generation %} blocks are used if it has them, with the token after them. Otherwise
+    a reply is the text that the template adds to the conversation before it, which must be a prefix of the
     whole.
     """
     template = tokenizer.get_chat_template(tools=tools)
@@ -66,8 +66,8 @@ def render_replies(
 def tokenize_spans(tokenizer, text: str, spans: list[Span]) -> tuple[list[int], list[Span]]:
     """Return the ids of `text`, and the spans of characters as spans of tokens.
 
-    No token lies on both sides of a border of a span. Where one would, the text is tokenized piece by piece,
-    as it is in sampling, where the prompt is tokenized without the reply.
+    No token crosses a border of a span. If one would, the text is tokenized piece by piece, as in sampling,
+    where the prompt is tokenized without the reply.
     """
 
     def encode(texts: list[str]) -> list[list[int]]:
@@ -103,7 +103,7 @@ def labels_in(ids: list[int], spans: list[Span]) -> list[int]:
 def _render_blocks(tokenizer, template: str, messages: list[dict], tools) -> tuple[str, list[Span]]:
     """Return the text and its {% generation %} blocks, each with the token that ends a reply.
 
-    What stands after the last block, such as <|im_end|>, is that token. If it were given, the model would see
+    That token, such as <|im_end|>, is the text after the last block. If it were given, the model would see
     where a reply ends before it writes it.
     """
     texts, blocks = render_jinja_template(

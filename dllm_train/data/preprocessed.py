@@ -1,6 +1,6 @@
-"""Tokenized datasets on disk, written in shards, so that an interrupted run goes on where it stopped.
+"""Tokenized datasets on disk, written in shards, so that an interrupted run can continue.
 
-    FOLDER/preprocess.json       what decides the rows: specification, tokenizer, options
+    FOLDER/preprocess.json       what determines the rows: specification, tokenizer, options
     FOLDER/train/00000.parquet   the rows made from the first `rows_per_shard` rows of the dataset, and so on
     FOLDER/complete.json         written last: how many rows and tokens each split has
 
@@ -88,9 +88,9 @@ def write_preprocessed_dataset(
 ) -> dict:
     """Write the shards that `folder` lacks; return {split: {"shards", "rows", "tokens"}}.
 
-    options: what else decides the rows, for `preprocess.json`; with EncodeDocuments `max_length`, `packing`
-    and `drop_tail` are read from it.
-    Raises ValueError when the folder holds something else, or rows of another configuration.
+    options: what else determines the rows, for `preprocess.json`; with EncodeDocuments `max_length`,
+    `packing` and `drop_tail` are read from it. Raises ValueError when the folder holds something else, or
+    rows of another configuration.
     """
     folder = Path(folder)
     sources = [(source.weight, load_source(source)) for source in parse_specification(dataset)]
@@ -237,12 +237,12 @@ def _shard(folder: Path, split: str, index: int) -> Path:
 
 
 def _is_unfinished(path: Path) -> bool:
-    """Whether a file is what `_write_atomically` leaves when its process is killed."""
+    """Return whether a file is a leftover of `_write_atomically` in a killed process."""
     return path.name.startswith(f".{CONFIGURATION}.")
 
 
 def _write_atomically(path: Path, data) -> None:
-    """Write beside `path` and rename, so that a file that is there is whole."""
+    """Write beside `path` and rename, so that an existing file is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

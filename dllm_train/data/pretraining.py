@@ -43,7 +43,7 @@ def load_pretraining_dataset(
     dataset: see `load_dataset_spec`, also for `streaming`, `shuffle_buffer` (of documents) and `seed`.
     text_field: the field that holds a document.
     packing: True: `document_lengths` keeps the documents of a row from seeing each other; the part of a
-      document that goes on in the next row is a document of its own there. False: plain concatenation, in
+      document that continues in the next row is a separate document there. False: plain concatenation, in
       which all tokens of a row see each other.
     drop_tail: leave out the last row of a split when it is shorter than `max_length`; a log line counts its
       tokens.
@@ -100,7 +100,7 @@ def _all_ids(documents: Iterable[dict]) -> Iterator[list[int]]:
 class Packer:
     """Cut rows from documents that arrive one by one.
 
-    ids, document_lengths: the row that is not full yet; they are all the state there is.
+    ids, document_lengths: the row that is not full yet, which is the whole state.
     """
 
     def __init__(self, max_length: int, packing: bool = True):
@@ -145,7 +145,7 @@ class EncodeDocuments:
     def apply(self, documents: AnyDataset, name: str, **options) -> AnyDataset:
         """Return {"input_ids"} for each document.
 
-        name: what errors call the dataset. options: of `map_numbered`.
+        name: of the dataset, for errors. options: of `map_numbered`.
         """
         require_fields(documents, [self.text_field], name)
         return map_numbered(

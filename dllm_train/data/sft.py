@@ -129,7 +129,7 @@ class EncodeExamples:
     def apply(self, rows: AnyDataset, name: str, **options) -> AnyDataset:
         """Return an example for each row; `left_out` says why one is not to be used, or is empty.
 
-        name: what errors call the dataset. options: of `map_numbered`.
+        name: of the dataset, for errors. options: of `map_numbered`.
         """
         fields = fields_of(rows)
         if not any(field in fields for field in CONVERSATIONS) and not _pair_of(fields):

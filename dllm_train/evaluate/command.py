@@ -40,7 +40,7 @@ _MISTAKES = (ValueError, TypeError, OSError, ImportError, KeyError, AssertionErr
 
 
 class Mistake(Exception):
-    """A mistake of the user's, said in one line. code: the exit status."""
+    """A user error, described in one line. code: the exit status."""
 
     def __init__(self, line: str, code: int = 2):
         super().__init__(line)
@@ -95,7 +95,7 @@ def _sweep(arguments: list[str]) -> None:
 
 
 class _Observed:
-    """What a run gave. results: lm-eval's, None in all processes but one. tracker: where they are saved."""
+    """Results of a run. results: lm-eval's, None in all processes but one. tracker: saves them."""
 
     results: dict | None = None
     tracker = None
@@ -104,7 +104,7 @@ class _Observed:
 
 @contextlib.contextmanager
 def _observed() -> Iterator[_Observed]:
-    """Put what was measured beside the scores of a run of lm-eval's command line, and keep its results."""
+    """Put the measures beside the scores of a run of lm-eval's command line, and keep its results."""
     evaluate, observed = lm_eval.simple_evaluate, _Observed()
 
     def simple_evaluate(**kwargs):
@@ -146,7 +146,7 @@ def _execute(namespace) -> None:
 
 
 def _complete(namespace) -> None:
-    """Fill in what `dllm eval` decides: the model, where its tasks are, the device, and the chat template."""
+    """Fill in the choices of `dllm eval`: model, folder of its tasks, device and chat template."""
     file = EvaluatorConfig.load_yaml_config(namespace.config) if namespace.config else {}
     for model in (namespace.model, file.get("model")):
         if model not in (None, "dllm"):

@@ -27,7 +27,7 @@ FORWARDS_PER_WAVE = 8
 
 @dataclass(frozen=True)
 class Estimation:
-    """A model and how likelihoods are estimated with it, all checked."""
+    """A model and the checked options of its likelihood estimates."""
 
     model: PreTrainedModel
     diffusion: Diffusion
@@ -162,7 +162,7 @@ class Estimation:
 
 @dataclass(frozen=True)
 class _Pass:
-    """One way through all requests.
+    """One pass over all requests.
 
     compute: from segments to float64 [S, 3], of which the rows of one request add up. rows: most rows that a
     segment of so many targets has at once. steps: how often it has them.

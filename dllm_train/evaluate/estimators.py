@@ -1,4 +1,4 @@
-"""Likelihood estimators: which targets a row masks, which it scores, and what the scores amount to.
+"""Likelihood estimators: the targets that a row masks and scores, and the estimate from the scores.
 
 A segment is a run of targets that is denoised together: of a bidirectional model all targets of a request, of
 a block-causal model those in one block. log p(target | context) is the sum over the segments of a request.
@@ -21,7 +21,7 @@ from dllm_train.evaluate.masks import masked_counts, masked_targets
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What to compute for a segment of L targets.
+    """The rows to compute for a segment of L targets.
 
     masked: bool [R, L], the targets that the mask token replaces in each of R rows, all distinct.
     scored: bool [R, L], the masked targets whose log p counts.

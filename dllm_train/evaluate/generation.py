@@ -16,7 +16,7 @@ GAP = re.compile("<mask:[0-9]+>")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue. ids: its tokens. new_tokens: the most to add. number: what noise knows it by."""
+    """A text to continue. ids: its tokens. new_tokens: the most to add. number: the key of its noise."""
 
     ids: tuple[int, ...]
     new_tokens: int
@@ -25,7 +25,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came after a prompt.
+    """The completion of a prompt.
 
     text: up to the first stop string. tokens: before the first end token. forwards: denoiser forwards that
     the row took part in. at_limit: whether the length limit ended it, and no end token or stop string.
@@ -38,7 +38,7 @@ class Answer:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing but blanks."""
+        """Return whether the text is blank."""
         return not self.text.strip()
 
 
@@ -78,7 +78,7 @@ def generate(
     """Return the answers to `prompts`, in their order, from one call of `dk.sample`.
 
     until: stop strings; the text ends before the first. stop_tokens: where rows may end early; None lets all
-    go to their end. An answer depends on its own prompt alone, not on the others nor on `max_batch`.
+    run to their end. An answer depends on its own prompt alone, not on the others nor on `max_batch`.
     """
     ends = make_plan(model, tokenizer, config, {}).eos_ids
     early = () if stop_tokens is None or not config.stop_on_eos else stop_tokens.of(until)
@@ -130,7 +130,7 @@ def fill(
     max_batch: int | None = None,
     config: dk.SampleConfig,
 ) -> list[Answer]:
-    """Return what fills the gap, written `<mask:24>`, of each text; numbers: what noise knows them by.
+    """Return what fills the gap, written `<mask:24>`, of each text; numbers: the keys of their noise.
 
     The length of the gap is given, so no answer counts as at the limit.
     """

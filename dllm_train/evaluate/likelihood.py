@@ -53,7 +53,7 @@ def log_likelihoods(
 ) -> list[Estimate]:
     """Return an estimate for each request (context ids, target ids), in the order of the requests.
 
-    model: a transformers model marked for diffusion, or a wrapper that only passes calls on (DDP, adapters).
+    model: a transformers model marked for diffusion, or a wrapper that only forwards calls (DDP, adapters).
     samples: masks of each request, with "block" of each block. seed, request_ids: the noise depends on the
     seed, a request's id (0 .. 2**32 - 1; default: its index) and nothing else, so no batch, order or rank
     changes a mask.
@@ -63,7 +63,7 @@ def log_likelihoods(
     a time, the most confident first; in block-causal models block by block. Costs up to a forward per target.
     progress: called as progress(done, total) after every few forwards, in tokens.
     parity: "llada" rounds the numbers of masks as LLaDA's evaluation does, for "monte_carlo".
-    Raises TypeError and ValueError for what is out of range, and ValueError for requests without a target or
+    Raises TypeError and ValueError for values out of range, and ValueError for requests without a target or
     longer than the model's positions, for models without a mask token, and for estimators that do not fit.
     """
     estimation = Estimation.of(model, estimator, samples, seed, batch_tokens, parity)

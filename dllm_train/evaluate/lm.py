@@ -37,8 +37,8 @@ _ROLLING_SAMPLES = 8  # of a whole document, whose many tokens average the noise
 class DiffusionLM(TemplateLM):
     """A diffusion language model for lm-eval's tasks.
 
-    pretrained: what `dk.load` takes, or a loaded model, with its tokenizer as `tokenizer`.
-    device: None takes the GPU where there is one; under accelerate each process has its own.
+    pretrained: a name that `dk.load` takes, or a loaded model, with its tokenizer as `tokenizer`.
+    device: None takes the GPU if there is one; under accelerate each process has its own.
     batch_size: rows in flight, or "auto". It changes no answer. max_batch_size: the most for "auto".
     max_length: the most positions of a request, context and answer; None is the model's own limit. A longer
         request raises ValueError before anything runs, unless `truncate`, which cuts contexts on the left.
@@ -113,23 +113,23 @@ class DiffusionLM(TemplateLM):
     # ---- what lm-eval asks of a model ------------------------------------------------------------------
     @property
     def eot_token_id(self) -> int:
-        """The end token."""
+        """Return the end token."""
         ends = self.diffusion.eos_ids or (self.tokenizer.eos_token_id,)
         return ends[0]
 
     @property
     def prefix_token_id(self) -> int | None:
-        """The context of texts without one; None where the tokenizer has no token for it."""
+        """Return the context of texts without one; None if the tokenizer has no token for it."""
         return self.texts.prefix
 
     @property
     def max_length(self) -> int | None:
-        """The most positions of a request; None: any number."""
+        """Return the most positions of a request; None: any number."""
         return self._max_length
 
     @property
     def max_gen_toks(self) -> int:
-        """The length of answers where a task gives none."""
+        """Return the length of answers if a task gives none."""
         return generation_options({}, self.options.sampling).new_tokens
 
     @property
@@ -146,7 +146,7 @@ class DiffusionLM(TemplateLM):
         return self.processes.gather_object(obj, dst)
 
     def barrier(self) -> None:
-        """Wait for all processes, and take over what they measured."""
+        """Wait for all processes, and collect their measures."""
         gathered = self.gather_object(self.measures)
         if gathered is not None:
             self._of_others = gathered[1:]
@@ -166,7 +166,7 @@ class DiffusionLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Return a conversation as text, up to where the reply begins or goes on."""
+        """Return a conversation as text, up to where the reply begins or continues."""
         return self.texts.conversation(chat_history, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -192,7 +192,7 @@ class DiffusionLM(TemplateLM):
         self.measures.keep_in(cache_hook.dbdict)
 
     def get_model_info(self) -> dict:
-        """Return what the results say of the model."""
+        """Return the description of the model in the results."""
         measures = self.measures.joined(self._of_others)
         return {
             "model_num_parameters": sum(weight.numel() for weight in self.model.parameters()),
@@ -320,7 +320,7 @@ class DiffusionLM(TemplateLM):
 
     # ---- generation ------------------------------------------------------------------------------------
     def _wanted(self, request) -> tuple[Sequence[int] | str, GenerationOptions]:
-        """Return what a request gives to go on from, ids or a text with a gap, and how."""
+        """Return the start of a request's answer, ids or a text with a gap, and how to generate it."""
         context, kwargs = request.args
         options = generation_options(kwargs, self.options.sampling)
         if options.infill:
@@ -425,7 +425,7 @@ class DiffusionLM(TemplateLM):
 
     @cached_property
     def checkpoint_sha256(self) -> str:
-        """The hash of the weights."""
+        """Return the hash of the weights."""
         return checkpoint_hash(self.name, self.model)
 
     def fingerprint(self) -> str:

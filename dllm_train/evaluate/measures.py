@@ -1,4 +1,4 @@
-"""What is reported beside a score: empty answers, answers at the length limit, forwards, errors, seconds."""
+"""Measures reported beside a score: empty answers, answers at the length limit, forwards, errors, seconds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Measures:
         self._kept: MutableMapping | None = None
 
     def keep_in(self, kept: MutableMapping) -> None:
-        """Keep counts of answers in lm-eval's cache, so that a run that goes on reports them all."""
+        """Keep counts of answers in lm-eval's cache, so that a continued run reports them all."""
         self._kept = kept
         for key, counts in kept.items():
             if key.startswith(_KEY):
@@ -62,7 +62,7 @@ class Measures:
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks that anything was measured of."""
+        """Return the tasks with measures."""
         return sorted({*self._answers, *self._estimates})
 
     def joined(self, others: list[Measures]) -> Measures:

@@ -1,4 +1,4 @@
-"""How a checkpoint is evaluated where nobody says: base or instruct, and which attention sees a gap."""
+"""Defaults of an evaluation: base or instruct, and the attention that sees both sides of a gap."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _BASE = re.compile(r"(?<![a-z])(base|pretrained|pt)(?![a-z])", re.IGNORECASE)
 
 
 def is_instruct(name: str, tokenizer) -> tuple[bool, str]:
-    """Return whether a checkpoint is an instruct checkpoint, and what says so.
+    """Return whether a checkpoint is an instruct checkpoint, and the evidence.
 
-    Its name says so ("…-Instruct", "…-Base"), or else whether it has a chat template.
+    The name decides ("…-Instruct", "…-Base"), or else the presence of a chat template.
     """
     last = name.rstrip("/").split("/")[-1]
     for pattern, found in ((_INSTRUCT, True), (_BASE, False)):
@@ -26,7 +26,7 @@ def is_instruct(name: str, tokenizer) -> tuple[bool, str]:
 
 @contextmanager
 def seeing_both_sides(model, attention: str | None) -> Iterator[None]:
-    """Let a model trained for both kinds of attention see behind a gap, unless `attention` was given."""
+    """Let a model trained for both kinds of attention see past a gap, unless `attention` was given."""
     entry = getattr(model.config, "diffusion", None)
     kinds = list((entry or {}).get("attention", ()))
     if attention is not None or "bidirectional" not in kinds or kinds[0] == "bidirectional":

@@ -24,11 +24,11 @@ ROWS_PER_CLEAN = 8  # a forward may hold this many times as many noised tokens a
 
 @dataclass(frozen=True, eq=False)
 class NoisedRow:
-    """A row and the targets that are scored in it.
+    """A row and its scored targets.
 
     ids: int64 [W], noised, at positions start .. start + W - 1. clean: int64, the clean blocks of its
     request, of which it sees those before `start`. length: positions of the whole request.
-    places: int64 [n], where in `ids` the scored targets stand. targets: int64 [n].
+    places: int64 [n], indices of the scored targets in `ids`. targets: int64 [n].
     """
 
     ids: np.ndarray
@@ -53,7 +53,7 @@ class _SharedClean:
 
 
 class RowScorer:
-    """Scores noised rows of one model; called within `inference(model)`.
+    """Score noised rows of one model, within `inference(model)`.
 
     batch_tokens: of one forward; over long clean prefixes it may hold more.
     Raises ValueError for a model that our attention cannot run in, and for block-causal ones whose tokens
@@ -74,8 +74,8 @@ class RowScorer:
         return self._scored(rows, lambda *states: (self._log_p(*states),))[0].astype(np.float64)
 
     def proposals(self, rows: Sequence[NoisedRow], mask_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return log p of the scored targets, float64, what the sampler would propose in their place, int64,
-        and its confidence, float32. As in sampling, the mask token is no candidate."""
+        """Return log p of the scored targets, float64, the sampler's proposals there, int64, and their
+        confidences, float32. As in sampling, the mask token is no candidate."""
 
         def score(output, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             stats = head_statistics(self.model, output, states, suppress_tokens=(mask_id,))
@@ -91,7 +91,7 @@ class RowScorer:
     def _scored(
         self, rows: Sequence[NoisedRow], score: Callable[..., tuple[Tensor, ...]]
     ) -> list[np.ndarray]:
-        """Return what `score` makes of (output of the base model, states [n, H], targets [n])."""
+        """Return `score` of (output of the base model, states [n, H], targets [n])."""
         ends = np.cumsum([len(row.targets) for row in rows])
         results, order = [], []
         for parts, equal_rows in self._batches(rows):

@@ -1,4 +1,4 @@
-"""Options of the lm-eval model `dllm`: what `--model_args` and `--gen_kwargs` may hold, by name."""
+"""Options of the lm-eval model `dllm`: the names that `--model_args` and `--gen_kwargs` may hold."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DEFAULT_LENGTH = 256  # lm-eval's
 
 @dataclass(frozen=True)
 class Options:
-    """model_args by what takes them: `dk.load`, `dk.SampleConfig` and `log_likelihoods`."""
+    """model_args by the function that takes them: `dk.load`, `dk.SampleConfig` and `log_likelihoods`."""
 
     loading: dict
     sampling: dict
@@ -60,9 +60,9 @@ class GenerationOptions:
 
 
 def model_options(given: Mapping[str, object]) -> Options:
-    """Return `given` by what takes each, without what DiffusionLM takes itself.
+    """Return `given` by the function that takes each, without the options of DiffusionLM itself.
 
-    Raise ValueError for the name of one that nothing takes.
+    Raise ValueError for an unknown name.
     """
     given = {name: _read(name, value) for name, value in given.items() if name not in MODEL}
     for name in given:
@@ -80,7 +80,7 @@ def model_options(given: Mapping[str, object]) -> Options:
 
 
 def generation_options(given: Mapping[str, object], sampling: Mapping[str, object]) -> GenerationOptions:
-    """Return a request's generation_kwargs; `sampling` of the model holds where they say nothing.
+    """Return a request's generation_kwargs; `sampling` of the model is the default.
 
     do_sample=false means temperature 0, as everywhere in lm-eval; true means the temperature given, or 1.
     """

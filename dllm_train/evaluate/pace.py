@@ -1,4 +1,4 @@
-"""How long a run of requests will take, told before most of it has run."""
+"""Estimate the time of a run of requests early in the run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def waves(
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as a person says them."""
+    """Return seconds in words."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

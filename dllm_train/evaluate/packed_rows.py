@@ -1,4 +1,4 @@
-"""Lay rows end to end in one sequence, and say what each token sees.
+"""Lay rows end to end in one sequence, with a mask for each token.
 
 A row of a bidirectional model is a whole request. A row of a block-causal model is one block, which also sees
 the clean tokens before it. These stand once, before all rows that share them:
@@ -39,8 +39,8 @@ class PackedRows:
     """The tokens of one forward, N of them, as a view that attends (see `StepView`).
 
     ids, position_ids: int64 [1, N]. spans: int32 [1, N, R, 2], the tokens that each of them sees.
-    row_offset: int64, where each row begins. before: int64, where the clean token before each row stands, or
-    its own first one.
+    row_offset: int64, where each row begins. before: int64, the index of the clean token before each row, or
+    of its own first one.
     layers: those that have attended.
     """
 
@@ -88,7 +88,7 @@ class PackedRows:
         )
 
     def mask(self, window: int | None = None) -> SpanMask:
-        """Return what each token sees in a layer with this sliding window."""
+        """Return the mask of a layer with this sliding window."""
         if window not in self._masks:
             spans = self.spans
             if window is not None:
@@ -99,6 +99,6 @@ class PackedRows:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        """Attention of one layer: query [1, Hq, N, D], key and value [1, Hkv, N, D] -> like query."""
+        """Attend in one layer: query [1, Hq, N, D], key and value [1, Hkv, N, D] -> like query."""
         self.layers.add(len(self.layers))  # a model's own layer may attend more than once
         return block_attention(query, key, value, self.mask(window), scale=scale)

@@ -1,4 +1,4 @@
-"""Run records: all that a result depends on, written beside it, enough to repeat the run."""
+"""Run records: everything that a result depends on, written beside it, enough to repeat the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PACKAGES = ("lm_eval", "datasets", "accelerate")
 def checkpoint_hash(name: str, model) -> str:
     """Return the sha256 of a checkpoint: of its weight files and config, or of a model in memory.
 
-    name: what `dk.load` takes. model: loaded from elsewhere; None where there must be a checkpoint.
+    name: as `dk.load` takes it. model: loaded from elsewhere; None if there must be a checkpoint.
     """
     try:
         folder = checkpoint_folder(name)
@@ -132,7 +132,7 @@ def refuse_other_weights(earlier: dict, name: str) -> None:
 
 
 def refuse_other_options(earlier: dict, config_file: str | None) -> None:
-    """Raise ValueError where the file of `--config` has changed since an earlier record."""
+    """Raise ValueError if the file of `--config` has changed since an earlier record."""
     if _file_hash(config_file) != earlier["options_sha256"]:
         raise ValueError(f"--config is {config_file}, which has changed since the record; nothing was run")
 
@@ -142,7 +142,7 @@ def _file_hash(path: str | None) -> str | None:
 
 
 def differences(earlier: dict, now: dict) -> list[str]:
-    """Return one line for each score that differs from an earlier record, and what may be the reason."""
+    """Return one line for each score that differs from an earlier record, and the possible reason."""
     lines = []
     for task, scores in earlier["results"].items():
         for name, score in scores.items():

@@ -13,8 +13,8 @@ from dllm_train.evaluate.noised_rows import NoisedRow
 class Request:
     """A request as estimators see it.
 
-    name: what errors call it. ids: int64 [C + L], the context and the targets after it. given: C. noise_id:
-    what its noise is keyed by. place: of its first target in the document that it is a window of.
+    name: for errors. ids: int64 [C + L], the context and the targets after it. given: C. noise_id:
+    the key of its noise. place: of its first target in the document that it is a window of.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Segment:
 
     @property
     def targets(self) -> np.ndarray:
-        """int64 [L]"""
+        """Return int64 [L]."""
         return self.request.ids[self.first : self.end]
 
     @property

@@ -4,8 +4,8 @@
           caches=["block", "none"], block_sizes=[16, 32], output="sweep")
 
 Requests run one at a time, so that tokens per second are those of one request. `output` holds a file for each
-finished cell; the same call goes on after an interruption. A folder of other weights, or of another task, is
-refused.
+finished cell; the same call continues after an interruption. A folder of other weights, or of another task,
+is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SPEEDS = {"tokens_per_second": "tokens per second", "tokens_per_forward": "token
 
 @dataclass(frozen=True)
 class Cell:
-    """A combination of options and what it gave.
+    """A combination of options and its results.
 
     threshold: None is one token per step. exact: whether its cache approximates nothing. accuracy: the score
     of the task. tokens_per_second: of one request, the median; tokens_per_forward: of all answers.
@@ -62,8 +62,8 @@ def sweep(
 
     model_args: those of the lm-eval model `dllm`, "pretrained" among them; they hold in every cell. task: one
     that generates. metric: which of its scores is the accuracy; default: its first. limit: documents.
-    Raises ValueError for options that contradict each other or the model, before any cell runs, for unknown
-    tasks and metrics, and for a folder that holds a sweep of something else.
+    Raises ValueError for options that conflict with each other or the model, before any cell runs, for
+    unknown tasks and metrics, and for a folder that holds a sweep of something else.
     """
     combinations = _combinations(thresholds, caches, block_sizes)
     given = dict(model_args)
@@ -107,7 +107,7 @@ def _name(options: Mapping[str, object]) -> str:
 
 
 def _claim(folder: Path, model: DiffusionLM, task: str, given: dict, metric: str | None, limit) -> None:
-    """Write down what the folder's cells are of; refuse one whose cells are of something else."""
+    """Record what the folder's cells measure; refuse a folder whose cells measure something else."""
     of = {
         "checkpoint_sha256": model.checkpoint_sha256,
         "task": task,

@@ -1,4 +1,4 @@
-"""From the texts of requests to token ids: tokens that texts begin with, borders, chat templates."""
+"""Texts of requests to token ids: leading tokens, borders, chat templates."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dllm_kernels.models.text import encode
 
 
 class Texts:
-    """How a checkpoint's tokenizer reads requests.
+    """The reading of requests by a checkpoint's tokenizer.
 
     name: of the checkpoint, for errors. add_bos_token: whether texts begin with BOS; None: as the tokenizer
     does. prefix: the token that is the context of texts without one; None: BOS, [CLS] or the end token.
-    leading: what every text begins with. Nothing is put behind a text, since its answer stands there.
+    leading: tokens that every text begins with. Nothing follows a text, since its answer goes there.
     """
 
     def __init__(
@@ -36,8 +36,8 @@ class Texts:
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return the ids of both, cut out of those of the whole text.
 
-        Blanks at the end of the context belong to the continuation, as in lm-eval. Where a token spans the
-        border, it does so too. Without a context the prefix is one.
+        Blanks at the end of the context belong to the continuation, as in lm-eval, and so does a token that
+        spans the border. Without a context the prefix is the context.
         """
         prefix = [] if self.prefix is None else [self.prefix]
         if not context:
@@ -58,7 +58,7 @@ class Texts:
     # ---- chat templates --------------------------------------------------------------------------------
     @property
     def template(self) -> str:
-        """The chat template that is applied; ValueError where there is none."""
+        """Return the chat template in use; ValueError if there is none."""
         template = self._chosen or self.tokenizer.chat_template
         if isinstance(template, dict):
             template = template.get("default")
@@ -73,7 +73,7 @@ class Texts:
     def conversation(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         """Return a conversation as text, up to where the reply begins, or goes on from the last message.
 
-        Where the template takes no system message, its text is put before the first message.
+        If the template takes no system message, its text is put before the first message.
         """
         from jinja2 import TemplateError
 
@@ -95,13 +95,13 @@ class Texts:
     # ---- hashes for records and caches -----------------------------------------------------------------
     @property
     def template_sha256(self) -> str | None:
-        """The hash of the chat template, or of all by name; None without one."""
+        """Return the hash of the chat template, or of all by name; None without one."""
         template = self._chosen or self.tokenizer.chat_template
         return None if template is None else _sha256(json.dumps(template, sort_keys=True))
 
     @property
     def tokenizer_sha256(self) -> str:
-        """The hash of a tokenizer of the tokenizers library; of others, that of the vocabulary."""
+        """Return the hash of a tokenizer of the tokenizers library; of others, that of the vocabulary."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
         return _sha256(vocabulary if backend is None else backend.to_str())

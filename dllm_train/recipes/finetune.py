@@ -13,7 +13,7 @@ from dllm_train.recipes.launch import parse, run
 
 
 def finetune(arguments: list[str]) -> None:
-    """Run the recipe; raises ValueError, TypeError, OSError and ImportError for bad input."""
+    """Run the recipe; raise ValueError, TypeError, OSError and ImportError for bad input."""
     from transformers import set_seed
 
     from dllm_train.arguments import (

@@ -1,4 +1,4 @@
-"""The command line of the recipes: options, errors of one line, and processes that train together."""
+"""The command line of the recipes: options, one-line errors, and processes that train together."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PATIENCE = 3.0  # seconds in which the launcher ends the other processes of a f
 def run(recipe: Callable[[list[str]], None], arguments: list[str] | None = None) -> None:
     """Call `recipe` with the command line; bad input ends the process with one line and code 2.
 
-    The line comes from rank 0. Another rank prints its own only where rank 0 did not fail too, since the
+    The line comes from rank 0. Another rank prints its own only if rank 0 did not fail too, since the
     launcher ends it otherwise. No rank waits for one that failed. DLLM_DEBUG=1 keeps the tracebacks.
     """
     try:
@@ -44,7 +44,7 @@ def run(recipe: Callable[[list[str]], None], arguments: list[str] | None = None)
 def parse(kinds: Sequence[type], arguments: list[str]) -> tuple:
     """Return an instance of each dataclass of `kinds`, the last of which are training arguments.
 
-    A first argument that ends in .yaml, .yml or .json is a file of options; those that follow it win.
+    A first argument that ends in .yaml, .yml or .json is a file of options; later arguments override it.
     """
     if arguments and arguments[0].endswith((".yaml", ".yml", ".json")):
         arguments = [*_options_of(Path(arguments[0])), *arguments[1:]]

@@ -1,7 +1,7 @@
-"""Text that a model writes itself: completions of prompts, with their loops set apart, and filled lines.
+"""Text that a model writes itself: completions of prompts, with their loops separated, and filled lines.
 
 Greedy completions of small models run into loops, which decode fast: a student of them would loop more. So a
-block that loops is drawn once more at a temperature, and the loop is kept as what the student is to unlearn.
+block that loops is drawn again at a temperature, and the loop is kept for the student to unlearn.
 """
 
 from collections import Counter
@@ -33,7 +33,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Loop:
-    """A context and a block after it, whose tokens [start, end) repeat what stands before them."""
+    """A context and a block after it, whose tokens [start, end) repeat earlier ones."""
 
     ids: list[int]
     start: int
@@ -51,7 +51,7 @@ class FilledRow:
 
 @dataclass(frozen=True)
 class Written:
-    """What `complete` returns. tokens_per_forward: of the greedy blocks."""
+    """The result of `complete`. tokens_per_forward: of the greedy blocks."""
 
     completions: list[Completion]
     loops: list[Loop]
@@ -64,7 +64,7 @@ def complete(
 ) -> Written:  # fmt: skip
     """Complete prompts block by block, up to `tokens` tokens.
 
-    prompts: ids, of lengths that are equal modulo block_size. A block that loops is drawn once more at
+    prompts: ids, of lengths that are equal modulo block_size. A block that loops is drawn again at
     `temperature`. A completion ends before a block that loops again, and after an end token.
     """
     completions, loops = [Completion(list(prompt)) for prompt in prompts], []
@@ -131,7 +131,7 @@ def find_loop(context: Sequence[int], ids: Sequence[int], ends: np.ndarray) -> t
 
 
 def leave_out_common_phrases(completions: Sequence[Completion], size: int = 8, others: int = 2) -> float:
-    """Leave the tokens of common phrases out of what is trained; returns their share.
+    """Exclude the tokens of common phrases from training; return their share.
 
     A phrase is `size` tokens in a row. It is common if more than `others` other completions have it, or its
     own one had it before. A student of common phrases writes them more often, and in the end nothing else.

@@ -1,12 +1,12 @@
-"""Teaches a diffusion language model to decode more tokens per forward, from its own text.
+"""Teach a diffusion language model to decode more tokens per forward, from its own text.
 
     python -m dllm_train.recipes.parallel_decoding --model CKPT --dataset SPEC --output DIR
 
 or the same under `torchrun --nproc-per-node N -m`. In every round the model completes prompts and fills lines
-of the dataset. Then it is trained on what it wrote, in the states that a sampler passes: cross entropy and,
+of the dataset. Then it is trained on its own text, in the states that a sampler passes: cross entropy and,
 where the argmax is right, entropy (certainty forcing, Chen et al. 2025, dParallel). Loops are unlearned
 (unlikelihood, Welleck et al. 2020). The model's own objectives on rows of the dataset keep its bound.
-OUTPUT/model is the student after the last finished round; --resume goes on from there.
+OUTPUT/model is the student after the last finished round; --resume continues from there.
 """
 
 import argparse
@@ -70,7 +70,7 @@ class Settings:
 class Teaching:
     """A run: the model, its optimizers, and the texts that it wrote in the last rounds.
 
-    model: as `dk.load` gives it. row: a function from an index to `settings.length` ids of the dataset.
+    model: as `dk.load` returns it. row: a function from an index to `settings.length` ids of the dataset.
     optimizers: a function from the model and the learning rate to a list of optimizers; None: `adamw`.
     also: a function from a random generator to one more loss of every step, or None.
     Raises ValueError for a checkpoint or settings that the recipe cannot train.
@@ -117,7 +117,7 @@ class Teaching:
             self._log({"round": self.round, "step": self.step} | figures)
 
     def write(self) -> tuple[dict, dict]:
-        """Let the model as it stands complete prompts and fill gaps: this process's share of a round.
+        """Let the current model complete prompts and fill gaps: this process's share of a round.
 
         Returns {"completions", "loops", and for each kind of attention its filled rows}, and figures of them.
         """
@@ -146,7 +146,7 @@ class Teaching:
         return texts, figures
 
     def train_step(self) -> dict[str, float]:
-        """One optimizer step on the sum of all losses; returns them."""
+        """Take one optimizer step on the sum of all losses; return them."""
         s, rng = self.settings, np.random.default_rng([self.settings.seed, 2, self.step, self.rank])
         factor = min(1.0, (self.step + 1) / s.warmup_steps) * (1 - self.step / (s.rounds * s.steps))
         for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
@@ -181,7 +181,7 @@ class Teaching:
 
     # ---- losses; None where there is no text for them ---------------------------------------------------
     def completed_loss(self, rng) -> Tensor | None:
-        """Loss on what is trained of completions, in states of decoding."""
+        """Return the loss on the trained tokens of completions, in states of decoding."""
         chosen = self._choose("completions", self.settings.rows, rng)
         ids, labels = self._blank(len(chosen))
         for row, text in enumerate(chosen):
@@ -193,7 +193,7 @@ class Teaching:
         return self._own_loss(self.completing, ids, labels, masked) if masked.any() else None
 
     def filled_loss(self, kind: str, rng) -> Tensor | None:
-        """Loss on six of ten gaps that the model filled under attention `kind`, masked wholly or in part."""
+        """Return the loss on six of ten gaps filled under attention `kind`, masked wholly or in part."""
         chosen = self._choose(kind, self.settings.rows, rng)
         ids, labels = self._blank(len(chosen))
         masked = torch.zeros_like(ids, dtype=torch.bool)
@@ -208,7 +208,7 @@ class Teaching:
         return self._own_loss(kind, ids, labels, masked) if masked.any() else None
 
     def real_loss(self, kind: str) -> Tensor:
-        """The objective of attention `kind` on rows of the dataset."""
+        """Return the objective of attention `kind` on rows of the dataset."""
         count = max(1, self.settings.rows // self.world)
         first = (self.step * self.world + self.rank) * count
         numbers = range(first, first + count)
@@ -219,7 +219,7 @@ class Teaching:
         ).loss
 
     def loops_loss(self, rng) -> Tensor | None:
-        """Mean of -log(1 - p) over the tokens of loops, in states of decoding."""
+        """Return the mean of -log(1 - p) over the tokens of loops, in states of decoding."""
         chosen = self._choose("loops", self.settings.loops, rng)
         ids, labels = self._blank(len(chosen))
         looping = torch.zeros_like(ids, dtype=torch.bool)
@@ -242,7 +242,7 @@ class Teaching:
 
     # ---- state -------------------------------------------------------------------------------------------
     def save(self) -> None:
-        """Write OUTPUT/model, and what a resumed run needs besides."""
+        """Write OUTPUT/model, and the rest that a resumed run needs."""
         if self.rank == 0:
             dk.save(self.model, self.tokenizer, self.output / "model")
         state = {
@@ -257,7 +257,7 @@ class Teaching:
         os.replace(path.with_suffix(".tmp"), path)
 
     def load(self) -> None:
-        """Take up what `save` wrote."""
+        """Load the files of `save`."""
         path = self.output / f"state-{self.rank}.pt"
         if not path.exists():
             raise ValueError(f"resume: {str(path)!r} does not exist")
@@ -344,7 +344,7 @@ class Teaching:
         return ids, labels, own_text.decoding_states(labels, self.block_size, rng)
 
     def _own_loss(self, kind: str, ids: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
-        """Cross entropy and certainty of own text where it is masked."""
+        """Return cross entropy and certainty of own text where it is masked."""
         loss, options = self._objective(kind)
         return loss(
             self.model, ids, labels, noise=Noise(torch.ones(ids.shape), masked), loss_weight_type="uniform",
@@ -375,7 +375,7 @@ def unlikelihood(model, hidden: Tensor, tokens: Tensor) -> Tensor:
 
 
 def adamw(model, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """AdamW; norms and biases do not decay."""
+    """Return AdamW; norms and biases do not decay."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]

@@ -14,7 +14,7 @@ from dllm_train.recipes.launch import parse, run
 
 @dataclass
 class PretrainArguments:
-    """Where the weights come from."""
+    """The source of the weights."""
 
     from_scratch: bool = field(
         default=False,
@@ -23,7 +23,7 @@ class PretrainArguments:
 
 
 def pretrain(arguments: list[str]) -> None:
-    """Run the recipe; raises ValueError, TypeError, OSError and ImportError for bad input."""
+    """Run the recipe; raise ValueError, TypeError, OSError and ImportError for bad input."""
     from transformers import set_seed
 
     from dllm_train.arguments import (

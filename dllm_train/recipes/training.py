@@ -1,4 +1,4 @@
-"""What finetune and pretrain share: the trainer of an objective, resumption and the record of a run."""
+"""Training common to finetune and pretrain: the trainer of an objective, resumption, the record of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRAINERS = {"mdlm": MDLMTrainer, "bd3lm": BD3LMTrainer, "dream": DreamTrainer}
 
 @dataclass
 class ObjectiveArguments:
-    """Which objective is trained."""
+    """The objective to train."""
 
     objective: str | None = field(
         default=None,
@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def whole_blocks(self) -> int | None:
-        """Return what the length of rows has to be a multiple of, or None."""
+        """Return the number that must divide the length of rows, or None."""
         return self.block_size if self.objective == "bd3lm" else None
 
 
@@ -61,7 +61,7 @@ def make_plan(objective: str | None, config, training_args: DiffusionTrainingArg
 
 
 def read_dataset(load: Callable, kind: str, options: Sequence[str], plan: Plan, tokenizer, data_args, args):
-    """Return the splits of data_args.preprocessed, or what `load` makes of data_args.dataset.
+    """Return the splits of data_args.preprocessed, or `load` of data_args.dataset.
 
     kind: "sft" | "pretraining". options: the fields of data_args that `load` takes besides the common ones.
     """
@@ -85,7 +85,7 @@ def train(
 ) -> None:
     """Train on dataset["train"], evaluate on dataset["test"] if there is one, and save to args.output_dir.
 
-    End tokens fill rows up to a multiple of pad_to_multiple_of, or else of what divides both a block and
+    End tokens pad rows to a multiple of pad_to_multiple_of, or else of a common divisor of block and
     max_length.
     """
     if "train" not in dataset:
@@ -114,7 +114,7 @@ def train(
 
 
 def _padding_multiple(plan: Plan, data_args: DataArguments) -> int:
-    """Return what rows are filled up to a multiple of; a row cut at max_length is not filled up."""
+    """Return the number whose multiple rows are padded to; a row cut at max_length is not padded."""
     multiple = data_args.pad_to_multiple_of
     if multiple is None:
         return math.gcd(plan.block_size, data_args.max_length)
@@ -141,7 +141,7 @@ def _checkpoint(args: DiffusionTrainingArguments) -> str | None:
 
 
 class _Record(TrainerCallback):
-    """Writes output_dir/run.json and prints it when training begins."""
+    """Write output_dir/run.json and print it when training begins."""
 
     def __init__(self, trainer: DiffusionTrainer, objective: str):
         self.trainer, self.objective = trainer, objective

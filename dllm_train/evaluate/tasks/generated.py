@@ -32,7 +32,7 @@ def gaps(pretrained=None, tokenizer=None, **metadata) -> dict[str, datasets.Data
     """Return functions and classes with a line left out: before, line, after, and all as `gapped`.
 
     pretrained, tokenizer: as in model_args; the length of a gap is counted in tokens. The lines of a
-    function are drawn by where it stands.
+    function are drawn by its location.
     """
     if pretrained is None and tokenizer is None:
         raise ValueError("python_infill counts tokens; give pretrained= or tokenizer= in --model_args")
@@ -93,7 +93,7 @@ def _held_out() -> list:
 
 
 def _definitions() -> Iterator[tuple[str, str]]:
-    """Yield (where it stands, text) of the functions and classes at the top of held-out files."""
+    """Yield (location, text) of the functions and classes at the top of held-out files."""
     for document in _held_out():
         lines = document.text.split("\n")
         for node in ast.parse(document.text).body:

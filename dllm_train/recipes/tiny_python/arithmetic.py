@@ -7,7 +7,7 @@ MAX_LINES = 16
 
 
 def is_held_out(a: int, b: int) -> bool:
-    """True for about a tenth of the unordered pairs of two-digit operands; the same for (b, a)."""
+    """Return True for about a tenth of the unordered pairs of two-digit operands; the same for (b, a)."""
     low, high = min(a, b), max(a, b)
     if low < 10:
         return False
@@ -17,7 +17,7 @@ def is_held_out(a: int, b: int) -> bool:
 
 
 def held_out_pairs() -> list[tuple[int, int]]:
-    """Every ordered held-out pair."""
+    """Return every ordered held-out pair."""
     return [(a, b) for a in range(10, OPERANDS) for b in range(10, OPERANDS) if is_held_out(a, b)]
 
 
@@ -26,12 +26,12 @@ def line(a: int, b: int) -> str:
 
 
 def prompt(a: int, b: int) -> str:
-    """What a model is given to complete; the answer is the rest of the line, newline included."""
+    """Return the text for a model to complete; the answer is the rest of the line, newline included."""
     return f"assert {a} + {b} =="
 
 
 def document(rng: np.random.Generator) -> str:
-    """1 to 16 lines, a document of n lines with probability proportional to 1/n; operands uniform in 0..99
+    """Return 1 to 16 lines; n lines have a probability proportional to 1/n. Operands are uniform in 0..99
     except that held-out pairs are drawn again."""
     weights = 1 / np.arange(1, MAX_LINES + 1)
     count = int(rng.choice(np.arange(1, MAX_LINES + 1), p=weights / weights.sum()))
@@ -39,7 +39,7 @@ def document(rng: np.random.Generator) -> str:
 
 
 def training_pair(rng: np.random.Generator) -> tuple[int, int]:
-    """Uniform over the ordered pairs that are not held out."""
+    """Draw uniformly from the ordered pairs that are not held out."""
     while True:
         a, b = (int(x) for x in rng.integers(0, OPERANDS, 2))
         if not is_held_out(a, b):

@@ -37,7 +37,7 @@ class Document:
 
 
 def collect_sources(root: Path | str | None = None) -> list[Document]:
-    """Python files below `root`, sorted by path; None: the standard library of the running Python.
+    """Return Python files below `root`, sorted by path; None: the standard library of the running Python.
 
     Left out: tests, demonstration and grammar data, generated character tables, files that are not UTF-8
     or exceed 300 kB.
@@ -60,19 +60,19 @@ def collect_sources(root: Path | str | None = None) -> list[Document]:
 
 
 def is_held_out(path: str, one_in: int = 20) -> bool:
-    """Whether a document belongs to the held-out part, by a hash of its relative path."""
+    """Return whether a document belongs to the held-out part, by a hash of its relative path."""
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") % one_in == 0
 
 
 def split(documents: list[Document], one_in: int = 20) -> tuple[list[Document], list[Document]]:
-    """(train, held out), disjoint by path; a document equal to a held-out one is in neither training part."""
+    """Return (train, held out), disjoint by path; a document equal to a held-out one is in neither part."""
     held_out = [d for d in documents if is_held_out(d.path, one_in)]
     texts = {d.text for d in held_out}
     return [d for d in documents if not is_held_out(d.path, one_in) and d.text not in texts], held_out
 
 
 def digest(documents: list[Document]) -> str:
-    """sha256 over paths and texts: names the corpus in a model card."""
+    """Return the sha256 of paths and texts, which names the corpus in a model card."""
     sha = hashlib.sha256()
     for document in documents:
         sha.update(document.path.encode() + b"\0" + document.text.encode() + b"\0")
@@ -80,7 +80,7 @@ def digest(documents: list[Document]) -> str:
 
 
 def encode_documents(documents: list[Document], tokenizer) -> list[np.ndarray]:
-    """int32 ids of every document, each ended by the end token."""
+    """Return int32 ids of every document, each ended by the end token."""
     if not documents:
         raise ValueError("documents is empty")
     ids = tokenizer([d.text for d in documents], add_special_tokens=False)["input_ids"]
@@ -91,8 +91,8 @@ class Rows:
     """Training rows by index, each drawn from (seed, index) alone, so that a resumed run sees the same rows.
 
     A row starts at the beginning of a line of the shuffled documents' stream; the places of consecutive rows
-    are spread evenly over the stream (multiples of the golden ratio). Documents of additions stand before
-    the code, as many as make `arithmetic_share` of all tokens.
+    are spread evenly over the stream (multiples of the golden ratio). Documents of additions precede the
+    code, as many as make `arithmetic_share` of all tokens.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Rows:
         self.documents_per_token = arithmetic_share / self._tokens_per_arithmetic_document()
 
     def row(self, index: int, length: int) -> np.ndarray:
-        """int32 [length]."""
+        """Return int32 [length]."""
         rng = np.random.default_rng([self.seed, 1, index])
         parts = [
             self._arithmetic_document(rng) for _ in range(rng.poisson(self.documents_per_token * length))
@@ -122,7 +122,7 @@ class Rows:
         return np.concatenate(parts)[:length]
 
     def batch(self, first: int, rows: int, length: int) -> np.ndarray:
-        """int64 [rows, length]: rows `first` .. `first + rows - 1`."""
+        """Return int64 [rows, length]: rows `first` .. `first + rows - 1`."""
         return np.stack([self.row(first + i, length) for i in range(rows)]).astype(np.int64)
 
     def _arithmetic_document(self, rng) -> np.ndarray:
@@ -137,7 +137,7 @@ class Rows:
 
 
 def ends_line(tokenizer) -> np.ndarray:
-    """bool [V]: tokens after which a line begins (newline runs and the end token)."""
+    """Return bool [V]: tokens after which a line begins (newline runs and the end token)."""
     ends = np.zeros(len(tokenizer), dtype=bool)
     ends[newline_ids(tokenizer)] = True
     ends[tokenizer.eos_token_id] = True

@@ -1,7 +1,7 @@
 """Figures of a tiny-python checkpoint on held-out data.
 
 `python -m dllm_train.recipes.tiny_python.evaluate FOLDER` measures an exported checkpoint again. The bound
-comes from the training objectives, everything generated from `dk.sample` and `dk.infill`. Writes
+comes from the training objectives, all generated text from `dk.sample` and `dk.infill`. It writes
 evaluation.json and the model card README.md into the checkpoint's folder.
 """
 
@@ -42,9 +42,9 @@ def evaluate(
     threshold_lines=150,
     processes=1,
 ) -> dict:
-    """All figures of the checkpoint in `folder`, as `model_card` shows them; `training` is taken over.
+    """Return all figures of the checkpoint in `folder`, as `model_card` shows them; `training` is copied.
 
-    Infilled lines are few that come back exactly, so `lines` of them are filled at one token per step, and
+    Few infilled lines come back exactly, so `lines` of them are filled at one token per step, and
     `threshold_lines` at every threshold. `processes` share the measurements, which do not depend on them.
     """
     rules = (None, *THRESHOLDS)
@@ -88,7 +88,7 @@ def evaluate(
 
 
 class Bench:
-    """A checkpoint under both kinds of attention and the held-out data that it is measured on."""
+    """A checkpoint under both kinds of attention, and held-out data to measure it on."""
 
     def __init__(self, folder, sources, noise_draws, prompts, lines, threshold_lines):
         self.arguments = (folder, sources, noise_draws, prompts, lines, threshold_lines)
@@ -119,7 +119,7 @@ class Bench:
 
 
 def measured(bench: Bench, tasks: list[tuple], processes: int) -> dict:
-    """The figures of each task, which `processes` take in turn."""
+    """Return the figures of each task, which `processes` take in turn."""
     if processes == 1:
         return {task: bench.measure(task) for task in tasks}
     with torch.multiprocessing.get_context("spawn").Pool(processes, _set_up, bench.arguments) as pool:
@@ -137,7 +137,7 @@ def _measure(task: tuple) -> dict:
 
 
 def additions(model, tokenizer, **rule) -> dict:
-    """Held-out pairs: the line's text must be right; its tokens over the forwards until all of them stood."""
+    """Measure held-out pairs: whether the line is right, and its tokens over the forwards that it took."""
     pairs, newlines = arithmetic.held_out_pairs(), newline_ids(tokenizer)
     prompts = [tokenizer(arithmetic.prompt(a, b), add_special_tokens=False)["input_ids"] for a, b in pairs]
     output = dk.sample(model, prompts, max_new_tokens=16, eos_ids=newlines, **rule)
@@ -154,8 +154,8 @@ def additions(model, tokenizer, **rule) -> dict:
 
 
 def completions(model, tokenizer, prompts, **rule) -> dict:
-    """128 tokens after each prompt; tokens up to the first end token over the forwards until they stood, and
-    the share of completed lines that repeat the line before."""
+    """Measure 128 tokens after each prompt: tokens up to the first end token over the forwards they took, and
+    the share of completed lines that repeat the previous line."""
     output = dk.sample(model, prompts, max_new_tokens=128, **rule)
     tokens = forwards = repeated = lines = 0
     for row, prompt in enumerate(prompts):
@@ -176,21 +176,21 @@ def completions(model, tokenizer, prompts, **rule) -> dict:
 
 
 def repeated_lines(before: str, text: str) -> tuple[int, int]:
-    """(lines of `text` that equal the line before them, lines of `text`). Lines without text do not count,
-    nor does an unfinished last line; the line before the first is the last of `before`."""
+    """Return (lines of `text` that equal the previous line, lines of `text`). Blank lines do not count, nor
+    does an unfinished last line; the line before the first is the last of `before`."""
     given = [line for line in before.split("\n") if line.strip()][-1:]
     lines = [*given, *(line for line in text.split("\n")[:-1] if line.strip())]
     return sum(a == b for a, b in itertools.pairwise(lines)), len(lines) - len(given)
 
 
 def held_out_repeated_lines(documents) -> float:
-    """The share of the documents' lines that repeat the line before."""
+    """Return the share of the documents' lines that repeat the previous line."""
     counts = [repeated_lines("", document.text) for document in documents]
     return sum(repeated for repeated, _ in counts) / sum(lines for _, lines in counts)
 
 
 def infilled_lines(model, tokenizer, gaps, **rule) -> dict:
-    """Each gap (ids, start, end): as many masks as the line has tokens; exact when all of them are back."""
+    """Fill each gap (ids, start, end), with as many masks as the line has tokens; exact if all come back."""
     exact = tokens = forwards = 0
     for part in (gaps[first : first + ROWS_AT_ONCE] for first in range(0, len(gaps), ROWS_AT_ONCE)):
         canvases = []
@@ -206,7 +206,7 @@ def infilled_lines(model, tokenizer, gaps, **rule) -> dict:
 
 @torch.no_grad()
 def bounds(model, tokenizer, held_out, encoded, draws) -> dict:
-    """Bits per byte of the held-out documents, end tokens included, in rows without context from before; the
+    """Return bits per byte of the held-out documents, end tokens included, without earlier context; the
     standard error is over `draws` independent noise draws."""
     stream = np.concatenate(encoded).astype(np.int64)
     whole = stream[: len(stream) // ROW_LENGTH * ROW_LENGTH].reshape(-1, ROW_LENGTH)
@@ -237,7 +237,7 @@ def bounds(model, tokenizer, held_out, encoded, draws) -> dict:
 
 
 def code_prompts(encoded, tokenizer, length: int = 128) -> list[list[int]]:
-    """Prompts of up to `length` tokens that begin and end at line ends, from all over the documents."""
+    """Return prompts of up to `length` tokens between line ends, from all over the documents."""
     ends_line, prompts = data.ends_line(tokenizer), []
     for ids in encoded:
         starts = np.concatenate([[0], np.flatnonzero(ends_line[ids]) + 1])
@@ -250,7 +250,7 @@ def code_prompts(encoded, tokenizer, length: int = 128) -> list[list[int]]:
 
 
 def line_gaps(ids: np.ndarray, tokenizer, window: int = 256) -> list[tuple[list[int], int, int]]:
-    """(row ids, start, end): every line with text on it of up to 24 tokens, without its newline, in a row of
+    """Return (row ids, start, end): every nonblank line of up to 24 tokens, without its newline, in a row of
     up to `window` tokens that begins at a line's start and has more lines on both sides."""
     ends_line = data.ends_line(tokenizer)
     starts = np.concatenate([[0], np.flatnonzero(ends_line[ids]) + 1])
@@ -266,7 +266,7 @@ def line_gaps(ids: np.ndarray, tokenizer, window: int = 256) -> list[tuple[list[
 
 
 def spread(items: list, count: int) -> list:
-    """`count` of the items, evenly spaced."""
+    """Return `count` of the items, evenly spaced."""
     return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
 
@@ -275,7 +275,7 @@ def byte_count(documents) -> int:
 
 
 def environment() -> dict:
-    """Machine, commit and versions that figures belong to."""
+    """Return machine, commit and versions that figures belong to."""
     names = ("torch", "transformers", "tokenizers", "numpy")
     versions = {"dllm_kernels": dk.__version__, "python": platform.python_version()}
     return {
@@ -297,7 +297,7 @@ def processor_name() -> str:
 
 
 def commit() -> str:
-    """Commit of the source tree, with "+" when it has changes; "unknown" outside of git."""
+    """Return the commit of the source tree, with "+" when it has changes; "unknown" outside of git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run(
@@ -312,7 +312,7 @@ def commit() -> str:
 
 
 def write_evaluation(folder: Path, evaluation: dict) -> None:
-    """evaluation.json and README.md, each written beside its target and renamed."""
+    """Write evaluation.json and README.md, each written beside its target and renamed."""
     texts = {"evaluation.json": json.dumps(evaluation, indent=1) + "\n", "README.md": model_card(evaluation)}
     for name, text in texts.items():
         beside = folder / f"{name}.tmp"

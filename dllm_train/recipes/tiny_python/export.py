@@ -1,4 +1,4 @@
-"""Writes tiny-python as a stock transformers checkpoint with its tokenizer, and its model card."""
+"""Write tiny-python as a stock transformers checkpoint with its tokenizer, and its model card."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ print(dk.sample(model, "def read_lines(path):", tokenizer=tokenizer, threshold=0
 
 
 def export(model, tokenizer, folder: Path, block_size: int) -> None:
-    """float16 weights, config.json with the "diffusion" entry, tokenizer; other files of `folder` stay."""
+    """Write float16 weights, config.json with "diffusion", tokenizer; other files of `folder` stay."""
     model = model.half()
     model.config.mask_token_id = tokenizer.mask_token_id
     model.config.diffusion = {
@@ -27,7 +27,7 @@ def export(model, tokenizer, folder: Path, block_size: int) -> None:
 
 
 def model_card(evaluation: dict) -> str:
-    """README.md of the checkpoint; every figure is taken from `evaluation` (evaluation.json)."""
+    """Return README.md of the checkpoint; every figure is taken from `evaluation` (evaluation.json)."""
     model, corpus, training = evaluation["model"], evaluation["corpus"], evaluation["training"]
     bound, additions, infill = evaluation["bound"], evaluation["additions"], evaluation["infill"]
     completion = evaluation["completion"]
@@ -106,7 +106,7 @@ def model_card(evaluation: dict) -> str:
 
 
 def _runs(training: dict) -> str:
-    """A phrase for each run, the one that the others began with first."""
+    """Return a phrase for each run, beginning with the run that the others started from."""
     text = f"{training['steps']} steps in {training['minutes']:.0f} minutes"
     changed = [str(start["step"]) for start in training["resumed"] if start["settings"]]
     if changed:
@@ -139,7 +139,7 @@ def threshold_table(evaluation: dict) -> str:
 
 
 def table(header, rows) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows))
 
 

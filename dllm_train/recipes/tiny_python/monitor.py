@@ -13,7 +13,7 @@ from dllm_train.recipes.tiny_python.tokenizer import newline_ids
 
 @torch.no_grad()
 def measure(model, tokenizer, held_out, held_out_bytes, block_size, *, rows=48, length=256, pairs=50) -> dict:
-    """Bits per byte on a sample of held-out rows, and accuracy on held-out additions."""
+    """Return bits per byte on a sample of held-out rows, and accuracy on held-out additions."""
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         bytes_per_token = held_out_bytes / sum(map(len, held_out))
@@ -30,7 +30,7 @@ def measure(model, tokenizer, held_out, held_out_bytes, block_size, *, rows=48, 
 
 
 def packed(documents: list[np.ndarray], length: int) -> np.ndarray:
-    """int64 [rows, length]: documents laid end to end and cut into rows; an unfilled last row is dropped."""
+    """Cut documents laid end to end into rows, int64 [rows, length]; an unfilled last row is dropped."""
     stream = np.concatenate(documents).astype(np.int64)
     return stream[: len(stream) // length * length].reshape(-1, length)
 
@@ -47,7 +47,7 @@ def bound(
     batch: int = 8,
     eps: float = 1e-3,
 ) -> float:
-    """Sum over ids [N, L] of the BD3LM bound on -log p in nats, one noise draw (t per block, stratified)."""
+    """Sum the BD3LM bound on -log p over ids [N, L], in nats, one noise draw (t per block, stratified)."""
     device, total = next(model.parameters()).device, 0.0
     for first in range(0, len(ids), batch):
         part = torch.from_numpy(ids[first : first + batch]).to(device)
@@ -68,7 +68,7 @@ def bound(
 
 @torch.no_grad()
 def additions(model, tokenizer, pairs, block_size, threshold) -> tuple[float, int, int]:
-    """(share exact, answer tokens, forwards) for one-line prompts in one block; every step commits the
+    """Return (share exact, answer tokens, forwards) for one-line prompts in one block; every step commits the
     positions with confidence >= threshold, at least the surest, until each line has ended."""
     device = next(model.parameters()).device
     prompts = [tokenizer(arithmetic.prompt(a, b), add_special_tokens=False)["input_ids"] for a, b in pairs]

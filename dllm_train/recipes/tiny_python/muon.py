@@ -43,7 +43,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: list[torch.Tensor], iterations: int = 5) -> list[torch.Tensor]:
-    """The nearest semi-orthogonal matrices, singular values within about 0.7..1.2. Process r of n computes
+    """Return the nearest semi-orthogonal matrices, singular values in about 0.7..1.2. Process r of n computes
     matrices r, r + n, ... of every shape and gets the others' results."""
     rank, world = (
         (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
@@ -69,7 +69,7 @@ def orthogonalised(matrices: list[torch.Tensor], iterations: int = 5) -> list[to
 
 
 def newton_schulz(matrices: torch.Tensor, iterations: int) -> torch.Tensor:
-    """[N, rows, columns] float32, by X <- aX + b(XX^T)X + c(XX^T)^2 X."""
+    """Return [N, rows, columns] float32, by X <- aX + b(XX^T)X + c(XX^T)^2 X."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m dllm_train.recipes.tiny_python.parallel --model FOLDER --output DIR
 
 The recipe parallel_decoding on the recipe's own corpus, with Muon and with single additions in every step.
-Then exports to --export, measures and writes the model card.
+Then it exports to --export, measures and writes the model card.
 """
 
 import argparse
@@ -31,7 +31,7 @@ MUON_RATE = 10  # times the rate of AdamW, which trains the embedding and the no
 
 
 def additions_loss(model, tokenizer, block_size: int, count: int, rng) -> torch.Tensor:
-    """Loss on the answers of `count` additions, each at the start of a row of one block, masks after it."""
+    """Return the loss on answers of `count` additions, each at the start of a row of one block."""
     pairs = [arithmetic.training_pair(rng) for _ in range(count)]
     ids = torch.full((count, block_size), tokenizer.mask_token_id)
     labels = torch.full_like(ids, IGNORED_LABEL)
@@ -49,7 +49,7 @@ def additions_loss(model, tokenizer, block_size: int, count: int, rng) -> torch.
 
 
 def optimizers(model, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for the rest."""
+    """Return Muon for the matrices of the layers, AdamW for the rest."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
@@ -100,8 +100,8 @@ def main(arguments: list[str] | None = None):
 
 
 def training_summary(log: Path) -> dict:
-    """Return what the model card says of the run: its length, the settings it began with, and what later
-    starts changed in them."""
+    """Return the run's entry in the model card: its length, its first settings, and the changes of later
+    starts."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     starts = [entry for entry in entries if entry.get("event") == "start"]
     rounds = [entry for entry in entries if "round" in entry]

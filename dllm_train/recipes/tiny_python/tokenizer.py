@@ -1,7 +1,7 @@
 """Byte-level BPE tokenizer for Python source, whose tokens never join digits, lines or indentations.
 
 Pieces, between which nothing is merged: a run of newlines; the leading blanks of a line; one digit; a word
-or a run of punctuation, each with one space in front where there is one; other blanks. Any text survives
+or a run of punctuation, each with one space before it if there is one; other blanks. Any text survives
 encoding and decoding.
 """
 
@@ -25,7 +25,7 @@ PIECES = "|".join(
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
-    """Trains on `texts`; the special tokens are the last three ids."""
+    """Train on `texts`; the special tokens are the last three ids."""
     if vocab_size < 256 + 3:
         raise ValueError(f"vocab_size is {vocab_size}; expected at least 259 (256 bytes, 3 special tokens)")
     tokenizer = Tokenizer(models.BPE())
@@ -54,7 +54,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
 
 
 def newline_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Ids of the tokens that begin with a newline: end tokens for one line."""
+    """Return ids of the tokens that begin with a newline: end tokens for one line."""
     return [
         i
         for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])

@@ -1,4 +1,4 @@
-"""Trains `tiny-python`, the embedded model: `python -m dllm_train.recipes.tiny_python --minutes 60`.
+"""Train `tiny-python`, the embedded model: `python -m dllm_train.recipes.tiny_python --minutes 60`.
 
 One command: corpus (the standard library of the running Python and generated additions), tokenizer, an
 autoregressive phase, a diffusion phase (every step half BD3LM, half MDLM), evaluation and export. `--resume`
@@ -35,9 +35,9 @@ BLOCK_SIZE = 32
 
 @dataclass
 class Settings:
-    """What a run is made of. `minutes` None: the schedule runs over `steps` instead of time. `sources`: a
+    """Settings of a run. `minutes` None: the schedule runs over `steps` instead of time. `sources`: a
     folder of Python files in place of the standard library. `init`: an exported checkpoint whose tokenizer
-    and weights the run begins with; it then has no autoregressive phase and no focus on additions."""
+    and weights the run starts from; it then has no autoregressive phase and no focus on additions."""
 
     minutes: float | None = 60.0
     steps: int | None = None
@@ -103,13 +103,13 @@ class Run:
         ]
 
     def progress(self) -> float:
-        """Part of the schedule that is done, in [0, 1]."""
+        """Return the part of the schedule that is done, in [0, 1]."""
         if self.settings.minutes is not None:
             return min(1.0, self.elapsed / (60 * self.settings.minutes))
         return min(1.0, self.step / self.settings.steps)
 
     def train_step(self) -> dict:
-        """One optimiser step on two batches of rows x length positions; returns what the log shows.
+        """Take one optimiser step on two batches of rows x length positions; return its log entry.
 
         Every process draws the whole batch, computes its own rows and sums gradients with the others.
         """
@@ -161,11 +161,11 @@ class Run:
         return entry | {"grad_norm": float(norm)}
 
     def mine(self, rows: int) -> slice:
-        """The rows of a batch that this process computes."""
+        """Return the rows of a batch that this process computes."""
         return part_of_batch(rows, self.rank, self.world)
 
     def _diffusion_backward(self, loss, ids, labels, numbers, **options) -> float:
-        """Adds the gradient of half the loss of this process's rows; returns their part of the NLL."""
+        """Add the gradient of half the loss of this process's rows; return their part of the NLL."""
         mine, tokens = self.mine(len(ids)), int((labels != IGNORED_LABEL).sum())
         output = loss(
             self.model,
@@ -183,7 +183,7 @@ class Run:
         return float(output.nll_sum) / tokens
 
     def _sum_over_processes(self, *figures: float) -> list[float]:
-        """Sums gradients and figures, and sets `elapsed` by the clock of process 0."""
+        """Sum gradients and figures, and set `elapsed` by the clock of process 0."""
         elapsed = time.monotonic() - self.started if self.rank == 0 else 0.0
         if self.world == 1:
             self.elapsed = elapsed
@@ -207,9 +207,9 @@ class Run:
         return ids, numbers
 
     def _additions(self, progress):
-        """One addition a row, at position 0 as prompts are: (ids, labels, row numbers).
+        """Return rows of one addition, at position 0 as prompts are: (ids, labels, row numbers).
 
-        Only the answer is asked for. What follows the line is masked, or, in half of the longer rows, partly
+        Only the answer is trained. The text after the line is masked, or, in half of the longer rows, partly
         shown: more lines, or the end of the document. Rows lie within one block, where block-causal and
         bidirectional attention are the same.
         """
@@ -239,7 +239,7 @@ class Run:
         return ids.to(self.device), labels.to(self.device), numbers
 
     def save(self):
-        """Writes checkpoint.pt beside itself, then renames it."""
+        """Write checkpoint.pt beside itself, then rename it."""
         state = {
             "settings": asdict(self.settings),
             "step": self.step,
@@ -252,7 +252,7 @@ class Run:
         os.replace(self.out / "checkpoint.pt.tmp", self.out / "checkpoint.pt")
 
     def measure(self) -> dict:
-        """A log entry of figures on held-out data."""
+        """Return a log entry of figures on held-out data."""
         figures = monitor.measure(self.model, self.tokenizer, self.held_out, self.held_out_bytes, BLOCK_SIZE)
         return {"event": "monitor", "step": self.step, "minutes": round(self.elapsed / 60, 2)} | figures
 
@@ -266,10 +266,10 @@ class Run:
 
 
 def train(settings: Settings, out: Path, *, resume: bool = False, device: str = "cpu", processes: int = 1):
-    """Runs the schedule to its end; the result is out/checkpoint.pt. Log: out/log.jsonl, an object per line.
+    """Run the schedule to its end; the result is out/checkpoint.pt. Log: out/log.jsonl, an object per line.
 
     With `processes` > 1 (CPU) each batch is divided among that many single-threaded processes, which lose
-    less than threads do where other work shares the cores.
+    less than threads if other work shares the cores.
     """
     if resume and not (out / "checkpoint.pt").exists():
         raise ValueError(f"resume: {str(out / 'checkpoint.pt')!r} does not exist")
@@ -327,7 +327,7 @@ def _train_process(rank, world, settings, out, resume, device, rendezvous):
 
 
 def finish(settings: Settings, out: Path, folder: Path) -> None:
-    """Exports out/checkpoint.pt to `folder`, measures the exported files and writes their model card."""
+    """Export out/checkpoint.pt to `folder`, measure the exported files and write their model card."""
     tokenizer = prepare_tokenizer(settings, out)
     state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
     model = build_model(settings, tokenizer)
@@ -340,8 +340,8 @@ def finish(settings: Settings, out: Path, folder: Path) -> None:
 
 
 def training_summary(log: Path) -> dict:
-    """Steps and minutes of the run, the settings it began with (paths left out), and what later starts
-    changed in them."""
+    """Return steps and minutes of the run, its first settings (without paths), and the changes of later
+    starts."""
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     starts = [entry for entry in entries if entry.get("event") == "start"]
     steps = [entry for entry in entries if "phase" in entry]
@@ -358,7 +358,7 @@ def training_summary(log: Path) -> dict:
 
 
 def prepare_tokenizer(settings: Settings, out: Path) -> PreTrainedTokenizerFast:
-    """The run's tokenizer, which the first process makes: that of `init`, or one trained on the documents."""
+    """Return the run's tokenizer: that of `init`, or one that the first process trains on the documents."""
     path = out / "tokenizer"
     if not path.exists():
         if settings.init:
@@ -371,7 +371,7 @@ def prepare_tokenizer(settings: Settings, out: Path) -> PreTrainedTokenizerFast:
 
 
 def build_model(settings: Settings, tokenizer) -> Qwen3ForCausalLM:
-    """Qwen3 with tied embeddings; residual branches start at zero."""
+    """Return a Qwen3 with tied embeddings; residual branches start at zero."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden,
@@ -396,23 +396,23 @@ def build_model(settings: Settings, tokenizer) -> Qwen3ForCausalLM:
 
 
 def part_of_batch(rows: int, rank: int, world: int) -> slice:
-    """The rows that process `rank` of `world` computes."""
+    """Return the rows that process `rank` of `world` computes."""
     return slice(rows * rank // world, rows * (rank + 1) // world)
 
 
 def learning_rate_factor(progress: float, step: int, decay_from: float, warmup_steps: int = 30) -> float:
-    """Warm-up over the first steps, constant, then linear to zero from `decay_from` on."""
+    """Return the factor: warm-up over the first steps, constant, then linear to zero from `decay_from` on."""
     return min(1.0, (step + 1) / warmup_steps) * min(1.0, max(0.0, (1 - progress) / (1 - decay_from)))
 
 
 def autoregressive_loss(model, ids: torch.Tensor) -> torch.Tensor:
-    """Mean next-token cross entropy of int64 ids [B, L] under causal attention."""
+    """Return the mean next-token cross entropy of int64 ids [B, L] under causal attention."""
     hidden = hidden_states(model, ids, kind="causal")[:, :-1]
     return F.cross_entropy(model.lm_head(hidden.flatten(0, 1)), ids[:, 1:].flatten())
 
 
 def mdlm_labels(ids, ends_line, line_share, prompt_share, rng) -> torch.Tensor:
-    """Labels for MDLM: of `line_share` of the rows only some lines may be masked (infilling), of
+    """Return labels for MDLM: of `line_share` of the rows only some lines may be masked (infilling), of
     `prompt_share` only what follows a random prefix (completion), of the others everything."""
     labels = ids.clone()
     for row in labels:
@@ -427,7 +427,7 @@ def mdlm_labels(ids, ends_line, line_share, prompt_share, rng) -> torch.Tensor:
 
 
 def bd3lm_labels(ids, prompt_share, rng) -> torch.Tensor:
-    """Labels for BD3LM: in `prompt_share` of the rows a random prefix of every block is given, as in the
+    """Return BD3LM labels: in `prompt_share` of the rows a random prefix of every block is given, as in the
     block where a prompt ends."""
     labels = ids.clone()
     offset = torch.arange(ids.shape[1], device=ids.device)
@@ -450,7 +450,7 @@ class JsonLines:
 
 
 def default_processes() -> int:
-    """One per core up to 4 on a CPU, one on a GPU."""
+    """Return one per core up to 4 on a CPU, one on a GPU."""
     return 1 if torch.cuda.is_available() else max(p for p in (1, 2, 4) if p <= (os.cpu_count() or 1))
 
 
