@@ -51,7 +51,7 @@ __global__ void missing_warp_barrier(float* out) {
 __global__ void barrier_of_the_wrong_warps(float* out) {
   float* x = dynamic_shared<float>();
   x[threadIdx.x] = 1;
-  sync_threads(1 + threadIdx.x / 32, 32);
+  bar_sync(1 + threadIdx.x / 32, 32);
   out[threadIdx.x] = x[threadIdx.x ^ 32];
 }
 __global__ void atomics_and_a_plain_read(float* out) {
@@ -84,24 +84,24 @@ __global__ void padding(float* out) {  // right: a structure is copied with byte
 // ---- asynchronous copies
 __global__ void missing_wait(float* out) {
   float* x = dynamic_shared<float>();
-  if (threadIdx.x < 16) copy_async(x + 4 * threadIdx.x, out + 4 * threadIdx.x);
-  commit_copies();
+  if (threadIdx.x < 16) cp_async(x + 4 * threadIdx.x, out + 4 * threadIdx.x);
+  cp_async_commit_group();
   __syncthreads();
   out[threadIdx.x] = x[threadIdx.x];
 }
 __global__ void wait_for_the_wrong_group(float* out) {
   float* x = dynamic_shared<float>();
-  if (threadIdx.x < 16) copy_async(x + 4 * threadIdx.x, out + 4 * threadIdx.x);
-  commit_copies();
-  wait_copies<1>();
+  if (threadIdx.x < 16) cp_async(x + 4 * threadIdx.x, out + 4 * threadIdx.x);
+  cp_async_commit_group();
+  cp_async_wait_group<1>();
   __syncthreads();
   out[threadIdx.x] = x[threadIdx.x];
 }
 __global__ void missing_barrier_after_wait(float* out) {
   float* x = dynamic_shared<float>();
-  copy_async(x + 4 * (threadIdx.x % 16), out, threadIdx.x < 16);
-  commit_copies();
-  wait_copies<0>();
+  cp_async(x + 4 * (threadIdx.x % 16), out, threadIdx.x < 16);
+  cp_async_commit_group();
+  cp_async_wait_group<0>();
   out[threadIdx.x] = x[threadIdx.x];
 }
 __global__ void copied_over_what_is_read(float* out) {
@@ -109,9 +109,9 @@ __global__ void copied_over_what_is_read(float* out) {
   x[threadIdx.x] = 1;
   __syncthreads();
   const float sum = x[threadIdx.x] + x[kThreads - 1 - threadIdx.x];
-  if (threadIdx.x < 16) copy_async(x + 4 * threadIdx.x, out + 4 * threadIdx.x);
-  commit_copies();
-  wait_copies<0>();
+  if (threadIdx.x < 16) cp_async(x + 4 * threadIdx.x, out + 4 * threadIdx.x);
+  cp_async_commit_group();
+  cp_async_wait_group<0>();
   __syncthreads();
   out[threadIdx.x] = sum;
 }
@@ -119,10 +119,10 @@ __global__ void pipeline(float* out) {  // right: two stages, waits that leave o
   float* x = dynamic_shared<float>();
   for (int i = 0; i < 4; i++) {
     if (i > 0) __syncthreads();
-    if (threadIdx.x < 8) copy_async(x + i % 2 * 32 + 4 * threadIdx.x, out + 4 * threadIdx.x);
-    commit_copies();
+    if (threadIdx.x < 8) cp_async(x + i % 2 * 32 + 4 * threadIdx.x, out + 4 * threadIdx.x);
+    cp_async_commit_group();
     if (i == 0) continue;
-    wait_copies<1>();
+    cp_async_wait_group<1>();
     __syncthreads();
     if (threadIdx.x < 32) out[32 + threadIdx.x] = x[(i - 1) % 2 * 32 + threadIdx.x];
   }
@@ -138,8 +138,8 @@ __global__ void divergent_barriers(float* out) {
 }
 __global__ void crossed_barriers(float*) {
   const int warp = threadIdx.x / 32;
-  sync_threads(1 + warp, 64);
-  sync_threads(2 - warp, 64);
+  bar_sync(1 + warp, 64);
+  bar_sync(2 - warp, 64);
 }
 __global__ void half_warp_shuffle(float* out) {
   if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(~0u, 1.0f, 1);
@@ -155,9 +155,9 @@ __global__ void producer_and_consumer(float* out) {  // right: one warp arrives,
   float* x = dynamic_shared<float>();
   if (threadIdx.x < 32) {
     x[threadIdx.x] = 1;
-    arrive_threads(1, 64);
+    bar_arrive(1, 64);
   } else {
-    sync_threads(1, 64);
+    bar_sync(1, 64);
     out[threadIdx.x] = x[threadIdx.x - 32];
   }
 }

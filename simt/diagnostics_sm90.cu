@@ -11,17 +11,17 @@ namespace {
 
 constexpr int kPanel = panel_bytes(64);
 
-__device__ inline void start_barrier(TransactionBarrier& barrier) {
+__device__ inline void start_barrier(Mbarrier& barrier) {
   if (threadIdx.x == 0) {
-    init_barrier(barrier, 1);
-    publish_barriers();
+    mbarrier_init(barrier, 1);
+    fence_mbarrier_init();
   }
   __syncthreads();
 }
-__device__ inline void fetch(unsigned char* panel, const TensorMap& map, TransactionBarrier& barrier) {
+__device__ inline void fetch(unsigned char* panel, const TensorMap& map, Mbarrier& barrier) {
   if (threadIdx.x > 0) return;
-  arrive_expecting(barrier, kPanel);
-  load_box(panel, map, barrier, 0, 0);
+  mbarrier_arrive_expect_tx(barrier, kPanel);
+  cp_async_bulk_tensor(panel, map, barrier, 0, 0);
 }
 __device__ inline float first_of_row(const unsigned char* panel) {
   return __bfloat162float(*reinterpret_cast<const __nv_bfloat16*>(panel + threadIdx.x % 64 * kPanelRowBytes));
@@ -29,69 +29,69 @@ __device__ inline float first_of_row(const unsigned char* panel) {
 // The product of the panel and itself, one step deep.
 __device__ inline void square(float (&d)[8][4], const unsigned char* panel, int step = 0, bool add = false) {
   const uint64_t operand = k_major_step(k_major_descriptor(shared_address(panel)), step, kPanel);
-  multiply<__nv_bfloat16, Major::k, Major::k>(d, operand, operand, add);
+  wgmma_mma_async<__nv_bfloat16, Major::k, Major::k>(d, operand, operand, add);
 }
 
 // ---- copies and their barriers
 __global__ void missing_wait(const __grid_constant__ TensorMap map, float* out) {
-  __shared__ TransactionBarrier landed;
+  __shared__ Mbarrier landed;
   start_barrier(landed);
   fetch(panel_shared(), map, landed);
   __syncthreads();
   out[threadIdx.x] = first_of_row(panel_shared());
 }
 __global__ void too_few_bytes_expected(const __grid_constant__ TensorMap map, float* out) {
-  __shared__ TransactionBarrier landed;
+  __shared__ Mbarrier landed;
   start_barrier(landed);
   if (threadIdx.x == 0) {
-    arrive(landed);
-    load_box(panel_shared(), map, landed, 0, 0);
+    mbarrier_arrive(landed);
+    cp_async_bulk_tensor(panel_shared(), map, landed, 0, 0);
   }
-  wait(landed, 0);
+  mbarrier_wait_parity(landed, 0);
   out[threadIdx.x] = first_of_row(panel_shared());
 }
 __global__ void too_many_bytes_expected(const __grid_constant__ TensorMap map, float*) {
-  __shared__ TransactionBarrier landed;
+  __shared__ Mbarrier landed;
   start_barrier(landed);
   if (threadIdx.x == 0) {
-    arrive_expecting(landed, kPanel + 8);
-    load_box(panel_shared(), map, landed, 0, 0);
+    mbarrier_arrive_expect_tx(landed, kPanel + 8);
+    cp_async_bulk_tensor(panel_shared(), map, landed, 0, 0);
   }
-  wait(landed, 0);
+  mbarrier_wait_parity(landed, 0);
 }
 __global__ void wait_for_the_wrong_phase(const __grid_constant__ TensorMap map, float*) {
-  __shared__ TransactionBarrier landed;
+  __shared__ Mbarrier landed;
   start_barrier(landed);
   fetch(panel_shared(), map, landed);
-  wait(landed, 0);
-  wait(landed, 1);
+  mbarrier_wait_parity(landed, 0);
+  mbarrier_wait_parity(landed, 1);
 }
 __global__ void missing_publication(const __grid_constant__ TensorMap map, float*) {
-  __shared__ TransactionBarrier landed;
-  if (threadIdx.x == 0) init_barrier(landed, 1);
+  __shared__ Mbarrier landed;
+  if (threadIdx.x == 0) mbarrier_init(landed, 1);
   __syncthreads();
   fetch(panel_shared(), map, landed);
-  wait(landed, 0);
+  mbarrier_wait_parity(landed, 0);
 }
 __global__ void missing_initialisation(const __grid_constant__ TensorMap map, float*) {
-  __shared__ TransactionBarrier landed;
+  __shared__ Mbarrier landed;
   fetch(panel_shared(), map, landed);
-  wait(landed, 0);
+  mbarrier_wait_parity(landed, 0);
 }
 __global__ void barrier_used_before_all_may(const __grid_constant__ TensorMap map, float*) {
-  __shared__ TransactionBarrier landed;
+  __shared__ Mbarrier landed;
   if (threadIdx.x == 0) {
-    init_barrier(landed, 1);
-    publish_barriers();
+    mbarrier_init(landed, 1);
+    fence_mbarrier_init();
   }
   fetch(panel_shared(), map, landed);
-  wait(landed, 0);
+  mbarrier_wait_parity(landed, 0);
 }
 __global__ void misaligned_box(const __grid_constant__ TensorMap map, float*) {
-  __shared__ TransactionBarrier landed;
+  __shared__ Mbarrier landed;
   start_barrier(landed);
   fetch(dynamic_shared<unsigned char>(), map, landed);
-  wait(landed, 0);
+  mbarrier_wait_parity(landed, 0);
 }
 
 // ---- products
@@ -100,68 +100,68 @@ __global__ void missing_fence(const __grid_constant__ TensorMap, float*) {
   for (int i = threadIdx.x; i < kPanel / 4; i += 128) reinterpret_cast<uint32_t*>(panel)[i] = 0;
   __syncthreads();
   float d[8][4];
-  begin_products();
+  wgmma_fence();
   square(d, panel);
-  commit_products();
-  wait_products<0>(d);
+  wgmma_commit_group();
+  wgmma_wait_group<0>(d);
 }
 template <class Use>
 __device__ void with_landed_panel(const TensorMap& map, const Use& use) {
-  __shared__ TransactionBarrier landed;
+  __shared__ Mbarrier landed;
   start_barrier(landed);
   fetch(panel_shared(), map, landed);
-  wait(landed, 0);
+  mbarrier_wait_parity(landed, 0);
   use(panel_shared(), landed);
 }
 __global__ void missing_beginning(const __grid_constant__ TensorMap map, float*) {
-  with_landed_panel(map, [](unsigned char* panel, TransactionBarrier&) {
+  with_landed_panel(map, [](unsigned char* panel, Mbarrier&) {
     float d[8][4];
     square(d, panel);
-    commit_products();
-    wait_products<0>(d);
+    wgmma_commit_group();
+    wgmma_wait_group<0>(d);
   });
 }
 __global__ void missing_wait_for_products(const __grid_constant__ TensorMap map, float*) {
-  with_landed_panel(map, [](unsigned char* panel, TransactionBarrier&) {
+  with_landed_panel(map, [](unsigned char* panel, Mbarrier&) {
     float d[8][4];
-    begin_products();
+    wgmma_fence();
     square(d, panel);
-    commit_products();
+    wgmma_commit_group();
   });
 }
 __global__ void product_of_some_warps(const __grid_constant__ TensorMap map, float*) {
-  with_landed_panel(map, [](unsigned char* panel, TransactionBarrier&) {
+  with_landed_panel(map, [](unsigned char* panel, Mbarrier&) {
     float d[8][4];
-    begin_products();
+    wgmma_fence();
     square(d, panel);
     if (threadIdx.x < 96) square(d, panel, 1, true);
-    commit_products();
-    wait_products<0>(d);
+    wgmma_commit_group();
+    wgmma_wait_group<0>(d);
   });
 }
 __global__ void buffer_released_too_early(const __grid_constant__ TensorMap map, float*) {
-  __shared__ TransactionBarrier empty;
-  if (threadIdx.x == 0) init_barrier(empty, 128);
-  with_landed_panel(map, [&](unsigned char* panel, TransactionBarrier& landed) {
+  __shared__ Mbarrier empty;
+  if (threadIdx.x == 0) mbarrier_init(empty, 128);
+  with_landed_panel(map, [&](unsigned char* panel, Mbarrier& landed) {
     float d[8][4];
-    begin_products();
+    wgmma_fence();
     square(d, panel);
-    commit_products();
-    arrive(empty);  // belongs behind the wait
-    if (threadIdx.x == 0) wait(empty, 0);
+    wgmma_commit_group();
+    mbarrier_arrive(empty);  // belongs behind the wait
+    if (threadIdx.x == 0) mbarrier_wait_parity(empty, 0);
     fetch(panel, map, landed);
-    wait_products<0>(d);
-    wait(landed, 1);
+    wgmma_wait_group<0>(d);
+    mbarrier_wait_parity(landed, 1);
   });
 }
 __global__ void sums_before_and_after_the_wait(const __grid_constant__ TensorMap map, float* out) {  // right
-  with_landed_panel(map, [&](unsigned char* panel, TransactionBarrier&) {
+  with_landed_panel(map, [&](unsigned char* panel, Mbarrier&) {
     float d[8][4] = {};
-    begin_products(d);
+    wgmma_fence(d);
     for (int step = 0; step < 4; step++) square(d, panel, step, true);
-    commit_products();
+    wgmma_commit_group();
     out[threadIdx.x] = d[5][2];
-    wait_products<0>(d);
+    wgmma_wait_group<0>(d);
     out[128 + threadIdx.x] = d[5][2];
   });
 }
@@ -171,17 +171,18 @@ template <class WriteA>
 __device__ void product_of_registers(unsigned char* panel, WriteA write_a) {
   float d[8][4] = {};
   uint32_t a[1][4] = {};
-  begin_products(d, a);
+  wgmma_fence(d, a);
   write_a(0, a[0]);
-  multiply<__nv_bfloat16, Major::mn>(d, a[0], mn_major_descriptor(shared_address(panel), kPanel), true);
-  commit_products();
+  wgmma_mma_async<__nv_bfloat16, Major::mn>(d, a[0], mn_major_descriptor(shared_address(panel), kPanel),
+                                            true);
+  wgmma_commit_group();
   write_a(1, a[0]);
-  wait_products<0>(d);
+  wgmma_wait_group<0>(d);
   write_a(2, a[0]);
 }
 template <int kWhen>
 __device__ void write_registers(const TensorMap& map) {
-  with_landed_panel(map, [](unsigned char* panel, TransactionBarrier&) {
+  with_landed_panel(map, [](unsigned char* panel, Mbarrier&) {
     product_of_registers(panel, [](int when, uint32_t (&a)[4]) {
       if (when == kWhen) a[0] = 1;
     });
@@ -199,8 +200,8 @@ __global__ void registers_written_after_the_wait(const __grid_constant__ TensorM
 
 template <int kConsumer>
 __device__ void divide_registers() {
-  if (threadIdx.x < 128) give_registers<72>();
-  else take_registers<kConsumer>();
+  if (threadIdx.x < 128) setmaxnreg_dec<72>();
+  else setmaxnreg_inc<kConsumer>();
 }
 __global__ void registers_that_are_there(const __grid_constant__ TensorMap, float*) {  // right
   divide_registers<216>();
@@ -209,7 +210,7 @@ __global__ void registers_that_nobody_gave(const __grid_constant__ TensorMap, fl
   divide_registers<224>();
 }
 __global__ void registers_given_by_taking(const __grid_constant__ TensorMap, float*) {
-  take_registers<160>();
+  setmaxnreg_inc<160>();
 }
 
 }  // namespace

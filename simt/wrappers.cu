@@ -27,7 +27,7 @@ __global__ void matrix_product(const uint16_t* in, float* out) {
     b[i] = two(from[0], from[8]);
   }
   float d[4] = {1, 1, 1, 1};
-  mma_16x8x16<T>(d, a, b);
+  mma_m16n8k16<T>(d, a, b);
   for (int i = 0; i < 4; i++) out[(group + i / 2 * 8) * 8 + pair + i % 2] = d[i];
 }
 
@@ -38,8 +38,8 @@ __global__ void matrix_load(const uint4* in, uint4* out) {
   rows[31 - threadIdx.x] = in[threadIdx.x];
   __syncwarp();
   uint32_t r[4];
-  if (transposed) load_matrices_transposed(r, rows + 31 - threadIdx.x);
-  else load_matrices(r, rows + 31 - threadIdx.x);
+  if (transposed) ldmatrix_x4_trans(r, rows + 31 - threadIdx.x);
+  else ldmatrix_x4(r, rows + 31 - threadIdx.x);
   out[threadIdx.x] = {r[0], r[1], r[2], r[3]};
 }
 
@@ -47,14 +47,14 @@ __global__ void matrix_load(const uint4* in, uint4* out) {
 __global__ void asynchronous_copy(const uint4* in, uint4* out) {
   uint4* x = dynamic_shared<uint4>();
   const int i = threadIdx.x;
-  copy_async(x + i, in + i, i % 3 != 0);
-  commit_copies();
-  copy_async(x + 32 + i, in + 32 + i, i % 3 != 1);
-  commit_copies();
-  wait_copies<1>();
+  cp_async(x + i, in + i, i % 3 != 0);
+  cp_async_commit_group();
+  cp_async(x + 32 + i, in + 32 + i, i % 3 != 1);
+  cp_async_commit_group();
+  cp_async_wait_group<1>();
   __syncthreads();
   out[i] = x[31 - i];
-  wait_copies<0>();
+  cp_async_wait_group<0>();
   __syncthreads();
   out[32 + i] = x[32 + (i + 1) % 32];
 }
@@ -112,14 +112,14 @@ __global__ void barriers(const int* in, int* out) {
   put(__syncthreads_or(x > 0));
   for (int round = 0; round < 3; round++) {  // warps 0 and 1 produce, 2 and 3 consume
     if (i < 64) {
-      if (round > 0) sync_threads(2, 128);
+      if (round > 0) bar_sync(2, 128);
       left[i] = x + round;
-      arrive_threads(1, 128);
+      bar_arrive(1, 128);
       put(0);
     } else {
-      sync_threads(1, 128);
+      bar_sync(1, 128);
       put(left[127 - i]);
-      if (round < 2) arrive_threads(2, 128);
+      if (round < 2) bar_arrive(2, 128);
     }
   }
 }

@@ -19,9 +19,9 @@ struct OperandPanels {
   static constexpr int kPanel = panel_bytes(kMemoryRows);
   static constexpr int kBytes = (kMemoryColumns + kPanelColumns - 1) / kPanelColumns * kPanel;
 
-  __device__ static void load(unsigned char* panels, const TensorMap& map, TransactionBarrier& landed) {
+  __device__ static void load(unsigned char* panels, const TensorMap& map, Mbarrier& landed) {
     for (int x = 0; x < kMemoryColumns; x += kPanelColumns)
-      load_box(panels + x / kPanelColumns * kPanel, map, landed, x, 0);
+      cp_async_bulk_tensor(panels + x / kPanelColumns * kPanel, map, landed, x, 0);
   }
   __device__ static uint64_t descriptor(const unsigned char* panels, int step) {
     const uint32_t address = shared_address(panels);
@@ -57,19 +57,19 @@ __global__ void product(const __grid_constant__ TensorMap a_map, const __grid_co
   using A = OperandPanels<a_major, kRows, kDepth>;
   using B = OperandPanels<b_major, 8 * kTiles, kDepth>;
   unsigned char *a_panels = panel_shared(), *b_panels = a_panels + A::kBytes;
-  __shared__ TransactionBarrier landed;
+  __shared__ Mbarrier landed;
   if (threadIdx.x == 0) {
-    init_barrier(landed, 1);
-    publish_barriers();
-    arrive_expecting(landed, A::kBytes + B::kBytes);
+    mbarrier_init(landed, 1);
+    fence_mbarrier_init();
+    mbarrier_arrive_expect_tx(landed, A::kBytes + B::kBytes);
     A::load(a_panels, a_map, landed);
     B::load(b_panels, b_map, landed);
   }
   __syncthreads();
-  wait(landed, 0);
+  mbarrier_wait_parity(landed, 0);
 
   const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
-  constexpr int kSteps = kDepth / kMatrixDepth;
+  constexpr int kSteps = kDepth / kWgmmaDepth;
   float d[kTiles][4];
   uint32_t fragments[kSteps][4];
 #pragma unroll
@@ -79,15 +79,15 @@ __global__ void product(const __grid_constant__ TensorMap a_map, const __grid_co
       const uint16_t* from = a_values + (row + i % 2 * 8) * kDepth + step * 16 + pair + i / 2 * 8;
       fragments[step][i] = static_cast<uint32_t>(from[1]) << 16 | from[0];
     }
-  begin_products(d, fragments);
+  wgmma_fence(d, fragments);
 #pragma unroll
   for (int step = 0; step < kSteps; step++) {
     const uint64_t b = B::descriptor(b_panels, step);
-    if constexpr (a_in_registers) multiply<T, b_major>(d, fragments[step], b, step > 0);
-    else multiply<T, a_major, b_major>(d, A::descriptor(a_panels, step), b, step > 0);
+    if constexpr (a_in_registers) wgmma_mma_async<T, b_major>(d, fragments[step], b, step > 0);
+    else wgmma_mma_async<T, a_major, b_major>(d, A::descriptor(a_panels, step), b, step > 0);
   }
-  commit_products();
-  wait_products<0>(d);
+  wgmma_commit_group();
+  wgmma_wait_group<0>(d);
   store_product(d, out);
 }
 
@@ -112,30 +112,30 @@ __global__ void pending_group(const __grid_constant__ TensorMap a_map,
   using A = OperandPanels<Major::k, kRows, 64>;
   using B = OperandPanels<Major::k, 128, 64>;
   unsigned char *a_panel = panel_shared(), *b_panel = a_panel + A::kBytes;
-  __shared__ TransactionBarrier landed;
+  __shared__ Mbarrier landed;
   if (threadIdx.x == 0) {
-    init_barrier(landed, 1);
-    publish_barriers();
-    arrive_expecting(landed, A::kBytes + B::kBytes);
+    mbarrier_init(landed, 1);
+    fence_mbarrier_init();
+    mbarrier_arrive_expect_tx(landed, A::kBytes + B::kBytes);
     A::load(a_panel, a_map, landed);
     B::load(b_panel, b_map, landed);
   }
   __syncthreads();
-  wait(landed, 0);
+  mbarrier_wait_parity(landed, 0);
   float first[8][4], second[8][4];
   const auto begin = [&](float (&d)[8][4], const unsigned char* b) {
-    begin_products(d);
+    wgmma_fence(d);
 #pragma unroll
     for (int step = 0; step < 4; step++)
-      multiply<__nv_bfloat16, Major::k, Major::k>(d, A::descriptor(a_panel, step), B::descriptor(b, step),
-                                                  step > 0);
-    commit_products();
+      wgmma_mma_async<__nv_bfloat16, Major::k, Major::k>(d, A::descriptor(a_panel, step),
+                                                         B::descriptor(b, step), step > 0);
+    wgmma_commit_group();
   };
   begin(first, b_panel);
   begin(second, b_panel + panel_bytes(64));
-  wait_products<1>(first);
+  wgmma_wait_group<1>(first);
   store_product(first, out);
-  wait_products<0>(second);
+  wgmma_wait_group<0>(second);
   store_product(second, out + kRows * 64);
 }
 cudaError_t launch_pending_group(const void* in, void* out) {
@@ -156,21 +156,21 @@ template <int kProducer, int kConsumer>
 __global__ void __launch_bounds__(384, 1) divided_registers(const float* in, float* out) {
   float* values = dynamic_shared<float>();
   constexpr int kHeld = 160, kValues = 128 * 64;
-  __shared__ TransactionBarrier full;
+  __shared__ Mbarrier full;
   if (threadIdx.x == 0) {
-    init_barrier(full, 128);
-    publish_barriers();
+    mbarrier_init(full, 128);
+    fence_mbarrier_init();
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    give_registers<kProducer>();
+    setmaxnreg_dec<kProducer>();
     for (int i = threadIdx.x; i < kValues; i += 128) values[i] = in[i];
-    arrive(full);
+    mbarrier_arrive(full);
   } else {
-    take_registers<kConsumer>();
+    setmaxnreg_inc<kConsumer>();
     const int thread = threadIdx.x - 128;
     float sums[kHeld] = {};
-    wait(full, 0);
+    mbarrier_wait_parity(full, 0);
     for (int round = 0; round < 4; round++)
 #pragma unroll
       for (int i = 0; i < kHeld; i++) sums[i] += values[(thread + 256 * round + 7 * i) % kValues];
@@ -190,17 +190,17 @@ cudaError_t launch_divided_registers(const void* in, void* out) {
 __global__ void boxes(const __grid_constant__ TensorMap map, uint4* out) {
   constexpr int kBytes = panel_bytes(8);
   unsigned char* panels = panel_shared();
-  __shared__ TransactionBarrier landed;
+  __shared__ Mbarrier landed;
   if (threadIdx.x == 0) {
-    init_barrier(landed, 1);
-    publish_barriers();
-    arrive_expecting(landed, 3 * kBytes);
-    load_box(panels, map, landed, 0, 1, 2, 1);
-    load_box(panels + kBytes, map, landed, 16, 5, 0, 0);
-    load_box(panels + 2 * kBytes, map, landed, -8, -3, 1, 1);
+    mbarrier_init(landed, 1);
+    fence_mbarrier_init();
+    mbarrier_arrive_expect_tx(landed, 3 * kBytes);
+    cp_async_bulk_tensor(panels, map, landed, 0, 1, 2, 1);
+    cp_async_bulk_tensor(panels + kBytes, map, landed, 16, 5, 0, 0);
+    cp_async_bulk_tensor(panels + 2 * kBytes, map, landed, -8, -3, 1, 1);
   }
   __syncthreads();
-  wait(landed, 0);
+  mbarrier_wait_parity(landed, 0);
   for (int i = threadIdx.x; i < 3 * kBytes / 16; i += 32) out[i] = reinterpret_cast<uint4*>(panels)[i];
 }
 cudaError_t launch_boxes(const void* in, void* out) {
@@ -216,31 +216,31 @@ cudaError_t launch_boxes(const void* in, void* out) {
 __global__ void ring(const __grid_constant__ TensorMap map, float* out) {
   constexpr int kBytes = panel_bytes(8);
   unsigned char* panels = panel_shared();
-  __shared__ TransactionBarrier full[2], empty[2];
+  __shared__ Mbarrier full[2], empty[2];
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < 2; stage++) {
-      init_barrier(full[stage], 1);
-      init_barrier(empty[stage], 32);
+      mbarrier_init(full[stage], 1);
+      mbarrier_init(empty[stage], 32);
     }
-    publish_barriers();
+    fence_mbarrier_init();
   }
   __syncthreads();
   if (threadIdx.x == 0) {
     for (int i = 0; i < 8; i++) {
-      wait(empty[i % 2], (i / 2 & 1) ^ 1);
-      arrive_expecting(full[i % 2], kBytes);
-      load_box(panels + i % 2 * kBytes, map, full[i % 2], 0, 8 * i);
+      mbarrier_wait_parity(empty[i % 2], (i / 2 & 1) ^ 1);
+      mbarrier_arrive_expect_tx(full[i % 2], kBytes);
+      cp_async_bulk_tensor(panels + i % 2 * kBytes, map, full[i % 2], 0, 8 * i);
     }
   } else if (threadIdx.x >= 32) {
     const int column = threadIdx.x % 32 * 2;
     float sums[2] = {};
     for (int i = 0; i < 8; i++) {
-      wait(full[i % 2], i / 2 & 1);
+      mbarrier_wait_parity(full[i % 2], i / 2 & 1);
       for (int row = 0; row < 8; row++)
         for (int j = 0; j < 2; j++)
           sums[j] += __bfloat162float(*reinterpret_cast<__nv_bfloat16*>(
               panels + i % 2 * kBytes + swizzled_offset(row, 2 * (column + j))));
-      arrive(empty[i % 2]);
+      mbarrier_arrive(empty[i % 2]);
     }
     out[column] = sums[0], out[column + 1] = sums[1];
   }

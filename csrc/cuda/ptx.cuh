@@ -31,7 +31,7 @@ __device__ inline uint32_t shared_address(const void* shared) {
 
 // d += a · b, float32 sums of products of bfloat16 or float16.
 template <class T>
-__device__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>)
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -48,14 +48,14 @@ __device__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_
 
 // Four 8 × 8 matrices of 16-bit values from shared memory: lanes 8·i to 8·i + 7 name the rows of matrix i, 16
 // aligned bytes each. Lane 4·group + pair gets of matrix i in r[i] row `group`, columns 2·pair and +1; of
-// the transposed matrix with load_matrices_transposed.
-__device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
+// the transposed matrix with ldmatrix_x4_trans.
+__device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
                : "memory");
 }
-__device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+__device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
@@ -63,28 +63,28 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* ro
 }
 
 // 16 aligned bytes from global to shared memory, zeros where not `valid`; `global` is then not read. They
-// are there once wait_copies() returned to this thread, for others after a barrier beyond that.
-__device__ inline void copy_async(void* shared, const void* global, bool valid = true) {
+// are there once cp_async_wait_group() returned to this thread, for others after a barrier beyond that.
+__device__ inline void cp_async(void* shared, const void* global, bool valid = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
                : "memory");
 }
 
 // Closes the group of this thread's copies since the last commit.
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most `pending` of the latest groups are not done.
 template <int pending>
-__device__ void wait_copies() {
+__device__ void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
 // Barrier `id` (1 to 15; 0 is __syncthreads) for `threads` threads, whole warps.
-__device__ inline void sync_threads(int id, int threads) {
+__device__ inline void bar_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 // Counts this warp in without waiting.
-__device__ inline void arrive_threads(int id, int threads) {
+__device__ inline void bar_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 

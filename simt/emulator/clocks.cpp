@@ -14,7 +14,7 @@ namespace {
 
 std::vector<uint32_t> seen;        // [thread][thread]: ticks of the second that the first knows to be over
 std::vector<uint32_t> seen_epoch;  // [thread]: the row is of this epoch, else nothing was seen yet
-std::vector<Clock> fences;         // when each thread last called fence_asynchronous_reads
+std::vector<Clock> fences;         // when each thread last called fence_proxy_async
 int clock_count;                   // threads and engine
 
 uint32_t* seen_by(int i) {
@@ -59,7 +59,7 @@ void acquire_clock(int i, const std::vector<uint32_t>& from) {
   for (int k = 0; k < clock_count; k++) known[k] = std::max(known[k], from[k]);
 }
 
-void fence_asynchronous_reads() {
+void fence_proxy_async() {
   const int thread = cta.current;
   fences[thread] = {epoch, now(thread) + 1};
   clocks[thread].now++;

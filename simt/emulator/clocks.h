@@ -41,7 +41,7 @@ std::vector<uint32_t> no_clocks();
 void release_clock(int i, std::vector<uint32_t>& into);
 void acquire_clock(int i, const std::vector<uint32_t>& from);
 
-// Did its thread call fence_asynchronous_reads after what `write` stands for?
+// Did its thread call fence_proxy_async after what `write` stands for?
 bool is_fenced(Stamp write);
 
 }  // namespace simt

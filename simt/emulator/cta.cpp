@@ -123,7 +123,7 @@ std::string Cta::deadlock() const {
   std::string text = "nothing can go on:";
   for (const auto& [what, members] : groups) text += " " + threads_text(members) + " " + what + ";";
   text.back() = '.';
-  return text + transaction_barriers_text();
+  return text + mbarriers_text();
 }
 
 // ---- barriers ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ bool progress_asynchronous();
 // What is wrong once all threads have exited, else nothing.
 std::string unfinished_copies();
 // What unfinished barriers lack, for reports.
-std::string transaction_barriers_text();
+std::string mbarriers_text();
 
 // ---- products of warpgroups (products.cpp)
 void reset_products();

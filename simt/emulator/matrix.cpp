@@ -66,27 +66,26 @@ void multiply(void* const* exchanges, unsigned) {
 
 }  // namespace
 
-void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, Site site) {
+void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed, Site site) {
   const Where where = site;
-  if (shared_offset(row) == ~size_t{0}) fail_at("load_matrices of a row outside shared memory", where);
+  if (shared_offset(row) == ~size_t{0}) fail_at("ldmatrix_x4 of a row outside shared memory", where);
   if (reinterpret_cast<uintptr_t>(row) % 16)
-    fail_at("load_matrices needs rows at multiples of 16 bytes", where);
+    fail_at("ldmatrix_x4 needs rows at multiples of 16 bytes", where);
   check_access(Access::read, row, 16, where);
   MatrixRows exchange{r, row};
   if (transposed)
     rendezvous(
-        "load_matrices_transposed", ~0u, &exchange,
+        "ldmatrix_x4_trans", ~0u, &exchange,
         [](void* const* exchanges, unsigned) { give_rows(exchanges, true); }, false, site);
   else
     rendezvous(
-        "load_matrices", ~0u, &exchange,
-        [](void* const* exchanges, unsigned) { give_rows(exchanges, false); }, false, site);
+        "ldmatrix_x4", ~0u, &exchange, [](void* const* exchanges, unsigned) { give_rows(exchanges, false); },
+        false, site);
 }
 
-void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat16,
-                      Site site) {
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat16, Site site) {
   Product exchange{d, a, b};
-  rendezvous("mma_16x8x16", ~0u, &exchange, bfloat16 ? multiply<__nv_bfloat16> : multiply<__half>, false,
+  rendezvous("mma_m16n8k16", ~0u, &exchange, bfloat16 ? multiply<__nv_bfloat16> : multiply<__half>, false,
              site);
 }
 

@@ -35,9 +35,9 @@ struct WarpProducts {
   std::map<float*, std::vector<float>> sums;  // of lane 0's d: the true values of all lanes, [lane][4·tiles]
 };
 WarpProducts warps[kMaxWarps];
-bool may_begin[kMaxThreads];  // begin_products since the last wait
+bool may_begin[kMaxThreads];  // wgmma_fence since the last wait
 
-// What registers held when begin_products was called with them.
+// What registers held when wgmma_fence was called with them.
 struct Handed {
   const char* registers;
   std::string contents;
@@ -83,7 +83,8 @@ void for_pieces(const Operand& operand, int first, int count, Visit visit) {
 }
 
 void check_operand(const Operand& operand, int first, int count, const Where& where) {
-  if (operand.descriptor >> 49 & 7) fail_at("multiply: base offsets of descriptors are not emulated", where);
+  if (operand.descriptor >> 49 & 7)
+    fail_at("wgmma_mma_async: base offsets of descriptors are not emulated", where);
   for_pieces(operand, first, count,
              [&](int, int, size_t at) { check_asynchronous_read(shared_pointer(at), 16, where); });
 }
@@ -158,7 +159,7 @@ void begin(void* const* exchanges, unsigned) {
     const Request& mine = *static_cast<Request*>(exchanges[lane]);
     if (mine.b.descriptor != first.b.descriptor || mine.a.descriptor != first.a.descriptor ||
         mine.add != first.add)
-      fail_at("multiply: lanes of a warp name different operands", *mine.where);
+      fail_at("wgmma_mma_async: lanes of a warp name different operands", *mine.where);
     product.d[lane] = mine.d;
     product.a_source[lane] = mine.a.registers;
     if (mine.a.registers)
@@ -192,7 +193,7 @@ void finish(void* const* exchanges, unsigned) {
   for (; next != warp.under_way.end() && next->group <= last_done; ++next) {
     for (int lane = 0; lane < kLanes && next->a.registers; lane++)
       if (memcmp(next->a_source[lane], next->a_registers[lane], sizeof next->a_registers[lane]))
-        fail_at("wait_products: registers that a product reads were written before it was waited for",
+        fail_at("wgmma_wait_group: registers that a product reads were written before it was waited for",
                 *wait.where);
     execute(warp, *next, current_warp() % 4 * kWarpRows, *wait.where);
     done[next->d[0]] = *next;
@@ -210,7 +211,7 @@ void finish(void* const* exchanges, unsigned) {
 
 }  // namespace
 
-void begin_products(const void* const* registers, const size_t* sizes, int count) {
+void wgmma_fence(const void* const* registers, const size_t* sizes, int count) {
   may_begin[cta.current] = true;
   for (int i = 0; i < count; i++) {
     const char* from = static_cast<const char*>(registers[i]);
@@ -218,34 +219,35 @@ void begin_products(const void* const* registers, const size_t* sizes, int count
   }
 }
 
-void multiply(float* d, int tiles, bool bfloat16, Operand a, Operand b, bool add, Site site) {
+void wgmma_mma_async(float* d, int tiles, bool bfloat16, Operand a, Operand b, bool add, Site site) {
   const Where where = site;
   if (!may_begin[cta.current])
-    fail_at("multiply: begin_products() is missing since the last wait_products", where);
+    fail_at("wgmma_mma_async: wgmma_fence() is missing since the last wgmma_wait_group", where);
   if (a.registers && !are_handed(*reinterpret_cast<const uint32_t (*)[4]>(a.registers)))
-    fail_at("multiply: registers of A were written after begin_products, or not handed to it", where);
-  if (cta.threads < (cta.current / 128 + 1) * 128) fail_at("multiply: this warpgroup lacks warps", where);
+    fail_at("wgmma_mma_async: registers of A were written after wgmma_fence, or not handed to it", where);
+  if (cta.threads < (cta.current / 128 + 1) * 128)
+    fail_at("wgmma_mma_async: this warpgroup lacks warps", where);
   Request request{d, a, b, tiles, bfloat16, add, &where};
-  rendezvous("multiply", ~0u, &request, begin, false, site);
+  rendezvous("wgmma_mma_async", ~0u, &request, begin, false, site);
 }
 
-void commit_products(Site site) {
+void wgmma_commit_group(Site site) {
   rendezvous(
-      "commit_products", ~0u, nullptr, [](void* const*, unsigned) { warps[current_warp()].open_group++; },
+      "wgmma_commit_group", ~0u, nullptr, [](void* const*, unsigned) { warps[current_warp()].open_group++; },
       false, site);
 }
 
-void wait_products(int pending, Site site) {
+void wgmma_wait_group(int pending, Site site) {
   const Where where = site;
   Wait wait{pending, &where};
-  rendezvous("wait_products", ~0u, &wait, finish, false, site);
+  rendezvous("wgmma_wait_group", ~0u, &wait, finish, false, site);
   may_begin[cta.current] = false;
   handed[cta.current].clear();
 }
 
 std::string unfinished_products() {
   for (int w = 0; w < cta.threads / kLanes; w++) {
-    if (!warps[w].under_way.empty()) return "warp " + std::to_string(w) + " exits without wait_products";
+    if (!warps[w].under_way.empty()) return "warp " + std::to_string(w) + " exits without wgmma_wait_group";
     if (warps[w].begun != warps[w / 4 * 4].begun)
       return "warps " + std::to_string(w / 4 * 4) + " and " + std::to_string(w) +
              " of one warpgroup began different numbers of products";

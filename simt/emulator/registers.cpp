@@ -24,10 +24,10 @@ void reset_registers() {
   waiting.clear();
 }
 
-void give_registers(int count, Site site) {
+void setmaxnreg_dec(int count, Site site) {
   int& mine = held[cta.current];
   if (count > mine)
-    fail_at("give_registers: a thread that holds " + std::to_string(mine) + " cannot keep " +
+    fail_at("setmaxnreg_dec: a thread that holds " + std::to_string(mine) + " cannot keep " +
                 std::to_string(count),
             Where(site));
   given += mine - count;
@@ -35,15 +35,15 @@ void give_registers(int count, Site site) {
   cta.wake(waiting);
 }
 
-void take_registers(int count, Site site) {
+void setmaxnreg_inc(int count, Site site) {
   int& mine = held[cta.current];
   if (count < mine)
-    fail_at("take_registers: a thread that holds " + std::to_string(mine) + " cannot take " +
+    fail_at("setmaxnreg_inc: a thread that holds " + std::to_string(mine) + " cannot take " +
                 std::to_string(count) + " in all",
             Where(site));
   while (given < count - mine) {
     waiting.push_back(cta.current);
-    cta.wait("take_registers", site);
+    cta.wait("setmaxnreg_inc", site);
   }
   given -= count - mine;
   mine = count;

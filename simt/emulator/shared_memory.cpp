@@ -206,21 +206,21 @@ void check_atomic(const void* address, size_t bytes, Site site) {
 
 void* dynamic_shared() { return arena + kDynamicBase; }
 
-void copy_async(void* shared, const void* global, Site site) {
+void cp_async(void* shared, const void* global, Site site) {
   const Where where = site;
   size_t at = 0;
-  if (!find(shared, at)) fail_at("copy_async to an address outside shared memory", where);
+  if (!find(shared, at)) fail_at("cp_async to an address outside shared memory", where);
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
-    fail_at("copy_async needs addresses that are multiples of 16 bytes", where);
+    fail_at("cp_async needs addresses that are multiples of 16 bytes", where);
   check_shared(at, {Access::write, static_cast<unsigned char*>(shared), 16, where});
   start_copy(shared, 16);
   Copies& mine = copies[cta.current];
   mine.under_way.push_back({shared, global, mine.open_group});
 }
 
-void commit_copies() { copies[cta.current].open_group++; }
+void cp_async_commit_group() { copies[cta.current].open_group++; }
 
-void wait_copies(int pending) {
+void cp_async_wait_group(int pending) {
   Copies& mine = copies[cta.current];
   const int64_t last_done = static_cast<int64_t>(mine.open_group) - 1 - pending;
   const auto waiting = std::ranges::stable_partition(
@@ -247,7 +247,7 @@ void check_asynchronous_read(const void* address, size_t bytes, const Where& whe
   for_cells(at, bytes, false, [&](Cell& cell, size_t) {
     if (!cell.asynchronous && !is_fenced(cell.write))
       asked.fail("by a matrix product, of what thread " + std::to_string(cell.write.thread) +
-                 " wrote by ordinary stores: its fence_async_proxy() is missing");
+                 " wrote by ordinary stores: its fence_proxy_async() is missing");
   });
 }
 

@@ -1,4 +1,4 @@
-// Transaction barriers (mbarrier) and the bulk tensor copies (TMA) that complete on them. A copy lands as
+// mbarriers and the bulk tensor copies (TMA) that complete on them. A copy lands as
 // late as it can: when no thread can run.
 #include <cuda_runtime_api.h>
 
@@ -16,7 +16,7 @@ namespace simt {
 namespace {
 
 // ---- barriers
-struct TransactionBarrier {
+struct Mbarrier {
   int arrivals, to_come;
   int64_t bytes_to_come = 0;
   uint64_t phase = 0;
@@ -25,21 +25,21 @@ struct TransactionBarrier {
   std::vector<uint32_t> clocks, released;  // of those who arrived in this phase; of the phases that are over
   std::vector<int> waiting;
 };
-std::map<size_t, TransactionBarrier> barriers;  // by shared address
+std::map<size_t, Mbarrier> barriers;  // by shared address
 
-TransactionBarrier& find_barrier(void* address, const char* what, Site site) {
+Mbarrier& find_barrier(void* address, const char* what, Site site) {
   const Where where = site;
   const size_t at = shared_offset(address);
   if (at % 8) fail_at(std::string(what) + ": a barrier is 8 aligned bytes of shared memory", where);
   check_access(Access::atomic, address, 8, where);
   const auto found = barriers.find(at);
-  if (found == barriers.end()) fail_at(std::string(what) + ": init_barrier was not called", where);
+  if (found == barriers.end()) fail_at(std::string(what) + ": mbarrier_init was not called", where);
   if (!has_seen(found->second.initialised))
-    fail_at(std::string(what) + " races with init_barrier: no barrier lies between them", where);
+    fail_at(std::string(what) + " races with mbarrier_init: no barrier lies between them", where);
   return found->second;
 }
 
-void end_phase_if_complete(TransactionBarrier& barrier) {
+void end_phase_if_complete(Mbarrier& barrier) {
   if (barrier.to_come || barrier.bytes_to_come) return;
   barrier.phase++;
   barrier.to_come = barrier.arrivals;
@@ -104,29 +104,29 @@ void land(const BoxCopy& copy) {
 }  // namespace
 
 // ---- barriers
-void init_transaction_barrier(void* address, int arrivals, Site site) {
+void mbarrier_init(void* address, int arrivals, Site site) {
   const Where where = site;
   const size_t at = shared_offset(address);
   if (at == ~size_t{0} || at % 8)
-    fail_at("init_barrier: a barrier is 8 aligned bytes of shared memory", where);
-  if (arrivals < 1) fail_at("init_barrier for " + std::to_string(arrivals) + " arrivals", where);
+    fail_at("mbarrier_init: a barrier is 8 aligned bytes of shared memory", where);
+  if (arrivals < 1) fail_at("mbarrier_init for " + std::to_string(arrivals) + " arrivals", where);
   check_access(Access::write, address, 8, where);
-  TransactionBarrier barrier;
+  Mbarrier barrier;
   barrier.arrivals = barrier.to_come = arrivals;
   barrier.initialised = this_moment();
   barrier.clocks = barrier.released = no_clocks();
   barriers[at] = barrier;
 }
 
-void publish_transaction_barriers() {
+void fence_mbarrier_init() {
   for (auto& [at, barrier] : barriers)
     barrier.published |= static_cast<int>(barrier.initialised.thread) == cta.current;
 }
 
-void arrive_expecting(void* address, uint32_t bytes, Site site) {
-  TransactionBarrier& barrier = find_barrier(address, "arrive", site);
+void mbarrier_arrive_expect_tx(void* address, uint32_t bytes, Site site) {
+  Mbarrier& barrier = find_barrier(address, "mbarrier_arrive", site);
   if (barrier.to_come == 0)
-    fail_at("arrive: all " + std::to_string(barrier.arrivals) + " arrivals of phase " +
+    fail_at("mbarrier_arrive: all " + std::to_string(barrier.arrivals) + " arrivals of phase " +
                 std::to_string(barrier.phase) + " are there, but not its bytes",
             site);
   release_clock(cta.current, barrier.clocks);
@@ -135,9 +135,10 @@ void arrive_expecting(void* address, uint32_t bytes, Site site) {
   end_phase_if_complete(barrier);
 }
 
-void wait_for_phase(void* address, unsigned parity, Site site) {
-  TransactionBarrier& barrier = find_barrier(address, "wait", site);
-  if (parity > 1) fail_at("wait: a parity is 0 or 1, not " + std::to_string(parity), Where(site));
+void mbarrier_wait_parity(void* address, unsigned parity, Site site) {
+  Mbarrier& barrier = find_barrier(address, "mbarrier_wait_parity", site);
+  if (parity > 1)
+    fail_at("mbarrier_wait_parity: a parity is 0 or 1, not " + std::to_string(parity), Where(site));
   if (barrier.phase % 2 != parity) {
     acquire_clock(cta.current, barrier.released);
     return;
@@ -147,23 +148,24 @@ void wait_for_phase(void* address, unsigned parity, Site site) {
 }
 
 // ---- copies
-void load_box(void* shared, const CUtensorMap& encoded, void* barrier, const int* coordinates, int rank,
-              Site site) {
+void cp_async_bulk_tensor(void* shared, const CUtensorMap& encoded, void* barrier, const int* coordinates,
+                          int rank, Site site) {
   const Where where = site;
   BoxCopy copy{};
   memcpy(&copy.map, &encoded, sizeof copy.map);
   if (copy.map.rank != rank)
-    fail_at("load_box with " + std::to_string(rank) + " coordinates of a tensor map of rank " +
+    fail_at("cp_async_bulk_tensor with " + std::to_string(rank) + " coordinates of a tensor map of rank " +
                 std::to_string(copy.map.rank),
             where);
   copy.to = shared_offset(shared);
   const size_t alignment = copy.map.swizzle ? size_t{128} << copy.map.swizzle : 128;
   if (copy.to == ~size_t{0} || copy.to % alignment)
-    fail_at("load_box goes to multiples of " + std::to_string(alignment) +
+    fail_at("cp_async_bulk_tensor goes to multiples of " + std::to_string(alignment) +
                 " bytes of shared memory, not to offset " + std::to_string(copy.to),
             where);
-  TransactionBarrier& complete = find_barrier(barrier, "load_box", site);
-  if (!complete.published) fail_at("load_box: publish_barriers() is missing after init_barrier", where);
+  Mbarrier& complete = find_barrier(barrier, "cp_async_bulk_tensor", site);
+  if (!complete.published)
+    fail_at("cp_async_bulk_tensor: fence_mbarrier_init() is missing after mbarrier_init", where);
   copy.barrier = shared_offset(barrier);
   copy.thread = cta.current;
   for (int d = 0; d < rank; d++) copy.corner[d] = coordinates[d];
@@ -184,7 +186,7 @@ bool progress_asynchronous() {
   cta.current = copy.thread;  // whom a fault is laid to
   land(copy);
   cta.current = running;
-  TransactionBarrier& barrier = barriers.at(copy.barrier);
+  Mbarrier& barrier = barriers.at(copy.barrier);
   release_clock(cta.threads, barrier.clocks);  // of the engine that copies
   barrier.bytes_to_come -= box_bytes(copy.map);
   end_phase_if_complete(barrier);
@@ -197,7 +199,7 @@ std::string unfinished_copies() {
              : "threads exit while " + std::to_string(copies.size()) + " bulk copies are under way";
 }
 
-std::string transaction_barriers_text() {
+std::string mbarriers_text() {
   std::string text;
   for (const auto& [at, barrier] : barriers)
     if (!barrier.waiting.empty())

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
   __syncthreads();
   const int live = max(min(keys.live * group - first, kRows), 0);
   if (split >= keys.splits || (live == 0 && split > 0)) {
-    wait_copies<0>();  // none lands in the shared memory of a CTA that comes after
+    cp_async_wait_group<0>();  // none lands in the shared memory of a CTA that comes after
     return;
   }
   const auto spans = [&](KeyTile tile) { return spans_of(p, batch, keys.live, tile); };
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
       }
       if (t + 1 < end) key_rows.look_up(keys.tile(t + 1));
     }
-    commit_copies();
+    cp_async_commit_group();
     return static_cast<unsigned>(seen_by_rows);
   };
   if (begin < end) key_rows.look_up(keys.tile(begin));
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
   const int row = threadIdx.x / 32 * Tiles::kWarpRows;  // the first of this warp
   uint32_t held[Tiles::kHoldsQueries ? kDim / 16 : 1][4];
   if constexpr (Tiles::kHoldsQueries) {
-    wait_copies<kStages - 2>();
+    cp_async_wait_group<kStages - 2>();
     __syncthreads();  // the queries are there
 #pragma unroll
     for (int k = 0; k < kDim / 16; k++) queries.load_a(held[k], row, k);
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
   OnlineSoftmax<kRowTiles> softmax(p.scale);
   float out[kRowTiles][kDim / 8][4] = {};
   for (int t = begin; t < end; t++) {
-    wait_copies<kStages - 2>();
+    cp_async_wait_group<kStages - 2>();
     __syncthreads();  // tile t is there, tile t - 1 was used
     const auto seen_by_rows = static_cast<Visibility>(ahead & 3);
     ahead = ahead >> 2 | copy_tile(t + kStages - 1) << 2 * (kStages - 2);
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
       }
     }
     scale_rows(out, inverse);
-    wait_copies<0>();
+    cp_async_wait_group<0>();
     __syncthreads();  // no copy is under way, and no tile is used
     queries.put(out, row);
     __syncwarp();

@@ -13,7 +13,7 @@ namespace dllm::cuda {
 constexpr int kPanelColumns = 64;
 constexpr int kPanelRowBytes = 128;
 constexpr int kPanelAlignment = 1024;  // eight rows, after which the permutation repeats
-constexpr int kMatrixDepth = 16;       // elements that one product sums over
+constexpr int kWgmmaDepth = 16;        // elements that one product sums over
 
 constexpr DLLM_HOST_DEVICE int panel_bytes(int rows) { return rows * kPanelRowBytes; }
 
@@ -42,8 +42,8 @@ constexpr DLLM_HOST_DEVICE uint64_t k_major_descriptor(uint32_t panels) {
 // The same descriptor moved on by `step` products along the sum. Operands of one instruction lie in one
 // panel.
 constexpr DLLM_HOST_DEVICE uint64_t k_major_step(uint64_t descriptor, int step, int panel_bytes) {
-  constexpr int kSteps = kPanelColumns / kMatrixDepth;
-  return descriptor + (step / kSteps * panel_bytes + step % kSteps * kMatrixDepth * 2) / 16;
+  constexpr int kSteps = kPanelColumns / kWgmmaDepth;
+  return descriptor + (step / kSteps * panel_bytes + step % kSteps * kWgmmaDepth * 2) / 16;
 }
 
 // Rows are what the sum runs over; result columns (or rows) run along them, 64 to a panel.
@@ -51,7 +51,7 @@ constexpr DLLM_HOST_DEVICE uint64_t mn_major_descriptor(uint32_t panels, int pan
   return matrix_descriptor(panels, panel_bytes, kPanelAlignment);
 }
 constexpr DLLM_HOST_DEVICE uint64_t mn_major_step(uint64_t descriptor, int step) {
-  return descriptor + step * kMatrixDepth * kPanelRowBytes / 16;
+  return descriptor + step * kWgmmaDepth * kPanelRowBytes / 16;
 }
 
 // ---- what an instruction makes of it: also what a test can check

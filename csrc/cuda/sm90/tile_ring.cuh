@@ -21,18 +21,18 @@ struct RingPosition {
 // `full`: the copy has landed. `empty`: all consumers are through with it; at first buffers are empty, which
 // is what waiting for the parity of a phase before the first says.
 struct BufferBarriers {
-  TransactionBarrier full, empty;
+  Mbarrier full, empty;
 
   __device__ void init(int consumer_warps) {
-    init_barrier(full, 1);
-    init_barrier(empty, consumer_warps);
+    mbarrier_init(full, 1);
+    mbarrier_init(empty, consumer_warps);
   }
-  __device__ void wait_full(uint32_t parity) { wait(full, parity); }
-  __device__ void wait_empty(uint32_t parity) { wait(empty, parity ^ 1); }
+  __device__ void wait_full(uint32_t parity) { mbarrier_wait_parity(full, parity); }
+  __device__ void wait_empty(uint32_t parity) { mbarrier_wait_parity(empty, parity ^ 1); }
   // Called by a warp of the consumers.
   __device__ void release() {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(empty);
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);
   }
 };
 

@@ -31,7 +31,7 @@ struct SharedTile {
 #pragma unroll
       for (int n = 0; n < kChunks; n += kRowThreads) {
         const int c = first + n;
-        copy_async(chunk(r, c), from + c * 8, from != nullptr && c * 8 < dim);
+        cp_async(chunk(r, c), from + c * 8, from != nullptr && c * 8 < dim);
       }
     }
   }
@@ -39,21 +39,21 @@ struct SharedTile {
   // A: rows [row, row + 16), columns [16k, 16k + 16).
   __device__ void load_a(uint32_t (&a)[4], int row, int k) const {
     const int lane = threadIdx.x % 32;
-    load_matrices(a, lane_chunk(row, lane % 16, 2 * k, lane / 16));
+    ldmatrix_x4(a, lane_chunk(row, lane % 16, 2 * k, lane / 16));
   }
 
   // B of a product with the transposed tile: rows [row, row + 16) are its columns, the first eight in b[0]
   // and b[1], columns [16k, 16k + 16) its rows.
   __device__ void load_transposed_b(uint32_t (&b)[4], int row, int k) const {
     const int lane = threadIdx.x % 32;
-    load_matrices(b, lane_chunk(row, lane / 16 * 8 + lane % 8, 2 * k, lane / 8 % 2));
+    ldmatrix_x4(b, lane_chunk(row, lane / 16 * 8 + lane % 8, 2 * k, lane / 8 % 2));
   }
 
   // B of a product with the tile: its rows [row, row + 16), its columns [16n, 16n + 16), the first eight in
   // b[0] and b[1].
   __device__ void load_b(uint32_t (&b)[4], int row, int n) const {
     const int lane = threadIdx.x % 32;
-    load_matrices_transposed(b, lane_chunk(row, lane % 16, 2 * n, lane / 16));
+    ldmatrix_x4_trans(b, lane_chunk(row, lane % 16, 2 * n, lane / 16));
   }
 
   // Columns from `column` on of rows [row, row + 16·kRowTiles) become `sums`, rounded to T, of the warp that
@@ -112,8 +112,8 @@ __device__ void add_products_transposed(float (&sums)[kRowTiles][kTiles][4], Loa
       b.load_transposed_b(right, n * 8, k);
 #pragma unroll
       for (int m = 0; m < kRowTiles; m++) {
-        mma_16x8x16<T>(sums[m][n], left[m], {right[0], right[1]});
-        mma_16x8x16<T>(sums[m][n + 1], left[m], {right[2], right[3]});
+        mma_m16n8k16<T>(sums[m][n], left[m], {right[0], right[1]});
+        mma_m16n8k16<T>(sums[m][n + 1], left[m], {right[2], right[3]});
       }
     }
   }
@@ -153,8 +153,8 @@ __device__ void add_products(float (&sums)[kRowTiles][kColumnTiles][4],
       b.load_b(right, 16 * k, column / 16 + n / 2);
 #pragma unroll
       for (int m = 0; m < kRowTiles; m++) {
-        mma_16x8x16<T>(sums[m][n], left[m], {right[0], right[1]});
-        mma_16x8x16<T>(sums[m][n + 1], left[m], {right[2], right[3]});
+        mma_m16n8k16<T>(sums[m][n], left[m], {right[0], right[1]});
+        mma_m16n8k16<T>(sums[m][n + 1], left[m], {right[2], right[3]});
       }
     }
   }

@@ -20,34 +20,33 @@ inline uint32_t shared_address(const void* shared) {
 }
 
 template <class T>
-void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                 simt::Site site = simt::Site::current()) {
-  simt::multiply_16x8x16(d, a, b, std::is_same_v<T, __nv_bfloat16>, site);
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                  simt::Site site = simt::Site::current()) {
+  simt::mma_m16n8k16(d, a, b, std::is_same_v<T, __nv_bfloat16>, site);
 }
 
-inline void load_matrices(uint32_t (&r)[4], const void* row, simt::Site site = simt::Site::current()) {
-  simt::load_matrices(r, row, false, site);
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, simt::Site site = simt::Site::current()) {
+  simt::ldmatrix_x4(r, row, false, site);
 }
-inline void load_matrices_transposed(uint32_t (&r)[4], const void* row,
-                                     simt::Site site = simt::Site::current()) {
-  simt::load_matrices(r, row, true, site);
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, simt::Site site = simt::Site::current()) {
+  simt::ldmatrix_x4(r, row, true, site);
 }
 
-inline void copy_async(void* shared, const void* global, bool valid = true,
-                       simt::Site site = simt::Site::current()) {
-  simt::copy_async(shared, valid ? global : nullptr, site);
+inline void cp_async(void* shared, const void* global, bool valid = true,
+                     simt::Site site = simt::Site::current()) {
+  simt::cp_async(shared, valid ? global : nullptr, site);
 }
-inline void commit_copies() { simt::commit_copies(); }
+inline void cp_async_commit_group() { simt::cp_async_commit_group(); }
 template <int pending>
-void wait_copies() {
-  simt::wait_copies(pending);
+void cp_async_wait_group() {
+  simt::cp_async_wait_group(pending);
 }
 
-inline void sync_threads(int id, int threads, simt::Site site = simt::Site::current()) {
-  simt::barrier("sync_threads", id, threads, true, false, site);
+inline void bar_sync(int id, int threads, simt::Site site = simt::Site::current()) {
+  simt::barrier("bar_sync", id, threads, true, false, site);
 }
-inline void arrive_threads(int id, int threads, simt::Site site = simt::Site::current()) {
-  simt::barrier("arrive_threads", id, threads, false, false, site);
+inline void bar_arrive(int id, int threads, simt::Site site = simt::Site::current()) {
+  simt::barrier("bar_arrive", id, threads, false, false, site);
 }
 
 template <class T>

@@ -35,13 +35,12 @@ void* shared_pointer(size_t offset);
 // An atomic read-modify-write of `bytes` at an address is about to happen.
 void check_atomic(const void* address, size_t bytes, Site site);
 // 16 bytes on their way to shared memory; `global` null: zeros.
-void copy_async(void* shared, const void* global, Site site);
-void commit_copies();
-void wait_copies(int pending);
+void cp_async(void* shared, const void* global, Site site);
+void cp_async_commit_group();
+void cp_async_wait_group(int pending);
 // ldmatrix.x4 and mma.m16n8k16 for the whole warp.
-void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, Site site);
-void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat16,
-                      Site site);
+void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed, Site site);
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat16, Site site);
 
 // Ends the launch with `text` as its diagnosis.
 [[noreturn]] void fail(const char* text, Site site);

@@ -66,18 +66,18 @@ __global__ void __launch_bounds__(BackwardDkvTiles<kDim>::kThreads, 2)
         return takes_part(i) ? grad + i * p.grad_out_layout.position_stride : nullptr;
       });
       if (threadIdx.x < kQueries / 2)
-        copy_async(&terms[stage][2 * threadIdx.x], workspace.terms +
-                                                       (batch * f.q_heads + head) * workspace.padded_queries +
-                                                       range.first + 2 * threadIdx.x);
+        cp_async(&terms[stage][2 * threadIdx.x], workspace.terms +
+                                                     (batch * f.q_heads + head) * workspace.padded_queries +
+                                                     range.first + 2 * threadIdx.x);
     }
-    commit_copies();
+    cp_async_commit_group();
   };
   keys.template copy_rows<kThreads, kKeys>(
       f.head_dim, [&](int i) { return i < live ? k + i * f.k_layout.position_stride : nullptr; });
   values.template copy_rows<kThreads, kKeys>(
       f.head_dim, [&](int i) { return i < live ? v + i * f.v_layout.position_stride : nullptr; });
-  commit_copies();
-  wait_copies<0>();
+  cp_async_commit_group();
+  cp_async_wait_group<0>();
   __syncthreads();
   const int row = threadIdx.x / 32 * 16;  // the first of this warp
   uint32_t key_rows[kDim / 16][4];        // stay in registers, to spare shared memory the reads
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(BackwardDkvTiles<kDim>::kThreads, 2)
   float grad_k[1][kSliceDim / 8][4] = {}, grad_v[1][kSliceDim / 8][4] = {};
   for (int stage = 0; next.count > 0; stage ^= 1) {
     const QueryRange range = next;
-    wait_copies<0>();
+    cp_async_wait_group<0>();
     __syncthreads();  // these queries are there, those before them were used
     next = walk.next();
     copy_queries(next, stage ^ 1);

@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(BackwardDqTiles<kDim>::kThreads, 2)
         return seen >> i & 1 ? v + (range.begin + i) * f.v_layout.position_stride : nullptr;
       });
     }
-    commit_copies();
+    cp_async_commit_group();
   };
   queries.template copy_rows<kThreads, kQueries>(
       f.head_dim, [&](int i) { return i < live ? q + i * f.q_layout.position_stride : nullptr; });
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(BackwardDqTiles<kDim>::kThreads, 2)
     return i < live ? grad_out + i * p.grad_out_layout.position_stride : nullptr;
   });
   if (threadIdx.x < kQueries / 2)
-    copy_async(
+    cp_async(
         &terms[2 * threadIdx.x],
         workspace.terms + (batch * f.q_heads + head) * workspace.padded_queries + first + 2 * threadIdx.x);
   if (threadIdx.x < 32) tile_bounds(spans, first, live, bounds);
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(BackwardDqTiles<kDim>::kThreads, 2)
   float grad_q[kRowTiles][kDim / 8][4] = {};
   for (int stage = 0; next.begin < next.end; stage ^= 1) {
     const KeyRange range = next;
-    wait_copies<0>();
+    cp_async_wait_group<0>();
     __syncthreads();  // these keys are there, those before them were used
     next = walk.next();
     copy_keys(next, stage ^ 1);
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(BackwardDqTiles<kDim>::kThreads, 2)
 #pragma unroll
   for (int m = 0; m < kRowTiles; m++) factors[m][0] = factors[m][1] = f.scale;
   scale_rows(grad_q, factors);
-  wait_copies<0>();
+  cp_async_wait_group<0>();
   __syncthreads();  // no copy of queries is under way
   queries.put(grad_q, row);
   __syncwarp();

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(ForwardTiles<kDim>::kThreads, 2)
     keys.template copy_rows<kThreads, kKeys>(p.head_dim, [&](int i) {
       return i < range.end - range.begin ? k + (range.begin + i) * p.k_layout.position_stride : nullptr;
     });
-    commit_copies();
+    cp_async_commit_group();
   };
   queries.template copy_rows<kThreads, Tiles::kQueries>(
       p.head_dim, [&](int i) { return i < live ? q + i * p.q_layout.position_stride : nullptr; });
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(ForwardTiles<kDim>::kThreads, 2)
   float out[kRowTiles][kDim / 8][4] = {};
   while (range.begin < range.end) {
     const bool all_visible = range.full && range.end - range.begin == kKeys;
-    wait_copies<0>();
+    cp_async_wait_group<0>();
     __syncthreads();  // the keys are there, the values before them were used
     uint64_t seen = ~uint64_t{0};
     if (!all_visible)
@@ -67,13 +67,13 @@ __global__ void __launch_bounds__(ForwardTiles<kDim>::kThreads, 2)
     values.template copy_rows<kThreads, kKeys>(p.head_dim, [&](int i) {
       return seen >> i & 1 ? v + (range.begin + i) * p.v_layout.position_stride : nullptr;
     });
-    commit_copies();
+    cp_async_commit_group();
 
     float scores[kRowTiles][kKeys / 8][4] = {};
     add_products_transposed(scores, queries, row, keys);
 
     range = walk.next();
-    wait_copies<0>();
+    cp_async_wait_group<0>();
     __syncthreads();  // the values are there, the keys were used
     copy_keys(range);
 
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(ForwardTiles<kDim>::kThreads, 2)
     }
   }
   scale_rows(out, inverse);
-  wait_copies<0>();
+  cp_async_wait_group<0>();
   __syncthreads();  // no copy of queries is under way
   queries.put(out, row);
   __syncwarp();

@@ -4,9 +4,9 @@
 // left: dv = P dO, dk = scale dS q.
 #pragma once
 
+#include "cuda/block_attention/sm90/accumulator.cuh"
 #include "cuda/block_attention/sm90/launch.h"
 #include "cuda/block_attention/sm90/operand_tile.cuh"
-#include "cuda/block_attention/sm90/store_accumulator.cuh"
 #include "cuda/launch_kernel.h"
 #include "cuda/sm90/tile_ring.cuh"
 #include "cuda/tiles/head_pointer.cuh"
@@ -23,7 +23,7 @@ struct BackwardDkv {
 
   enum class Tile : int { none, partial, full };  // none: there are no more; full: every query sees all keys
   struct Shared {
-    TransactionBarrier keys, landed;  // `landed`: a tile of which some rows have to be cleared
+    Mbarrier keys, landed;  // `landed`: a tile of which some rows have to be cleared
     BufferBarriers queries[kStages];
     Tile tiles[kStages];
     alignas(16) float2 terms[kStages][kQueries];  // see backward_preprocess.cuh
@@ -76,7 +76,7 @@ struct BackwardDkv {
     const BlockAttentionParams& f = p.attention();
     const int lane = threadIdx.x % 32, group = f.q_heads / f.kv_heads;
     if (lane == 0) {
-      arrive_expecting(shared.keys, 2 * KeyRows::kBytes);
+      mbarrier_arrive_expect_tx(shared.keys, 2 * KeyRows::kBytes);
       keys().load(p.k, shared.keys, item.batch, item.head, first());
       values().load(p.v, shared.keys, item.batch, item.head, first());
     }
@@ -96,20 +96,20 @@ struct BackwardDkv {
         if (lane == 0) shared.tiles[ring.stage] = full ? Tile::full : Tile::partial;
         __syncwarp();
         if (lane == 0) {
-          TransactionBarrier& barrier = full ? buffer.full : shared.landed;
-          arrive_expecting(barrier, 2 * QueryRows::kBytes);
+          Mbarrier& barrier = full ? buffer.full : shared.landed;
+          mbarrier_arrive_expect_tx(barrier, 2 * QueryRows::kBytes);
           queries(ring.stage).load(p.q, barrier, item.batch, head, query);
           grads(ring.stage).load(p.grad_out, barrier, item.batch, head, query);
         }
         if (!full) {
           const uint64_t partners = mark_visible(spans, query, ring.stage);
-          wait(shared.landed, landed.parity);
+          mbarrier_wait_parity(shared.landed, landed.parity);
           landed.advance();
           queries(ring.stage).clear({partners});
           grads(ring.stage).clear({partners});
-          fence_async_proxy();
+          fence_proxy_async();
           __syncwarp();
-          if (lane == 0) arrive(buffer.full);
+          if (lane == 0) mbarrier_arrive(buffer.full);
         }
         ring.advance();
       });
@@ -118,7 +118,7 @@ struct BackwardDkv {
     buffer.wait_empty(ring.parity);
     if (lane == 0) {
       shared.tiles[ring.stage] = Tile::none;
-      arrive(buffer.full);
+      mbarrier_arrive(buffer.full);
     }
   }
 
@@ -145,23 +145,23 @@ struct BackwardDkv {
   __device__ static void start_transposed(float (&scores)[kQueries / 8][4], const KeyRows& rows, int group,
                                           const QueryRows& columns) {
 #pragma unroll
-    for (int step = 0; step < kDim / kMatrixDepth; step++)
-      multiply<T, Major::k, Major::k>(scores, rows.k_major(64 * group, step), columns.k_major(0, step),
-                                      step > 0);
-    commit_products();
+    for (int step = 0; step < kDim / kWgmmaDepth; step++)
+      wgmma_mma_async<T, Major::k, Major::k>(scores, rows.k_major(64 * group, step), columns.k_major(0, step),
+                                             step > 0);
+    wgmma_commit_group();
   }
   __device__ static void start_sums(float (&sums)[kDim / 8][4], const uint32_t (&left)[kQueries / 16][4],
                                     const QueryRows& right) {
 #pragma unroll
-    for (int step = 0; step < kQueries / kMatrixDepth; step++)
-      multiply<T, Major::mn>(sums, left[step], right.mn_major(step), true);
-    commit_products();
+    for (int step = 0; step < kQueries / kWgmmaDepth; step++)
+      wgmma_mma_async<T, Major::mn>(sums, left[step], right.mn_major(step), true);
+    wgmma_commit_group();
   }
 
   // Zeros where a query does not see a key, of what a thread holds.
   __device__ void hide(float (&scores)[kQueries / 8][4], float (&score_grads)[kQueries / 8][4], int group,
                        int stage) const {
-    const int pair = threadIdx.x % 4, row = threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
+    const int pair = threadIdx.x % 4, row = accumulator_row();
 #pragma unroll
     for (int n = 0; n < kQueries / 8; n++) {
 #pragma unroll
@@ -179,17 +179,17 @@ struct BackwardDkv {
     float scores[kQueries / 8][4], score_grads[kQueries / 8][4];
     uint32_t weights[kQueries / 16][4], packed_grads[kQueries / 16][4];
 
-    wait(shared.keys, 0);
+    mbarrier_wait_parity(shared.keys, 0);
     RingPosition<kStages> ring;
     for (;; ring.advance()) {
       const int stage = ring.stage;
       shared.queries[stage].wait_full(ring.parity);
       const Tile tile = shared.tiles[stage];
       if (tile == Tile::none) break;
-      begin_products(scores, score_grads);
+      wgmma_fence(scores, score_grads);
       start_transposed(scores, keys(), group, queries(stage));
       start_transposed(score_grads, values(), group, grads(stage));
-      wait_products<0>(scores, score_grads);
+      wgmma_wait_group<0>(scores, score_grads);
 #pragma unroll
       for (int n = 0; n < kQueries / 8; n++) {
         const float4 terms = *reinterpret_cast<const float4*>(&shared.terms[stage][8 * n + 2 * pair]);
@@ -202,14 +202,14 @@ struct BackwardDkv {
       if (tile == Tile::partial) hide(scores, score_grads, group, stage);
       pack_columns<T>(weights, scores);
       pack_columns<T>(packed_grads, score_grads);
-      begin_products(grad_v, grad_k, weights, packed_grads);
+      wgmma_fence(grad_v, grad_k, weights, packed_grads);
       start_sums(grad_v, weights, grads(stage));
       start_sums(grad_k, packed_grads, queries(stage));
-      wait_products<0>(grad_v, grad_k);
+      wgmma_wait_group<0>(grad_v, grad_k);
       shared.queries[stage].release();
     }
 
-    const int row = 64 * group + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
+    const int row = 64 * group + accumulator_row();
     const HeadsLayout& layout = p.backward.grad_kv_layout;
     T* to_k =
         head_pointer<T>(p.backward.grad_k, layout, item.batch, item.head) + first() * layout.position_stride;
@@ -233,19 +233,19 @@ __global__ void __launch_bounds__(BackwardDkvTiles<kDim>::kThreads, 1)
   const Role role{p, shared, panel_shared(), p.order.item(blockIdx.x)};
 
   if (threadIdx.x == 0) {
-    init_barrier(shared.keys, 1);
-    init_barrier(shared.landed, 1);
+    mbarrier_init(shared.keys, 1);
+    mbarrier_init(shared.landed, 1);
     for (int stage = 0; stage < Tiles::kStages; stage++)
       shared.queries[stage].init(Tiles::kConsumers * kWarpgroup / 32);
-    publish_barriers();
+    fence_mbarrier_init();
   }
   __syncthreads();
 
   if (threadIdx.x < kWarpgroup) {
-    give_registers<Tiles::kProducerRegisters>();
+    setmaxnreg_dec<Tiles::kProducerRegisters>();
     if (threadIdx.x < 32) role.load();
   } else {
-    take_registers<Tiles::kConsumerRegisters>();
+    setmaxnreg_inc<Tiles::kConsumerRegisters>();
     role.take_in(threadIdx.x / kWarpgroup - 1);
   }
 }

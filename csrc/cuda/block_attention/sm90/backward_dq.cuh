@@ -3,10 +3,10 @@
 // scores are under way while dS and keys are multiplied.
 #pragma once
 
+#include "cuda/block_attention/sm90/accumulator.cuh"
 #include "cuda/block_attention/sm90/key_tiles.cuh"
 #include "cuda/block_attention/sm90/launch.h"
 #include "cuda/block_attention/sm90/operand_tile.cuh"
-#include "cuda/block_attention/sm90/store_accumulator.cuh"
 #include "cuda/block_attention/sm90/visible_bits.cuh"
 #include "cuda/launch_kernel.h"
 #include "cuda/sm90/tile_ring.cuh"
@@ -23,7 +23,7 @@ struct BackwardDq {
   using KeyRows = OperandTile<kDim, kKeys>;
 
   struct Shared {
-    TransactionBarrier queries, landed;  // `landed`: a tile of which some rows have to be cleared
+    Mbarrier queries, landed;  // `landed`: a tile of which some rows have to be cleared
     BufferBarriers keys[kStages];
     KeyTile tiles[kStages];
     SpanBounds bounds[kMaxSpanBounds];
@@ -53,7 +53,7 @@ struct BackwardDq {
   __device__ void load() const {
     const bool leads = threadIdx.x % 32 == 0;
     if (leads) {
-      arrive_expecting(shared.queries, 2 * QueryRows::kBytes);
+      mbarrier_arrive_expect_tx(shared.queries, 2 * QueryRows::kBytes);
       queries().load(p.q, shared.queries, item.batch, item.head, first());
       grads().load(p.grad_out, shared.queries, item.batch, item.head, first());
     }
@@ -66,20 +66,20 @@ struct BackwardDq {
       const bool clear = !tile.all_visible;
       buffer.wait_empty(ring.parity);
       if (leads) {
-        TransactionBarrier& barrier = clear ? shared.landed : buffer.full;
+        Mbarrier& barrier = clear ? shared.landed : buffer.full;
         shared.tiles[ring.stage] = tile;
-        arrive_expecting(barrier, 2 * KeyRows::kBytes);
+        mbarrier_arrive_expect_tx(barrier, 2 * KeyRows::kBytes);
         keys(ring.stage).load(p.k, barrier, item.batch, kv_head, tile.begin);
         values(ring.stage).load(p.v, barrier, item.batch, kv_head, tile.begin);
       }
       if (clear) {
         const uint64_t seen[1] = {seen_keys(seen_by, first(), live(), tile.begin, tile.end)};
-        wait(shared.landed, landed.parity);
+        mbarrier_wait_parity(shared.landed, landed.parity);
         landed.advance();
         keys(ring.stage).clear(seen);
-        fence_async_proxy();
+        fence_proxy_async();
         __syncwarp();
-        if (leads) arrive(buffer.full);
+        if (leads) mbarrier_arrive(buffer.full);
       }
       ring.advance();
     });
@@ -89,20 +89,20 @@ struct BackwardDq {
   __device__ void start_scores(float (&scores)[kKeys / 8][4], float (&score_grads)[kKeys / 8][4], int group,
                                int stage) const {
 #pragma unroll
-    for (int step = 0; step < kDim / kMatrixDepth; step++)
-      multiply<T, Major::k, Major::k>(scores, queries().k_major(64 * group, step),
-                                      keys(stage).k_major(0, step), step > 0);
+    for (int step = 0; step < kDim / kWgmmaDepth; step++)
+      wgmma_mma_async<T, Major::k, Major::k>(scores, queries().k_major(64 * group, step),
+                                             keys(stage).k_major(0, step), step > 0);
 #pragma unroll
-    for (int step = 0; step < kDim / kMatrixDepth; step++)
-      multiply<T, Major::k, Major::k>(score_grads, grads().k_major(64 * group, step),
-                                      values(stage).k_major(0, step), step > 0);
-    commit_products();
+    for (int step = 0; step < kDim / kWgmmaDepth; step++)
+      wgmma_mma_async<T, Major::k, Major::k>(score_grads, grads().k_major(64 * group, step),
+                                             values(stage).k_major(0, step), step > 0);
+    wgmma_commit_group();
   }
 
   __device__ void take_in(int group) const {
     const BlockAttentionParams& f = p.attention();
     const int pair = threadIdx.x % 4;
-    const int row = 64 * group + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;  // and row + 8
+    const int row = 64 * group + accumulator_row();  // and row + 8
     const float factor = f.scale * 1.44269504f;
     const SequenceSpans seen_by = spans();
     const QuerySpans query_spans[2] = {QuerySpans(seen_by, first() + row, row < live()),
@@ -143,33 +143,33 @@ struct BackwardDq {
     };
     const auto start_sums = [&](int stage) {
 #pragma unroll
-      for (int step = 0; step < kKeys / kMatrixDepth; step++)
-        multiply<T, Major::mn>(grad_q, packed[step], keys(stage).mn_major(step), true);
-      commit_products();
+      for (int step = 0; step < kKeys / kWgmmaDepth; step++)
+        wgmma_mma_async<T, Major::mn>(grad_q, packed[step], keys(stage).mn_major(step), true);
+      wgmma_commit_group();
     };
 
-    wait(shared.queries, 0);
+    mbarrier_wait_parity(shared.queries, 0);
     KeyTile tile = await_keys();
-    begin_products(scores, score_grads);
+    wgmma_fence(scores, score_grads);
     start_scores(scores, score_grads, group, ring.stage);
-    wait_products<0>(scores, score_grads);
+    wgmma_wait_group<0>(scores, score_grads);
     differentiate(tile, [] {});
     pack_columns<T>(packed, score_grads);
     while (!tile.last) {
       const int stage = ring.stage;
       ring.advance();
       tile = await_keys();
-      begin_products(scores, score_grads, grad_q, packed);
+      wgmma_fence(scores, score_grads, grad_q, packed);
       start_scores(scores, score_grads, group, ring.stage);
       start_sums(stage);
-      wait_products<1>(scores, score_grads);
-      differentiate(tile, [&] { wait_products<0>(grad_q); });
+      wgmma_wait_group<1>(scores, score_grads);
+      differentiate(tile, [&] { wgmma_wait_group<0>(grad_q); });
       shared.keys[stage].release();
       pack_columns<T>(packed, score_grads);
     }
-    begin_products(grad_q, packed);
+    wgmma_fence(grad_q, packed);
     start_sums(ring.stage);
-    wait_products<0>(grad_q);
+    wgmma_wait_group<0>(grad_q);
 
     T* to = head_pointer<T>(p.backward.grad_q, p.backward.grad_q_layout, item.batch, item.head) +
             first() * p.backward.grad_q_layout.position_stride;
@@ -191,19 +191,19 @@ __global__ void __launch_bounds__(BackwardDqTiles<kDim>::kThreads, 1)
   const Role role{p, shared, panel_shared(), p.order.item(blockIdx.x)};
 
   if (threadIdx.x == 0) {
-    init_barrier(shared.queries, 1);
-    init_barrier(shared.landed, 1);
+    mbarrier_init(shared.queries, 1);
+    mbarrier_init(shared.landed, 1);
     for (int stage = 0; stage < Tiles::kStages; stage++)
       shared.keys[stage].init(Tiles::kConsumers * kWarpgroup / 32);
-    publish_barriers();
+    fence_mbarrier_init();
   }
   __syncthreads();
 
   if (threadIdx.x < kWarpgroup) {
-    give_registers<Tiles::kProducerRegisters>();
+    setmaxnreg_dec<Tiles::kProducerRegisters>();
     if (threadIdx.x < 32) role.load();
   } else {
-    take_registers<Tiles::kConsumerRegisters>();
+    setmaxnreg_inc<Tiles::kConsumerRegisters>();
     role.take_in(threadIdx.x / kWarpgroup - 1);
   }
 }

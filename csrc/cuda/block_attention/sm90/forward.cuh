@@ -4,10 +4,10 @@
 // next scores is under way while weights and values are multiplied.
 #pragma once
 
+#include "cuda/block_attention/sm90/accumulator.cuh"
 #include "cuda/block_attention/sm90/key_tiles.cuh"
 #include "cuda/block_attention/sm90/launch.h"
 #include "cuda/block_attention/sm90/operand_tile.cuh"
-#include "cuda/block_attention/sm90/store_accumulator.cuh"
 #include "cuda/block_attention/sm90/visible_bits.cuh"
 #include "cuda/launch_kernel.h"
 #include "cuda/sm90/ptx.cuh"
@@ -27,8 +27,8 @@ struct Forward {
 
   struct Shared {
     BufferBarriers queries, keys[kStages], values[kStages];
-    TransactionBarrier values_landed;  // of a tile of which some rows have to be cleared
-    KeyTile tiles[kStages];            // what is in keys[stage]
+    Mbarrier values_landed;  // of a tile of which some rows have to be cleared
+    KeyTile tiles[kStages];  // what is in keys[stage]
     SpanBounds bounds[2][kMaxSpanBounds];
   };
   static_assert(sizeof(Shared) <= kSmallStatics);
@@ -71,7 +71,7 @@ struct Forward {
     for_queries([&](const Queries& q) {
       shared.queries.wait_empty(query_ring.parity);
       if (leads) {
-        arrive_expecting(shared.queries.full, QueryRows::kBytes);
+        mbarrier_arrive_expect_tx(shared.queries.full, QueryRows::kBytes);
         queries.load(p.q, shared.queries.full, q.batch, q.head, q.first);
       }
       query_ring.advance();
@@ -80,7 +80,7 @@ struct Forward {
         buffer.wait_empty(ring.parity);
         if (leads) {
           shared.tiles[ring.stage] = tile;
-          arrive_expecting(buffer.full, KeyRows::kBytes);
+          mbarrier_arrive_expect_tx(buffer.full, KeyRows::kBytes);
           keys(ring.stage).load(p.k, buffer.full, q.batch, q.kv_head, tile.begin);
         }
         ring.advance();
@@ -101,8 +101,8 @@ struct Forward {
         const bool clear = !tile.all_visible;
         buffer.wait_empty(ring.parity);
         if (leads) {
-          TransactionBarrier& barrier = clear ? shared.values_landed : buffer.full;
-          arrive_expecting(barrier, KeyRows::kBytes);
+          Mbarrier& barrier = clear ? shared.values_landed : buffer.full;
+          mbarrier_arrive_expect_tx(barrier, KeyRows::kBytes);
           values(ring.stage).load(p.v, barrier, q.batch, q.kv_head, tile.begin);
         }
         if (clear) {
@@ -110,12 +110,12 @@ struct Forward {
 #pragma unroll
           for (int word = 0; word < kKeys / 64; word++)
             seen[word] = seen_keys(spans, q.first, q.live, tile.begin + 64 * word, tile.end);
-          wait(shared.values_landed, landed.parity);
+          mbarrier_wait_parity(shared.values_landed, landed.parity);
           landed.advance();
           values(ring.stage).clear(seen);
-          fence_async_proxy();
+          fence_proxy_async();
           __syncwarp();
-          if (leads) arrive(buffer.full);
+          if (leads) mbarrier_arrive(buffer.full);
         }
         ring.advance();
       });
@@ -123,28 +123,29 @@ struct Forward {
   }
 
   // ---- the warpgroups that multiply
-  // Turns: a warpgroup starts its products when the other has started its own.
-  __device__ static void await_turn(int group) { sync_threads(1 + group, 2 * kWarpgroup); }
-  __device__ static void pass_turn(int group) { arrive_threads(2 - group, 2 * kWarpgroup); }
+  // Turns, by two named barriers: a warpgroup starts its products when the other has started its own, so that
+  // one does its softmax while the tensor cores work for the other.
+  __device__ static void await_turn(int group) { bar_sync(1 + group, 2 * kWarpgroup); }
+  __device__ static void pass_turn(int group) { bar_arrive(2 - group, 2 * kWarpgroup); }
 
   __device__ void start_scores(float (&scores)[kKeys / 8][4], int group, int stage) const {
 #pragma unroll
-    for (int step = 0; step < kDim / kMatrixDepth; step++)
-      multiply<T, Major::k, Major::k>(scores, queries.k_major(64 * group, step), keys(stage).k_major(0, step),
-                                      step > 0);
-    commit_products();
+    for (int step = 0; step < kDim / kWgmmaDepth; step++)
+      wgmma_mma_async<T, Major::k, Major::k>(scores, queries.k_major(64 * group, step),
+                                             keys(stage).k_major(0, step), step > 0);
+    wgmma_commit_group();
   }
   __device__ void start_sums(float (&out)[kDim / 8][4], const uint32_t (&weights)[kKeys / 16][4],
                              int stage) const {
 #pragma unroll
-    for (int step = 0; step < kKeys / kMatrixDepth; step++)
-      multiply<T, Major::mn>(out, weights[step], values(stage).mn_major(step), true);
-    commit_products();
+    for (int step = 0; step < kKeys / kWgmmaDepth; step++)
+      wgmma_mma_async<T, Major::mn>(out, weights[step], values(stage).mn_major(step), true);
+    wgmma_commit_group();
   }
 
   __device__ void attend(int group) const {
     const int pair = threadIdx.x % 4;
-    const int row = 64 * group + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;  // and row + 8
+    const int row = 64 * group + accumulator_row();  // and row + 8
     const float scale = p.attention.scale;
     RingPosition<kStages> key_ring, value_ring;
     RingPosition<1> query_ring;
@@ -182,42 +183,48 @@ struct Forward {
         return softmax.update(scores, decay);
       };
 
+      // S = Q·Kᵀ of the first tile by itself: there are no weights to multiply yet.
       shared.queries.wait_full(query_ring.parity);
       query_ring.advance();
       KeyTile tile = await_keys();
       await_turn(group);
-      begin_products(scores[0]);
+      wgmma_fence(scores[0]);
       start_scores(scores[0], group, key_ring.stage);
       pass_turn(group);
-      wait_products<0>(scores[0]);
+      wgmma_wait_group<0>(scores[0]);
       release_keys(tile);
       weigh(tile);
       pack_columns<T>(weights, scores[0]);
 
+      // Each round issues S of the next tile, then O += P·V of the last one, and works on S while P·V runs:
+      // wgmma groups complete in order, so wait_group<1> leaves the younger one, P·V, in flight.
       while (!tile.last) {
         tile = await_keys();
         await_turn(group);
-        begin_products(scores[0]);
+        wgmma_fence(scores[0]);
         start_scores(scores[0], group, key_ring.stage);
         shared.values[value_ring.stage].wait_full(value_ring.parity);
-        begin_products(out[0], weights);
+        wgmma_fence(out[0], weights);
         start_sums(out[0], weights, value_ring.stage);
         pass_turn(group);
-        wait_products<1>(scores[0]);
-        release_keys(tile);
+        wgmma_wait_group<1>(scores[0]);
+        release_keys(tile);  // S is done and nothing else reads these keys
         const bool moved = weigh(tile);
-        // Twice the same: ptxas would move a wait that all paths share to before the softmax. The condition
-        // is one for the whole warpgroup, which a wait demands; `moved` is a warp's.
-        if (tile.all_visible) wait_products<0>(out[0]);
-        else wait_products<0>(out[0]);
-        if (moved) scale_rows(out, decay);
+        // Twice the same: ptxas (seen with 13.0) moves a wait that all paths share to before the softmax,
+        // which then overlaps nothing. The condition is one for the whole warpgroup, which a wait demands;
+        // `moved` is a warp's.
+        if (tile.all_visible) wgmma_wait_group<0>(out[0]);
+        else wgmma_wait_group<0>(out[0]);
+        if (moved) scale_rows(out, decay);  // all of O so far is relative to the old shift
         release_values();
         pack_columns<T>(weights, scores[0]);
       }
+      // P·V of the last tile, which no S follows. It takes no turn: the other warpgroup may multiply beside
+      // it.
       shared.values[value_ring.stage].wait_full(value_ring.parity);
-      begin_products(out[0], weights);
+      wgmma_fence(out[0], weights);
       start_sums(out[0], weights, value_ring.stage);
-      wait_products<0>(out[0]);
+      wgmma_wait_group<0>(out[0]);
       release_values();
 
       softmax.finish();
@@ -257,18 +264,18 @@ __global__ void __launch_bounds__(ForwardTiles<kDim>::kThreads, 1)
       shared.keys[stage].init(kConsumerWarps);
       shared.values[stage].init(kConsumerWarps);
     }
-    init_barrier(shared.values_landed, 1);
-    publish_barriers();
+    mbarrier_init(shared.values_landed, 1);
+    fence_mbarrier_init();
   }
   __syncthreads();
 
   // ---- roles
   if (threadIdx.x < kWarpgroup) {
-    give_registers<Tiles::kProducerRegisters>();
+    setmaxnreg_dec<Tiles::kProducerRegisters>();
     if (threadIdx.x / 32 == 0) role.load_queries_and_keys();
     if (threadIdx.x / 32 == 1) role.load_values();
   } else {
-    take_registers<Tiles::kConsumerRegisters>();
+    setmaxnreg_inc<Tiles::kConsumerRegisters>();
     role.attend(threadIdx.x / kWarpgroup - 1);
   }
 }

@@ -1,4 +1,4 @@
-// Rows of a [batch, heads, positions, head_dim] tensor as panels in shared memory.
+// A wgmma operand in shared memory: rows of a [batch, heads, positions, head_dim] tensor as panels.
 #pragma once
 
 #include "cuda/sm90/ptx.cuh"
@@ -14,10 +14,10 @@ struct OperandTile {
   unsigned char* data;
 
   // kRows rows from position `first` on, zeros where there are none; by one thread. `barrier` expects kBytes.
-  __device__ void load(const TensorMap& map, TransactionBarrier& barrier, int batch, int head,
-                       int first) const {
+  __device__ void load(const TensorMap& map, Mbarrier& barrier, int batch, int head, int first) const {
     for (int panel = 0; panel < kPanels; panel++)
-      load_box(data + panel * kPanelBytes, map, barrier, panel * kPanelColumns, first, head, batch);
+      cp_async_bulk_tensor(data + panel * kPanelBytes, map, barrier, panel * kPanelColumns, first, head,
+                           batch);
   }
 
   // Zeros in rows whose bit in keep[row / 64] is not set; by all lanes of a warp.
@@ -51,16 +51,6 @@ struct OperandTile {
 __device__ inline uint64_t warp_or(uint64_t bits) {
   return static_cast<uint64_t>(__reduce_or_sync(~0u, static_cast<unsigned>(bits >> 32))) << 32 |
          __reduce_or_sync(~0u, static_cast<unsigned>(bits));
-}
-
-// Columns of scores as the left operand of the next product.
-template <class T, int kSteps>
-__device__ void pack_columns(uint32_t (&packed)[kSteps][4], const float (&scores)[2 * kSteps][4]) {
-#pragma unroll
-  for (int step = 0; step < kSteps; step++)
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      packed[step][i] = pack<T>(scores[2 * step + i / 2][i % 2 * 2], scores[2 * step + i / 2][i % 2 * 2 + 1]);
 }
 
 }  // namespace dllm::cuda::sm90

@@ -58,40 +58,43 @@ struct LinearStates {
       for (int step = 0; step < steps(); step++) {
         BufferBarriers& buffer = shared.buffers[ring.stage];
         buffer.wait_empty(ring.parity);
-        arrive_expecting(buffer.full, units * Tiles::kUnitBytes + Tiles::kHiddenBytes);
+        mbarrier_arrive_expect_tx(buffer.full, units * Tiles::kUnitBytes + Tiles::kHiddenBytes);
         for (int unit = 0; unit < units; unit++)
-          load_box(weight(ring.stage, unit), p.weight, buffer.full, step * kPanelColumns,
-                   first + unit * Tiles::kUnit);
-        load_box(hidden(ring.stage), p.hidden, buffer.full, step * kPanelColumns, first_row);
+          cp_async_bulk_tensor(weight(ring.stage, unit), p.weight, buffer.full, step * kPanelColumns,
+                               first + unit * Tiles::kUnit);
+        cp_async_bulk_tensor(hidden(ring.stage), p.hidden, buffer.full, step * kPanelColumns, first_row);
         ring.advance();
       }
     }
   }
 
   // ---- the warpgroups that multiply
-  // sums[kRows / 8] of this warpgroup's unit. A buffer is released when the products of the next are under
-  // way.
+  // sums[kRows / 8] of this warpgroup's unit, its ids the 64 rows of the accumulator. wait_group<1> leaves
+  // the products of this step in flight and says that those of the step before are done: its buffer is
+  // released then, so that the tensor cores never wait for a release.
   __device__ void multiply_tile(float (&sums)[kRows / 8][4], int unit, Ring& ring) const {
     int previous = 0;
-    begin_products(sums);
+    wgmma_fence(sums);  // later steps only add to them: their fences have no registers to hand over
     for (int step = 0; step < steps(); step++) {
       shared.buffers[ring.stage].wait_full(ring.parity);
       const uint64_t a = k_major_descriptor(shared_address(weight(ring.stage, unit)));
       const uint64_t b = k_major_descriptor(shared_address(hidden(ring.stage)));
-      begin_products();
+      wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kPanelColumns / kMatrixDepth; k++)
-        multiply<T, Major::k, Major::k>(sums, k_major_step(a, k, Tiles::kUnitBytes),
-                                        k_major_step(b, k, Tiles::kHiddenBytes), step + k > 0);
-      commit_products();
-      wait_products<1>();
+      for (int k = 0; k < kPanelColumns / kWgmmaDepth; k++)
+        wgmma_mma_async<T, Major::k, Major::k>(sums, k_major_step(a, k, Tiles::kUnitBytes),
+                                               k_major_step(b, k, Tiles::kHiddenBytes), step + k > 0);
+      wgmma_commit_group();
+      wgmma_wait_group<1>();
       if (step > 0) shared.buffers[previous].release();
       previous = ring.stage;
       ring.advance();
     }
-    wait_products<0>(sums);
+    wgmma_wait_group<0>(sums);
     shared.buffers[previous].release();
   }
+  // The last tile of a range may have one unit: the other warpgroup releases its buffers all the same, since
+  // `empty` counts the warps of both.
   __device__ void pass_tile(Ring& ring) const {
     for (int step = 0; step < steps(); step++) {
       shared.buffers[ring.stage].wait_full(ring.parity);
@@ -100,6 +103,7 @@ struct LinearStates {
     }
   }
 
+  // By the layout that cuda/sm90/ptx.cuh draws: the accumulator's rows are ids, its columns rows of logits.
   __device__ void store_logits(const float (&sums)[kRows / 8][4], int unit) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x % kWarpgroup / 32;
     float* to = logits + lane % 4 * 2 * Tiles::kLogitsStride + unit * Tiles::kUnit + 16 * warp + lane / 4;
@@ -160,9 +164,11 @@ struct LinearStates {
       const bool live = first + unit * Tiles::kUnit < end;
       if (live) multiply_tile(sums, unit, ring);
       else pass_tile(ring);
-      sync_threads(kBarrier, kConsumerThreads);  // all have taken in the last tile's logits
+      // A warp has the logits of 16 ids for all rows, and takes in those of all ids for its own rows: they
+      // change hands in shared memory. The barriers are of the consumers alone, so the producer fetches on.
+      bar_sync(kBarrier, kConsumerThreads);  // all have taken in the last tile's logits
       if (live) store_logits(sums, unit);
-      sync_threads(kBarrier, kConsumerThreads);
+      bar_sync(kBarrier, kConsumerThreads);  // all have stored this tile's
       add_logits(states, first);
     }
     store_states(states);
@@ -186,7 +192,7 @@ __global__ void __launch_bounds__(LinearStatsTiles<kRows>::kThreads, 1)
 
   if (threadIdx.x == 0) {
     for (BufferBarriers& buffer : shared.buffers) buffer.init(Tiles::kConsumerWarps);
-    publish_barriers();
+    fence_mbarrier_init();
   }
   __syncthreads();
 

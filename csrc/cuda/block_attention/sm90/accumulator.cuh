@@ -1,9 +1,25 @@
-// Rows of a warpgroup's sums to global memory, 16 bytes to a store.
+// What becomes of a warpgroup's accumulators, whose layout cuda/sm90/ptx.cuh draws: the operand of the next
+// product, or rows of global memory.
 #pragma once
 
 #include "cuda/ptx.cuh"
+#include "cuda/sm90/limits.h"
 
 namespace dllm::cuda::sm90 {
+
+// The first of the two rows that this thread holds values of, among the 64 of its warpgroup; the other one is
+// accumulator_row() + 8.
+__device__ inline int accumulator_row() { return threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4; }
+
+// Columns of scores as the left operand of the next product.
+template <class T, int kSteps>
+__device__ void pack_columns(uint32_t (&packed)[kSteps][4], const float (&scores)[2 * kSteps][4]) {
+#pragma unroll
+  for (int step = 0; step < kSteps; step++)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      packed[step][i] = pack<T>(scores[2 * step + i / 2][i % 2 * 2], scores[2 * step + i / 2][i % 2 * 2 + 1]);
+}
 
 // words[i] of lane j among four neighbours becomes words[j] of lane i.
 __device__ inline void transpose_among_four(uint32_t (&words)[4]) {
@@ -19,8 +35,9 @@ __device__ inline void transpose_among_four(uint32_t (&words)[4]) {
   }
 }
 
-// Row `group` (half 0) or `group` + 8 (half 1) of `sums`, times `factor`, to `row`, where `live`; by all
-// lanes.
+// Row accumulator_row() (half 0) or the one 8 below (half 1) of `sums`, times `factor`, to `row`, where
+// `live`; by all lanes. Four lanes hold a row, two columns of every 8 each: they transpose among themselves,
+// so that each stores 16 bytes.
 template <class T, int kTiles>
 __device__ void store_accumulator_row(T* row, const float (&sums)[kTiles][4], int half, float factor,
                                       bool live) {
