@@ -9,7 +9,9 @@
 
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <limits>
+#include <string_view>
 
 #include "core/gumbel.h"
 #include "core/host_device.h"
@@ -41,7 +43,7 @@ struct RuleParameter {
 struct RuleSignature {
   const char* name;
   Needs needs;
-  RuleParameter parameters[3];  // those without a name do not exist
+  RuleParameter parameters[3];  // entries without a name are unused
 };
 constexpr double kMostSteps = std::numeric_limits<int32_t>::max();
 constexpr RuleSignature kRules[] = {
@@ -57,13 +59,46 @@ constexpr RuleSignature kRules[] = {
     {"edit", Needs::nothing, {{"threshold"}, {"edit_threshold"}}},
 };
 
+// Is kRules[rule] the row of this name?
+constexpr bool is_row(RuleName rule, std::string_view name) {
+  return kRules[static_cast<int>(rule)].name == name;
+}
+static_assert(is_row(RuleName::quota, "quota") && is_row(RuleName::threshold, "threshold") &&
+              is_row(RuleName::factor, "factor") &&
+              is_row(RuleName::quota_or_threshold, "quota_or_threshold") &&
+              is_row(RuleName::entropy_bound, "entropy_bound") && is_row(RuleName::bernoulli, "bernoulli") &&
+              is_row(RuleName::confident_stable, "confident_stable") && is_row(RuleName::edit, "edit") &&
+              std::size(kRules) == static_cast<int>(RuleName::edit) + 1);
+
 struct Rule {
   RuleName name;
-  double parameters[3];  // as in kRules
+  double parameters[3];  // in the order of kRules; read them by name
   bool strict;           // > in place of ≥
   Confidence confidence;
   double alg_temp;  // > 0: draw in place of rank
+
+  DLLM_HOST_DEVICE double threshold() const { return parameters[0]; }
+  DLLM_HOST_DEVICE double factor() const { return parameters[0]; }
+  DLLM_HOST_DEVICE double entropy_bound() const { return parameters[0]; }
+  DLLM_HOST_DEVICE double steps() const { return parameters[0]; }
+  DLLM_HOST_DEVICE double eps() const { return parameters[1]; }
+  DLLM_HOST_DEVICE double kl_threshold() const { return parameters[1]; }
+  DLLM_HOST_DEVICE double stable_steps() const { return parameters[2]; }
+  DLLM_HOST_DEVICE double edit_threshold() const { return parameters[1]; }
 };
+
+// Does kRules call parameter `index` of this rule by the name that the accessors give it?
+constexpr bool is_called(RuleName rule, int index, std::string_view name) {
+  return kRules[static_cast<int>(rule)].parameters[index].name == name;
+}
+static_assert(is_called(RuleName::threshold, 0, "threshold") && is_called(RuleName::factor, 0, "factor") &&
+              is_called(RuleName::quota_or_threshold, 0, "threshold") &&
+              is_called(RuleName::entropy_bound, 0, "entropy_bound") &&
+              is_called(RuleName::bernoulli, 0, "steps") && is_called(RuleName::bernoulli, 1, "eps") &&
+              is_called(RuleName::confident_stable, 0, "threshold") &&
+              is_called(RuleName::confident_stable, 1, "kl_threshold") &&
+              is_called(RuleName::confident_stable, 2, "stable_steps") &&
+              is_called(RuleName::edit, 0, "threshold") && is_called(RuleName::edit, 1, "edit_threshold"));
 
 // Real: the type of the statistics, float or double; comparisons are made in it, as in torch.
 template <class Real>
@@ -99,7 +134,7 @@ DLLM_HOST_DEVICE bool reaches(const Rule& rule, Real value, double bound) {
 // linspace(1, eps, steps + 1); in the last step always. Written without a product that a sum could absorb,
 // so that host and device agree to the bit.
 DLLM_HOST_DEVICE bool drawn_by_time(const Rule& rule, const DrawId& id) {
-  const double steps = rule.parameters[0], eps = rule.parameters[1];
+  const double steps = rule.steps(), eps = rule.eps();
   if (id.step >= steps - 1) return true;
   const double probability = 1 / (steps / (1 - eps) - id.step);
   return id.word(kUnmaskDraw) + 0.5 < probability * 0x1p32;
@@ -109,7 +144,7 @@ DLLM_HOST_DEVICE bool drawn_by_time(const Rule& rule, const DrawId& id) {
 // first step, infinite or NaN, does not.
 template <class Real>
 DLLM_HOST_DEVICE int32_t stable_steps(const Rule& rule, Real divergence, int32_t before) {
-  if (!(divergence < Real(rule.parameters[1]))) return 0;
+  if (!(divergence < Real(rule.kl_threshold()))) return 0;
   return before < std::numeric_limits<int32_t>::max() ? before + 1 : before;
 }
 
@@ -117,7 +152,7 @@ template <class Real>
 DLLM_HOST_DEVICE bool chooses(const Rule& rule, Real confidence, int32_t stable, const DrawId& id) {
   if (rule.name == RuleName::bernoulli) return drawn_by_time(rule, id);
   if (rule.name == RuleName::confident_stable)
-    return stable >= rule.parameters[2] && reaches(rule, confidence, rule.parameters[0]);
+    return stable >= rule.stable_steps() && reaches(rule, confidence, rule.threshold());
   return false;
 }
 
@@ -136,6 +171,15 @@ DLLM_HOST_DEVICE Candidate<Real> make_candidate(const Rule& rule, Real prob, Rea
   // Drawing without replacement from softmax(confidence / alg_temp) is sorting by it plus Gumbel noise.
   if (rule.alg_temp > 0)
     key = Real(confidence / rule.alg_temp) + Real(gumbel<OneLane>(id.word(kPositionDraw)).value);
+  // Infinity is the key of chosen candidates alone: they come first, by position, and all others below it
+  // stay behind, also where the quotient above overflows. For example, confident_stable with threshold 0.9
+  // and stable_steps 2:
+  //     position            3      5      8      9
+  //     prob              0.91   0.97   0.95   0.40
+  //     stable               2      0      3      4
+  //     key                inf   0.97    inf   0.40
+  //     rank                 0      2      1      3
+  // 3 and 8 are kept; 5 was not chosen, which ends the accepted ones before 9 is looked at.
   constexpr Real largest = std::numeric_limits<Real>::max();
   if (chosen || key > largest) key = chosen ? Real(HUGE_VALF) : largest;
   return {confidence, key, id.position, chosen};
@@ -145,14 +189,15 @@ DLLM_HOST_DEVICE Candidate<Real> make_candidate(const Rule& rule, Real prob, Rea
 template <class Real>
 DLLM_HOST_DEVICE bool keeps(const Rule& rule, int rank, const Candidate<Real>& candidate, Real entropy_before,
                             int quota) {
-  const double bound = rule.parameters[0];
   switch (rule.name) {
     case RuleName::quota: return rank < quota;
     case RuleName::threshold:
-    case RuleName::edit: return rank == 0 || reaches(rule, candidate.confidence, bound);
-    case RuleName::factor: return rank == 0 || reaches(rule, candidate.confidence, 1 - bound / (rank + 2));
-    case RuleName::quota_or_threshold: return rank < quota || reaches(rule, candidate.confidence, bound);
-    case RuleName::entropy_bound: return rank == 0 || entropy_before <= Real(bound);
+    case RuleName::edit: return rank == 0 || reaches(rule, candidate.confidence, rule.threshold());
+    case RuleName::factor:
+      return rank == 0 || reaches(rule, candidate.confidence, 1 - rule.factor() / (rank + 2));
+    case RuleName::quota_or_threshold:
+      return rank < quota || reaches(rule, candidate.confidence, rule.threshold());
+    case RuleName::entropy_bound: return rank == 0 || entropy_before <= Real(rule.entropy_bound());
     case RuleName::bernoulli: return candidate.chosen;
     case RuleName::confident_stable: return rank == 0 || candidate.chosen;
   }
@@ -162,7 +207,7 @@ DLLM_HOST_DEVICE bool keeps(const Rule& rule, int rank, const Candidate<Real>& c
 // Whether a proposal that differs from the token a listed position holds takes its place.
 template <class Real>
 DLLM_HOST_DEVICE bool edits(const Rule& rule, Real prob) {
-  return rule.name == RuleName::edit && reaches(rule, prob, rule.parameters[1]);
+  return rule.name == RuleName::edit && reaches(rule, prob, rule.edit_threshold());
 }
 
 }  // namespace dllm
