@@ -55,7 +55,7 @@ def _load_library(name: str) -> None:
         if not _path(name).exists():
             raise ImportError(f"{_path(name)} is missing: build it with {REBUILD}") from None
         what = f"{_path(name)} does not load with torch {torch.__version__}: {error}"
-        raise ImportError(f"{what}. Build it anew with {REBUILD}") from error
+        raise ImportError(f"{what}. Rebuild it with {REBUILD}") from error
 
 
 def _load() -> None:

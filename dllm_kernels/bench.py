@@ -47,7 +47,7 @@ def find(folder: Path | None) -> Path:
             f"--folder {folder}: it must be the benchmarks folder of a checkout of dllm-kernels"
         )
     raise FileNotFoundError(
-        "the benchmarks are missing: they are no part of the package, but the folder benchmarks of a "
+        "the benchmarks are missing: they are not part of the package but the folder benchmarks of a "
         "checkout of dllm-kernels. Run this in the checkout, or name the folder with --folder"
     )
 

@@ -356,7 +356,7 @@ def _model_in_4_bits(model_args: ModelArguments):
     folder = checkpoint_folder(model_args.model_name_or_path)
     if not getattr(AutoConfig.from_pretrained(folder), "diffusion", None):
         raise ValueError(
-            f"{folder} cannot be loaded in 4 bits: it is no stock causal LM with a diffusion entry in "
+            f"{folder} cannot be loaded in 4 bits: it is not a stock causal LM with a diffusion entry in "
             "config.json; convert it first (dllm_train.convert)"
         )
     dtype = getattr(torch, model_args.dtype)

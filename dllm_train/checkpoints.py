@@ -58,7 +58,7 @@ def last_complete(run: str | Path, before: Path | None = None) -> Path | None:
 def _fault(folder: Path) -> str | None:
     """Return the fault of a checkpoint; None if it has none."""
     if not folder.is_dir():
-        return "is no folder"
+        return "is not a folder"
     try:
         sizes = json.loads((folder / FILES).read_text())
         sizes = {str(name): int(size) for name, size in sizes.items()}

@@ -160,7 +160,7 @@ def _losses_within(patched, model: PreTrainedModel, input_ids: Tensor, rows: Mas
     if function is None or inspect.unwrap(function) is not inspect.unwrap(type(model).forward):
         raise ValueError(
             f"the forward of this {type(model).__name__} was replaced by {patched!r}, which may change its "
-            "logits; take it off (del model.forward) for the loss"
+            "logits; remove it (del model.forward) for the loss"
         )
     found = []
 

@@ -52,7 +52,7 @@ def objective_settings(
     if kinds and attention not in kinds:
         raise ValueError(
             f"{trainer} trains {attention} attention, and config.diffusion of the model says {kinds}. Use "
-            "the trainer of that attention, convert the model (dllm_train.convert), or, to train it anew, "
+            "the trainer of that attention, convert the model (dllm_train.convert), or, to retrain it, "
             "set "
             f'model.config.diffusion = {{"attention": ["{attention}"]}}'
         )

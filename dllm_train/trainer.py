@@ -116,7 +116,7 @@ class DiffusionTrainer(Trainer):
         for name, size in (("context", self.get_cp_size()), ("sequence", self.get_sp_size())):
             if size > 1:
                 raise ValueError(
-                    f"{name} parallelism of {size} ranks cuts rows apart, which the losses do not do"
+                    f"{name} parallelism of {size} ranks splits rows, which the losses do not support"
                 )
         state = self.accelerator.state
         if self.is_fsdp_enabled and "FULL" not in str(state.fsdp_plugin.state_dict_type):
@@ -242,8 +242,8 @@ class DiffusionTrainer(Trainer):
     def _loss(self, model, inputs: dict, **options) -> LossOutput:
         if "example_ids" not in inputs:
             raise ValueError(
-                f"the batch of {type(self.data_collator).__name__} has no example_ids, int64 [B], by which "
-                'noise is keyed; make them of the items\' "example_id"'
+                f"the batch of {type(self.data_collator).__name__} has no example_ids, int64 [B], which "
+                'key the noise; make them from the items\' "example_id"'
             )
         inputs = {name: value for name, value in inputs.items() if name != "ignored"}
         try:

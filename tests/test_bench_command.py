@@ -44,7 +44,7 @@ def test_the_benchmarks_are_found_beside_the_package_in_the_current_folder_or_wh
 def test_an_installed_package_says_that_the_benchmarks_are_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "PACKAGE", tmp_path / "site-packages" / "dllm_kernels")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no part of the package.*checkout.*--folder"):
+    with pytest.raises(FileNotFoundError, match=r"not part of the package.*checkout.*--folder"):
         bench.run([], [])
     with pytest.raises(FileNotFoundError, match=f"--folder {tmp_path}"):
         bench.run([], [], tmp_path)

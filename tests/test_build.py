@@ -282,7 +282,7 @@ def test_unloadable_library_names_the_remedy(source):
     finally:
         shutil.rmtree(broken.parent)
     assert "does not load with torch" in result.stderr
-    assert "Build it anew" in result.stderr
+    assert "Rebuild it" in result.stderr
 
 
 # ---- compile gates -----------------------------------------------------------------------------------

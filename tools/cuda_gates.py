@@ -167,7 +167,7 @@ def main(build: Path) -> int:
             source = str(path).split(f"{group}.dir/")[1].removeprefix("./").removesuffix(".o")
             report = Path(f"{path}.ptxas")
             if not report.exists():
-                failures.append(f"{source}: no compiler report, build it anew")
+                failures.append(f"{source}: no compiler report, rebuild it")
                 continue
             found = report_failures(report.read_text(), archs, plans)
             if group == "cuda_sm90":

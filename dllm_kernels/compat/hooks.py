@@ -92,7 +92,9 @@ class Hooked:
             return
         model, name = self.model, type(self.model).__name__
         if not is_transformers_model(model):
-            raise ValueError(f"with hooks a {name} that is no transformers model takes rows of equal length")
+            raise ValueError(
+                f"with hooks a {name} that is not a transformers model takes rows of equal length"
+            )
         if not traits_of(model, diffusion_of(model)).local:
             raise ValueError(
                 f"with hooks {name} takes rows of equal length: its tokens see padding besides attention"

@@ -19,7 +19,7 @@ def is_adapter(folder: Path) -> bool:
     whole = (folder / CONFIG).is_file() and any((folder / name).is_file() for name in (WEIGHTS, INDEX))
     if whole:
         raise ValueError(
-            f"{folder} holds a whole model and a peft adapter ({ADAPTER}), and nothing says which is meant; "
+            f"{folder} holds a whole model and a peft adapter ({ADAPTER}), which is ambiguous; "
             "move one of them to another folder"
         )
     return True
@@ -78,7 +78,7 @@ def merge_adapter_into(model, folder: Path) -> None:
             f"the adapter of {folder} does not fit this {type(model).__name__}: {error}"
         ) from error
     if merged is not model:
-        raise ValueError(f"the adapter of {folder} is none that merges into a {type(model).__name__}")
+        raise ValueError(f"the adapter of {folder} cannot be merged into a {type(model).__name__}")
     if tied:
         _tie_if_equal(model)
     for name, weight in model.named_parameters():

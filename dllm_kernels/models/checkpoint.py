@@ -286,7 +286,7 @@ def _named(folder: Path) -> Iterator[None]:
     try:
         yield
     except RecursionError:
-        raise ValueError(f"{folder}: {CONFIG} is nested too deep") from None
+        raise ValueError(f"{folder}: {CONFIG} is nested too deeply") from None
     except ValueError as error:
         if str(folder) in str(error):
             raise
@@ -342,19 +342,20 @@ def checkpoint_folder(name: str | Path) -> Path:
         return folder
     if (replaced := interrupted_save(folder)) is not None:
         raise ValueError(
-            f"{folder} holds no {CONFIG}: a dk.save to it ended while it replaced files. Those of before are "
-            f"in {replaced}; make the folder writable and load again, or save again"
+            f"{folder} holds no {CONFIG}: a dk.save to it was interrupted while replacing files. The old "
+            f"ones are in {replaced}; make the folder writable and load again, or save again"
         )
     if str(name) in EMBEDDED or folder.exists():
         raise FileNotFoundError(f"{folder} holds no config.json; {known}")
     owner, _, repository = str(name).partition("/")
     if isinstance(name, Path) or not owner or not repository or "/" in repository:
-        raise ValueError(f"no model is called {str(name)!r}; {known}")
+        raise ValueError(f"there is no model named {str(name)!r}; {known}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(name), allow_patterns=_HUB_PATTERNS))
     except Exception as error:  # whatever the hub client raises: offline, no such repository, no access
         raise ValueError(
-            f"{str(name)!r} is no folder here, and the hub did not give it ({type(error).__name__}); {known}"
+            f"{str(name)!r} is not a folder here, and the hub did not return it ({type(error).__name__}); "
+            f"{known}"
         ) from error

@@ -68,9 +68,9 @@ def read_json(path: Path) -> dict:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"), object_hook=_number)
     except RecursionError:
-        raise ValueError(f"{path} is nested too deep") from None
+        raise ValueError(f"{path} is nested too deeply") from None
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(entries, dict):
         raise ValueError(f"{path} holds a {type(entries).__name__}, not entries by name")
     return entries
@@ -89,7 +89,7 @@ def _opened(path: Path):
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from None
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
 
 
 def _files(folder: Path) -> dict[Path, set[str]]:

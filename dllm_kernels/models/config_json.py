@@ -48,11 +48,11 @@ def read_config(entries: dict, family: Family):
     entries = _of_the_model(entries, _NOT_OF_THE_MODEL)
     _check_entries(entries)
     if architecture not in transformers.CONFIG_MAPPING:
-        raise ValueError(f"config.json: model_type {architecture!r:.80} is none of transformers")
+        raise ValueError(f"config.json: model_type {architecture!r:.80} is unknown to transformers")
     kind = transformers.CONFIG_MAPPING[architecture]
     for key in entries:
         if callable(getattr(kind, key, None)):
-            raise ValueError(f"config.json: {key} is no setting of a {kind.__name__}")
+            raise ValueError(f"config.json: {key} is not a setting of a {kind.__name__}")
     try:
         config = kind.from_dict(entries)
     except StrictDataclassError as error:
@@ -98,7 +98,9 @@ def own_entries(config, name: str) -> tuple[dict, Layout] | None:
     written_otherwise = {"eos_token_id", *layout.needs}  # a use_cache that the line's own code takes
     kept = type(config)().to_dict().keys() - _NOT_OF_THE_MODEL - written_otherwise
     if lost := sorted(key for key in kept if again[key] != expected[key]):
-        raise ValueError(f"layout {name!r} cannot say {', '.join(f'{key}={expected[key]}' for key in lost)}")
+        raise ValueError(
+            f"layout {name!r} cannot express {', '.join(f'{key}={expected[key]}' for key in lost)}"
+        )
     return entries, layout
 
 
@@ -165,7 +167,7 @@ def _check(config) -> None:
     heads, shared = _setting(text, "num_attention_heads"), _setting(text, "num_key_value_heads")
     if type(heads) is int and type(shared) is int and heads % shared:
         raise ValueError(
-            f"config.json: num_attention_heads is {heads}, no multiple of num_key_value_heads, {shared}"
+            f"config.json: num_attention_heads is {heads}, not a multiple of num_key_value_heads, {shared}"
         )
     for part in {id(part): part for part in (config, text)}.values():
         for name in _TOKENS:

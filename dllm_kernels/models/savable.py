@@ -70,7 +70,7 @@ def _not_transformers(model: object) -> str:
     if kind.startswith("Peft") and callable(getattr(model, "merge_and_unload", None)):
         return f"{found}: save the model that model.merge_and_unload() returns"
     if kind.startswith("Peft"):
-        return f"{found}, and a learned prompt is no part of them; model.save_pretrained writes it by itself"
+        return f"{found}, and a learned prompt is not part of them; model.save_pretrained writes it by itself"
     return f"{found}: it is {_WRAPPERS[kind]}" if kind in _WRAPPERS else found
 
 

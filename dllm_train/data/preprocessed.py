@@ -229,7 +229,7 @@ def _state_of(path: Path) -> dict:
     try:
         return json.loads(pq.read_schema(path).metadata[b"dllm"])
     except (pa.ArrowInvalid, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is no shard of this command, or is damaged; delete it") from error
+        raise ValueError(f"{str(path)!r} is not a shard of this command, or is damaged; delete it") from error
 
 
 def _shard(folder: Path, split: str, index: int) -> Path:

@@ -67,7 +67,7 @@ def model_options(given: Mapping[str, object]) -> Options:
     given = {name: _read(name, value) for name, value in given.items() if name not in MODEL}
     for name in given:
         if name in ELSEWHERE:
-            raise ValueError(f"{name} is no option of the model dllm; give {ELSEWHERE[name]}")
+            raise ValueError(f"{name} is not an option of the model dllm; give {ELSEWHERE[name]}")
     refuse_unknown("model_args", given, (*MODEL, *LOADING, *SAMPLING, *ESTIMATION))
     estimation = {ESTIMATION[name]: given[name] for name in ESTIMATION if name in given}
     if "seed" in given:
@@ -107,7 +107,7 @@ def generation_options(given: Mapping[str, object], sampling: Mapping[str, objec
         given["temperature"] = 1.0
     for name in ELSEWHERE:
         if name in given:
-            raise ValueError(f"{name} is no option of generation; give {ELSEWHERE[name]}")
+            raise ValueError(f"{name} is not an option of generation; give {ELSEWHERE[name]}")
     refuse_unknown("gen_kwargs", given, (*SAMPLING, "until", "do_sample", "infill", *LENGTHS))
     hashable = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return GenerationOptions(
@@ -122,7 +122,7 @@ def refuse_unknown(where: str, given: Iterable[str], allowed: Iterable[str]) -> 
         if name not in allowed:
             close = difflib.get_close_matches(name, allowed, 1)
             meant = f"did you mean {close[0]}? " if close else ""
-            raise ValueError(f"{name} is no option of {where}; {meant}allowed: {', '.join(allowed)}")
+            raise ValueError(f"{name} is not an option of {where}; {meant}allowed: {', '.join(allowed)}")
 
 
 def _read(name: str, value):

@@ -66,9 +66,9 @@ def read(path: Path) -> dict:
     try:
         record = json.loads(Path(path).read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no run record: {error}") from None
+        raise ValueError(f"{path} is not a run record: {error}") from None
     if not isinstance(record, dict) or record.get("dllm_record") != FORMAT:
-        raise ValueError(f"{path} is no run record of dllm eval; it holds no dllm_record: {FORMAT}")
+        raise ValueError(f"{path} is not a run record of dllm eval; it holds no dllm_record: {FORMAT}")
     return record
 
 

@@ -160,7 +160,7 @@ def _measured(
         raise ValueError(f"metric is {metric!r}; {task} has {', '.join(scores)}")
     measures = model.measures.of(task)
     if "tokens_per_second_alone" not in measures:
-        raise ValueError(f"task {task} generates nothing, so that there is no speed; give one that generates")
+        raise ValueError(f"task {task} generates nothing, so it has no speed; give one that generates")
     exact = model.config.cache not in ("prefix", "dual")
     return Cell(
         **options,

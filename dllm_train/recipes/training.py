@@ -135,7 +135,7 @@ def _checkpoint(args: DiffusionTrainingArguments) -> str | None:
     if last is not None and args.resume_from_checkpoint is None:
         raise ValueError(
             f"output_dir is {args.output_dir!r}, which holds {last.name} of an earlier run; give "
-            "--resume_from_checkpoint last to go on from it, or another output_dir"
+            "--resume_from_checkpoint last to continue from it, or another output_dir"
         )
     return args.resume_from_checkpoint
 

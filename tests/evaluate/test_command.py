@@ -201,7 +201,7 @@ def test_mistakes_are_one_line_and_exit_code_2(folder, name):
 
 def test_a_file_that_is_no_record(folder, tmp_path):
     file = tmp_path / "other.json"
-    for text, reason in (("{}", "is no run record of dllm eval"), ("{", "is no run record")):
+    for text, reason in (("{}", "is not a run record of dllm eval"), ("{", "is not a run record")):
         file.write_text(text)
         assert reason in run("--repeat", file).stderr
 

@@ -144,7 +144,7 @@ def test_a_special_token_is_a_stop_string(tmp_path):
     ("contexts", "kwargs", "message"),
     [
         (["a"], dict(num_beams=4), "num_beams has no meaning"),
-        (["a"], dict(treshold=0.9), "treshold is no option of gen_kwargs; did you mean threshold"),
+        (["a"], dict(treshold=0.9), "treshold is not an option of gen_kwargs; did you mean threshold"),
         (["a"], dict(max_gen_toks=0), "max_gen_toks is 0"),
         (["a"], dict(until=3), "until"),
         (["a"], dict(infill=True), "document 0: infill takes a text with one gap"),

@@ -29,9 +29,9 @@ def test_every_option_of_sampling_and_of_the_estimators_is_taken():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (dict(treshold=0.9), "treshold is no option of model_args; did you mean threshold"),
-        (dict(qqq="low"), "qqq is no option of model_args; allowed: add_bos_token, alg_temp"),
-        (dict(chat=True), "chat is no option of the model dllm; give --apply_chat_template"),
+        (dict(treshold=0.9), "treshold is not an option of model_args; did you mean threshold"),
+        (dict(qqq="low"), "qqq is not an option of model_args; allowed: add_bos_token, alg_temp"),
+        (dict(chat=True), "chat is not an option of the model dllm; give --apply_chat_template"),
         (dict(max_batch=2), "give batch_size"),
         (dict(threshold=0.9, factor=1.0), "contradicts"),
         (dict(batch_size=0), "batch_size is 0"),

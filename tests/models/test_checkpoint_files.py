@@ -116,7 +116,7 @@ def test_damaged_files_are_named(model, tmp_path):
     shards = sorted((tmp_path / "shards").glob("model-*.safetensors"))
     whole = shards[1].read_bytes()
     shards[1].write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=rf"{shards[1].name} is no whole safetensors file"):
+    with pytest.raises(ValueError, match=rf"{shards[1].name} is not a complete safetensors file"):
         dk.load(tmp_path / "shards", device="cpu")
     shards[1].write_bytes(shards[0].read_bytes())
     with pytest.raises(ValueError, match=rf"{shards[1].name} lacks .* model.safetensors.index.json says"):
@@ -144,7 +144,7 @@ def test_what_is_not_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="other formats are not read"):
         dk.load(folder, device="cpu")
     for text, reason in (
-        ("{", "config.json is no JSON"),
+        ("{", "config.json is not valid JSON"),
         ("[]", "config.json holds a list"),
         (json.dumps({**LLADA.config, "n_layers": "two"}), "config.json: .*num_hidden_layers"),
     ):
@@ -187,7 +187,7 @@ def test_a_save_that_died_is_named_where_the_folder_cannot_be_written(model, tmp
         raise PermissionError
 
     monkeypatch.setattr(Path, "rename", denied)
-    with pytest.raises(ValueError, match=rf"a dk.save to it ended while .*{replaced}; make the folder writ"):
+    with pytest.raises(ValueError, match=rf"interrupted while .*{replaced}; make the folder writ"):
         dk.load(tmp_path / "a", device="cpu")
     monkeypatch.undo()
     dk.save(model, None, tmp_path / "a")

@@ -73,7 +73,7 @@ def test_an_entry_that_no_model_can_have(folder, wrong):
     [
         (dict(mask_token_id=120), "config.json: mask_token_id is 120; it must be an integer from 0 to 119"),
         (dict(eos_token_id=[1, 500]), r"eos_token_id is \[1, 500\]; .* from 0 to 119, or a list of them"),
-        (dict(num_key_value_heads=3), "num_attention_heads is 4, no multiple of num_key_value_heads, 3"),
+        (dict(num_key_value_heads=3), "num_attention_heads is 4, not a multiple of num_key_value_heads, 3"),
         (
             dict(num_hidden_layers=10**9),
             "num_hidden_layers is 1000000000; no model has more than 10000 layers",
@@ -216,7 +216,7 @@ def test_a_weight_in_two_files(folder):
 @pytest.mark.parametrize("data", [b"", b"\x00" * 4, b"\xff" * 8, struct.pack("<Q", 2) + b"{}x", b"PK" * 400])
 def test_weights_that_are_no_safetensors_file(folder, data):
     (folder / "model.safetensors").write_bytes(data)
-    with pytest.raises(ValueError, match=r"model.safetensors is no whole safetensors file|missing"):
+    with pytest.raises(ValueError, match=r"model.safetensors is not a complete safetensors file|missing"):
         dk.load(folder, device="cpu")
 
 
@@ -293,7 +293,7 @@ def test_a_chat_template_that_is_no_text(tmp_path):
 def test_entries_that_are_nested_too_deep(folder):
     deep = "{" + '"a": {' * 700 + "}" * 701
     (folder / "config.json").write_text(json.dumps(entries_of(folder))[:-1] + f', "extra": {deep}}}')
-    with pytest.raises(ValueError, match=rf"{folder}.*nested too deep"):
+    with pytest.raises(ValueError, match=rf"{folder}.*nested too deeply"):
         dk.load(folder, device="cpu")
 
 

@@ -239,7 +239,7 @@ def test_saved_as_a_stock_checkpoint_it_keeps_its_training(published, tmp_path):
 
 def test_what_a_layout_cannot_say_is_refused(tmp_path):
     model, _ = dk.load(PUBLISHED["a2d-llama"].write(tmp_path / "llama"), device="cpu")
-    with pytest.raises(ValueError, match="layout 'llada' cannot say head_dim=16"):
+    with pytest.raises(ValueError, match="layout 'llada' cannot express head_dim=16"):
         dk.save(model, None, tmp_path / "out", layout="llada")
     with pytest.raises(ValueError, match="a llama model can be written as llada, a2d-llama, llama"):
         dk.save(model, None, tmp_path / "out", layout="Dream")

@@ -106,7 +106,7 @@ def test_a_folder_without_a_checkpoint(tmp_path):
 
 def test_a_hub_name_that_cannot_be_fetched(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
-    with pytest.raises(ValueError, match="'owner/name' is no folder here, and the hub did not give it"):
+    with pytest.raises(ValueError, match="'owner/name' is not a folder here, and the hub did not return it"):
         dk.load("owner/name")
 
 

@@ -62,7 +62,7 @@ def test_a_learned_prompt(model, tmp_path):
     prompted = peft.get_peft_model(
         model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     )
-    refuse(prompted, tmp_path, r"model is a PeftModelForCausalLM; .* a learned prompt is no part", TypeError)
+    refuse(prompted, tmp_path, r"model is a PeftModelForCausalLM; .* a learned prompt is not part", TypeError)
 
 
 def test_a_merged_adapter_that_is_still_there(model, tmp_path):

@@ -122,4 +122,4 @@ def test_targets_and_sources_that_are_none_are_refused(causal, tmp_path):
     with pytest.raises(ValueError, match="is a whole model and no adapter"):
         convert(tmp_path / "source", tmp_path / "out", base=tmp_path / "source")
     failed = CliRunner().invoke(app, ["merge", str(tmp_path / "none"), str(tmp_path / "out")])
-    assert failed.exit_code == 2 and failed.stderr.startswith("dllm: no model is called")
+    assert failed.exit_code == 2 and failed.stderr.startswith("dllm: there is no model named")

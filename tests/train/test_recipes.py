@@ -163,7 +163,7 @@ BAD = {
     ),
     "a checkpoint that is not there": (
         dict(resume_from_checkpoint="missing"),
-        "'missing', which is no folder",
+        "'missing', which is not a folder",
     ),
     "4 bits without adapters": (dict(load_in_4bit=True), "load_in_4bit"),
     "text for replies": (dict(dataset="DOCUMENTS"), "documents.jsonl"),

@@ -160,7 +160,7 @@ def test_a_damaged_shard_is_refused_by_name(arguments):
     shard = Path(given.output) / "train" / "00001.parquet"
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(
-        ValueError, match=r"00001.parquet' is no shard of this command, or is damaged; delete it"
+        ValueError, match=r"00001.parquet' is not a shard of this command, or is damaged; delete it"
     ):
         preprocess(given)
     shard.unlink()
