@@ -1,4 +1,4 @@
-"""What a user would otherwise run: the alternatives that benchmarks compare with."""
+"""Alternatives that a user would otherwise run, for benchmarks to compare with."""
 
 import functools
 import importlib.util
@@ -98,7 +98,7 @@ def softmax_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gumbel_statistics(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The same with the float64 Gumbel-max noise of LLaDA's generate()."""
+    """Return the statistics with the float64 Gumbel-max noise of LLaDA's generate()."""
     noisy = logits.to(torch.float64)
     noise = (-torch.log(torch.rand_like(noisy))) ** temperature
     token = (noisy.exp() / noise).argmax(dim=-1)
@@ -132,7 +132,7 @@ def threshold_step(canvas: Tensor, logits: Tensor, threshold: float, mask_id: in
 def write_pages(
     cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, page_table: Tensor, positions: Tensor
 ) -> None:
-    """Keys and values [B, H, T, D] to their places in pages [pages, page_size, H, D] by indexing."""
+    """Write keys and values [B, H, T, D] to their places in pages [pages, page_size, H, D] by indexing."""
     page = page_table.gather(1, (positions // cache_k.shape[1]).long()).long()
     offset = (positions % cache_k.shape[1]).long()
     cache_k[page, offset], cache_v[page, offset] = k.transpose(1, 2), v.transpose(1, 2)
@@ -154,14 +154,14 @@ def cross_entropy_gradients(
 def projected_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor
 ) -> tuple[Tensor, ...]:
-    """The same of logits = hidden · weightᵀ, with the gradients of hidden and weight."""
+    """Return loss and gradients of hidden and weight, by logits = hidden · weightᵀ."""
     return cross_entropy_gradients(F.linear(hidden, weight), targets, weights, hidden, weight)
 
 
 def compacted_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor
 ) -> tuple[Tensor, ...]:
-    """The same over rows of weight other than 0 only."""
+    """Return loss and gradients by rows of weight other than 0 only."""
     kept = weights.nonzero()[:, 0]
     logits = F.linear(hidden[kept], weight)
     return cross_entropy_gradients(logits, targets[kept], weights[kept], hidden, weight)

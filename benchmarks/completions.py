@@ -1,4 +1,4 @@
-"""How the field counts what was generated."""
+"""Counts of generated tokens, as the field defines them."""
 
 from torch import Tensor
 

@@ -104,7 +104,7 @@ def smoke(request) -> bool:
 
 @pytest.fixture
 def named_peers(request) -> dict[str, peers.Peer]:
-    """Those that --peer names."""
+    """Return the peers that --peer names."""
     return request.config.stash[PEERS]
 
 
@@ -123,7 +123,7 @@ def peer(named_peers):
 
 @pytest.fixture
 def device(request) -> str:
-    """Where the tensors of a benchmark live."""
+    """Return the device of a benchmark's tensors."""
     return "cuda" if _on_gpu(request) else "cpu"
 
 
@@ -132,7 +132,7 @@ def _on_gpu(request) -> bool:
 
 
 def _stands_in(request) -> bool:
-    """Whether a GPU benchmark runs on a CPU, in its smoke run: it is no result of either device."""
+    """Return whether a GPU benchmark runs on a CPU, in its smoke run: it is a result of neither device."""
     return request.node.get_closest_marker("gpu") is not None and not _on_gpu(request)
 
 

@@ -40,7 +40,7 @@ def plain_loop(model, prompt: list[int], new_tokens: int, block_size: int, mask_
 
 @torch.no_grad()
 def copying_loop(model, prompt: list[int], new_tokens: int, block_size: int, mask_id: int) -> Tensor:
-    """The same for a block-causal model; the prompt fills whole blocks."""
+    """Run the loop of a block-causal model with a copied cache; the prompt fills whole blocks."""
     canvas = torch.tensor([prompt + [mask_id] * new_tokens], device=model.device)
     cache = DynamicCache(config=model.config)
     for start in range(0, canvas.shape[1], block_size):

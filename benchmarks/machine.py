@@ -21,7 +21,7 @@ RESET_PEAK = "5"  # to /proc/self/clear_refs: the peak of resident memory starts
 
 
 def about(device: str) -> dict:
-    """What the figures depend on."""
+    """Return the machine and versions that the figures depend on."""
     return {
         "device": device,
         "cpu": _cpu_name(),

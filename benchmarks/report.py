@@ -1,4 +1,4 @@
-"""What a run of the benchmarks leaves: a table on the console, and JSON, Markdown, plot and page per device.
+"""Report of a benchmark run: a table on the console, and JSON, Markdown, plot and page per device.
 
 python -m benchmarks.report benchmarks/results/cpu.json report.html    # the page of results that are there
 """

@@ -154,7 +154,7 @@ def test_sampling_tiny_python(compare, pick, compile):
 
 @functools.cache
 def held_out_prompts(task, count) -> list[list[int]]:
-    """Of the embedded model's held-out data: sums of two numbers, or 128 tokens of Python files."""
+    """Return held-out data of the embedded model: sums of two numbers, or 128 tokens of Python files."""
     _, tokenizer = dk.load("tiny-python")
     if task == "additions":
         texts = [arithmetic.prompt(*pair) for pair in arithmetic.held_out_pairs()[:count]]

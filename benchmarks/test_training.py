@@ -44,7 +44,7 @@ def plain_model(smoke: bool) -> Qwen3ForCausalLM:
 
 @functools.cache
 def our_model(smoke: bool, mode: str) -> Qwen3ForCausalLM:
-    """The same weights with our attention; a smoke run compiles nothing."""
+    """Return the model with the same weights and our attention; a smoke run compiles nothing."""
     model = with_options(plain_model(smoke), "dllm", mode == "compiled" and not smoke)
     if mode == "selective":
         checkpoint_selectively(model)

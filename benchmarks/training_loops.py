@@ -38,7 +38,7 @@ def our_trainer(model, rows: Tensor, batch_size: int, block_size: int | None):
 
 
 def plain_trainer(model, rows: Tensor, batch_size: int, block_size: int | None):
-    """The same with transformers' Trainer and `plain_loss`."""
+    """Return the run by transformers' Trainer and `plain_loss`."""
     args = transformers.TrainingArguments(**arguments(batch_size), remove_unused_columns=False)
     trainer = PlainTrainer(model, args, train_dataset=_items(rows), data_collator=_stacked)
     trainer.block_size = block_size
@@ -46,7 +46,7 @@ def plain_trainer(model, rows: Tensor, batch_size: int, block_size: int | None):
 
 
 def bare_loop(model, rows: Tensor, batch_size: int, block_size: int | None):
-    """The same with our loss in a loop of six lines."""
+    """Return the run by our loss in a loop of six lines."""
     options = dict(mask_id=model.config.mask_token_id)
     loss_of = mdlm_loss if block_size is None else bd3lm_loss
     if block_size is not None:

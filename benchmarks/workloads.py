@@ -1,4 +1,4 @@
-"""What the suites measure on a CPU and on a GPU alike: inputs, and the work that is in them."""
+"""Workloads of the suites on a CPU and on a GPU: inputs, and the work in them."""
 
 import torch
 
@@ -15,7 +15,7 @@ def attention_inputs(length, *, batch=1, heads=8, kv_heads=8, head_dim=64, dtype
 
 
 def attention_flops(length, density, *, heads=8, head_dim=64, **_):
-    """Of the two products; `density` of the square of scores is computed."""
+    """Return FLOPs of the two products, of which `density` of the square of scores is computed."""
     return 4 * heads * head_dim * length**2 * density
 
 
@@ -87,5 +87,5 @@ def head_inputs(rows, size, vocabulary, *, device="cpu", dtype=torch.float32, un
 
 
 def head_flops(rows, size, vocabulary):
-    """Of the three products, over the rows of weight other than 0."""
+    """Return FLOPs of the three products, over the rows of weight other than 0."""
     return 3 * 2 * (rows // 2) * size * vocabulary

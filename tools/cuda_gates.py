@@ -83,7 +83,7 @@ def no_plans(limit: int) -> dict[str, int]:
 
 
 def shared_plans() -> Plans:
-    """Those of csrc's constants."""
+    """Return the plans from csrc's constants."""
     program = Path(tempfile.mkdtemp()) / "shared_memory_plans"
     source = ROOT / "tools" / "shared_memory_plans.cpp"
     output_of(
@@ -122,7 +122,7 @@ def parse_report(text: str, plans: Plans = no_plans) -> list[Function]:
 
 
 def report_failures(text: str, archs: list[str], plans: Plans = no_plans) -> list[str]:
-    """What is wrong in the report of one source file that should have been compiled for `archs`."""
+    """Return the faults in the report of one source file that should be compiled for `archs`."""
     functions = parse_report(text, plans)
     failures = [failure for function in functions for failure in function.failures()]
     failures += [f"ptxas: {warning.strip()}" for warning in WARNINGS.findall(text)]
@@ -145,7 +145,7 @@ def link_failures(dynamic: str) -> list[str]:
 
 
 def output_of(*command: str) -> str:
-    """What `command` prints; tools of the CUDA toolkit are also looked for among the Python packages."""
+    """Return the output of `command`; CUDA tools are also searched among the Python packages."""
     packaged = [str(folder) for folder in Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")]
     path = os.pathsep.join([os.environ["PATH"], *packaged])
     if shutil.which(command[0], path=path) is None:

@@ -72,7 +72,7 @@ def measured_on(content: dict) -> str:
 
 
 def headline() -> str:
-    """What the library does, in one sentence with its speedups."""
+    """Describe the library in one sentence with its speedups."""
     names = [f"sampling_bidirectional[{case}]" for case in ("none", "dual-compiled")]
     cases, content = on_cpu("sampling", names)
     exact, fastest = (cases[name]["baselines"][LLADA]["speedup"]["median"] for name in names)
@@ -116,7 +116,7 @@ def gpu_tables() -> str:
 
 
 def tiny_python() -> str:
-    """What the embedded model does best, and where the rest stands."""
+    """Describe the embedded model's best figures, and link the rest."""
     evaluation = json.loads((ROOT / "dllm_kernels/assets/tiny-python/evaluation.json").read_text())
     additions = evaluation["additions"]
     parameters = f"{evaluation['model']['parameters'] / 1e6:.1f}M"
@@ -198,7 +198,7 @@ def training_table() -> str:
 
 
 def smollm2_run() -> str:
-    """What became of SmolLM2 in the recipe."""
+    """Describe the result of the SmolLM2 recipe."""
     return smollm2.page_section(json.loads((ROOT / "docs/smollm2.json").read_text()))
 
 

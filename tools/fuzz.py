@@ -28,7 +28,7 @@ MOST_FINDINGS = 20  # then the rest would be more of the same
 
 
 def run_case(seed: int, index: int) -> str | None:
-    """What was found in a case; None: nothing."""
+    """Run one case and return the finding; None: nothing."""
     import torch
     from fuzzing import attention, losses, spoiling, unmasking
     from fuzzing.draw import Draw

@@ -155,7 +155,7 @@ def weighed(make, config_class, checkpoint: Path) -> torch.nn.Module:
 
 
 class Worker:
-    """What the lines that come in may ask for: a method of this class, with its arguments by name."""
+    """Requests of incoming lines: methods of this class, with arguments by name."""
 
     def __init__(self, name: str, folder: Path):
         self.name, self.folder = name, folder

@@ -57,7 +57,7 @@ def check_token_stats(draw: Draw, call: dict, result) -> None:
 
 
 def _check_stats(logits: torch.Tensor, options: dict, result) -> None:
-    """As the reference's, but for a proposal whose score is as good and a filter that cuts at a rounding."""
+    """Compare with the reference, but for equally good proposals and filters that cut at a rounding."""
     if options.get("top_p") is not None and not _settled(logits, options):
         return
     token, *reals = unmask.token_stats(logits, **options)
@@ -73,7 +73,7 @@ def _check_stats(logits: torch.Tensor, options: dict, result) -> None:
 
 
 def _settled(logits: torch.Tensor, options: dict) -> bool:
-    """Whether a little more and a little less top_p keep the same ids."""
+    """Return whether slightly more and slightly less top_p keep the same ids."""
     x = logits.double().nan_to_num(nan=-torch.inf, posinf=3e38, neginf=-torch.inf)
     x = x / options["confidence_temperature"]
     x[:, options["suppress_tokens"]] = -torch.inf
@@ -189,7 +189,7 @@ def unmask_(draw: Draw) -> dict:
 
 
 def check_unmask_(draw: Draw, call: dict, result, before: dict) -> None:
-    """The same as token_stats and commit_."""
+    """Compare with token_stats and commit_."""
     batch, block, _ = before["logits"].shape
     positions = before["block_start"][:, None] + torch.arange(block, dtype=torch.int32)
     zeros = torch.zeros(batch, dtype=torch.int32)
