@@ -187,7 +187,8 @@ def test_a_save_that_died_is_named_where_the_folder_cannot_be_written(model, tmp
         raise PermissionError
 
     monkeypatch.setattr(Path, "rename", denied)
-    with pytest.raises(ValueError, match=rf"interrupted while .*{replaced}; make the folder writ"):
+    said = rf"a dk.save to it was interrupted while .*{replaced}; make the folder writ"
+    with pytest.raises(ValueError, match=said):
         dk.load(tmp_path / "a", device="cpu")
     monkeypatch.undo()
     dk.save(model, None, tmp_path / "a")
