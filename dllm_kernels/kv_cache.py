@@ -45,7 +45,7 @@ class BlockKVCache:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
         shapes = [*zip(self._per_layer(self.kv_heads), self._per_layer(self.head_dim), strict=True)]
-        # Layers of one shape share a tensor, so that what is done to all of them is one launch.
+        # Layers of one shape share a tensor, so that an operation on all of them is one launch.
         self._storage = {
             shape: torch.zeros(
                 (2, shapes.count(shape), self.pages, self.page_size, *shape), dtype=dtype, device=device

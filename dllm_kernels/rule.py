@@ -138,7 +138,7 @@ def _check_number(name: str, value: object, low: float = -math.inf, high: float 
         raise ValueError(f"{name} is {value}; it must be a finite number{bounds}")
 
 
-# The numbers of each rule; rules and confidences stand in the order of csrc/core/acceptance.h.
+# The parameters of each rule; rules and confidences are in the order of csrc/core/acceptance.h.
 _PARAMETERS = {
     name: tuple(numbers) for name, *numbers in map(str.split, torch.ops.dllm_kernels.rules().splitlines())
 }

@@ -144,7 +144,7 @@ class DiffusionTrainingArguments(TrainingArguments):
     ar_weight: float = _option(
         0.0, "Weight of next-token prediction on BD3LM's clean half; needs clean='causal'."
     )
-    # What predicts what
+    # Prediction
     block_size: int | None = _option(None, "Tokens that BD3LM denoises together; None: the model's, or 32.")
     clean: str = _option(
         "block_causal", "Attention of BD3LM's clean half.", choices=("block_causal", "causal")
@@ -177,7 +177,7 @@ class DiffusionTrainingArguments(TrainingArguments):
             "one more forward; none: the bound alone."
         },
     )
-    # Defaults of transformers that would drop what the losses need, or wait for the device in every step
+    # Defaults of transformers that would drop inputs of the losses, or wait for the device in every step
     remove_unused_columns: bool = _option(
         False, "Must be False: the losses need columns that no model's forward has."
     )

@@ -134,7 +134,7 @@ def mask_arguments(model, spans: SpanMask, positions: Tensor, position_ids: Tens
     windows = layer_windows(base)
     implementation = base.config._attn_implementation
     if implementation == OURS:
-        for window in filter(None, windows.values()):  # not every model hands position_ids on to its layers
+        for window in filter(None, windows.values()):  # not every model passes position_ids to its layers
             windowed(spans, positions if position_ids is None else position_ids, window)
         return {"attention_mask": VIEW_ONLY, "dllm_mask": spans}
     if implementation not in _FORMS:
@@ -162,7 +162,7 @@ def layer_windows(base) -> dict[str | None, int | None]:
     """
     config = base.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
-    # What a layer hands to its attention function. ModernBERT keeps half a window in its config and adds one.
+    # The window that a layer passes to its attention. ModernBERT keeps half of it in its config and adds one.
     layers = [module for module in base.modules() if hasattr(module, "sliding_window")]
     if kinds is None:
         windows = {(None, layer.sliding_window) for layer in layers if hasattr(layer, "is_causal")}

@@ -64,7 +64,7 @@ def diffusion_loss(
     views, length = 2 if complementary else 1, batch.input_ids.shape[1]
     two_halves = attention["kind"] == "block_diffusion"
 
-    # 1. Which outputs predict the masked positions.
+    # 1. The outputs that predict the masked positions.
     row, column = batch.masked.nonzero(as_tuple=True)
     source = column - 1 if shift else column
     if shift and two_halves:
@@ -74,7 +74,7 @@ def diffusion_loss(
         source = torch.where(starts_block, length + source, source)
     targets, times = batch.labels[row, column], batch.t[row, column]
 
-    # 2. What each of them weighs.
+    # 2. The weight of each of them.
     weights, scheduler_weights = row_weights(
         batch, row, column, loss_weight_type=loss_weight_type, weight_eps=weight_eps, cart_p=cart_p
     )

@@ -33,7 +33,7 @@ def cut_last_layer(base: nn.Module, outputs: int | None) -> tuple[AbstractContex
         return nullcontext(), {}
     layer = layers[-1]
     if "forward" in vars(layer) and not isinstance(layer.forward, _Cutting):
-        return nullcontext(), {}  # replaced by somebody, who expects all outputs
+        return nullcontext(), {}  # replaced by a caller that expects all outputs
     if not _reads_like_llama(inspect.unwrap(type(layer).forward)):
         return nullcontext(), {}
     if _is_recomputed(layer) and not _CHECKPOINTS_FORWARD:

@@ -66,7 +66,7 @@ def row_weights(
     return weights.clamp(min=_NEARLY_ZERO), scheduler
 
 
-_NEARLY_ZERO = 1e-30  # the operators pass over rows of weight 0, whose cross entropy the meters need
+_NEARLY_ZERO = 1e-30  # the operators skip rows of weight 0, whose cross entropy the meters need
 
 
 def cart_weights(visible: Tensor, where: Places, p: float) -> Tensor:

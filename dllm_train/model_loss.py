@@ -95,7 +95,7 @@ def _content(wrapper) -> nn.Module | None:
             "batch; use DistributedDataParallel"
         )
     children, names = getattr(wrapper, "_modules", {}), _CONTENTS
-    # DeepSpeed's engine has every attribute of what it wraps, peft_config too.
+    # DeepSpeed's engine has every attribute of the wrapped module, also peft_config.
     if hasattr(wrapper, "peft_config") and not any(name in children for name in _CONTENTS):
         names = _PEFT_CONTENTS
         active = getattr(wrapper, "active_peft_config", None)

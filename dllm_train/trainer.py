@@ -39,9 +39,9 @@ _LOSS = (
     "complementary", "loss_weight_type", "loss_norm_type", "weight_eps", "bar_mask_token", "certainty_weight",
     "certainty_temperature",
 )  # fmt: skip
-# Files that a smaller model, or another number of them, would leave beside new ones.
+# Files that a smaller model, or another number of shards, would leave beside new ones.
 _WEIGHTS = re.compile(r"(adapter_)?model.*\.safetensors(\.index\.json)?")
-# In evaluation the loss is the bound, whatever is trained.
+# In evaluation the loss is the bound, whatever the training loss.
 _BOUND = {"complementary": False, "certainty_weight": 0.0, "weight_eps": 0.0, "ar_weight": 0.0}
 
 
@@ -107,7 +107,7 @@ class DiffusionTrainer(Trainer):
                 NumberedDataset(dataset, name)  # refuses an empty one, and items without input_ids
 
     def _default_collator(self, tokenizer) -> DiffusionCollator:
-        # Without blocks, trained padding would make an example depend on the rows beside it.
+        # Without blocks, trained padding would make an example depend on the other rows of its batch.
         block_size = self.settings.block_size
         return DiffusionCollator(tokenizer, block_size=block_size, train_padding=block_size is not None)
 
@@ -249,7 +249,7 @@ class DiffusionTrainer(Trainer):
         try:
             with self.compute_loss_context_manager():
                 return type(self).objective(model, **inputs, **{**self._fixed, **options})
-        except ValueError:  # NaN in the weights makes a model look as if it mixed positions
+        except ValueError:  # NaN in the weights looks like a model that mixes positions
             self._check_finite(model, collective=False)
             raise
 

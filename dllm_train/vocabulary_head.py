@@ -119,7 +119,7 @@ def _entropies(logits, targets, certain, temperature, suppress_tokens) -> tuple[
     lowest = torch.finfo(logits.dtype).min
     right = certain * (logits.detach().masked_fill(barred, lowest).argmax(-1) == targets)
     log_p = torch.log_softmax((logits / temperature).masked_fill(barred, lowest), dim=-1)
-    # The gradient of p is log p, which would overflow at `lowest` and make 0 * inf of it.
+    # The gradient of p is log p, which would overflow at `lowest` and become 0 * inf.
     return -((log_p.exp() * log_p.masked_fill(barred, 0.0)).sum(-1) * right).sum(), right.sum()
 
 

@@ -73,7 +73,7 @@ def merge_adapter_into(model, folder: Path) -> None:
             merged = adapted.merge_and_unload(safe_merge=True)
     except (MemoryError, ImportError):
         raise
-    except Exception as error:  # whatever peft says of files and models that do not go together
+    except Exception as error:  # any error of peft about files and models that do not match
         raise ValueError(
             f"the adapter of {folder} does not fit this {type(model).__name__}: {error}"
         ) from error

@@ -35,15 +35,15 @@ from dllm_kernels.models.wrappers import unwrapped
 from dllm_kernels.ops.attention import block_attention
 from dllm_kernels.span_mask import SpanMask, trusted_mask
 
-# What to give as attention_mask beside a view: models pass 4-D masks on as they are and make none themselves.
+# The attention_mask to pass beside a view: models hand 4-D masks on as they are and make none themselves.
 VIEW_ONLY = torch.empty(0, 0, 0, 0, device="cpu")
 
 _PROBE = "dllm_probe"
 
-# What some architectures add to attention scores and the kernels do not have.
+# Terms that some architectures add to attention scores and that the kernels do not have.
 _UNSUPPORTED = ("softcap", "s_aux", "head_mask", "position_bias")
 
-# What to do with a model that cannot attend as ours does.
+# The remedy for a model that cannot use our attention.
 AS_A_FUNCTION = (
     "Sample it as a function of its ids, under its own mask: "
     'dk.sample(lambda ids: model(ids).logits, ..., cache="none")'
@@ -129,7 +129,7 @@ def _hands_on_is_causal(model: PreTrainedModel) -> bool:
             model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device))
     except _Reached as reached:
         return reached.bidirectional
-    except Exception:  # a forward that needs more than ids
+    except Exception:  # the forward needs more than ids
         return False
     finally:
         model.set_attn_implementation(before)
@@ -148,7 +148,7 @@ def _probe(module, query, key, value, attention_mask, is_causal: bool | None = N
     raise _Reached(attention_mask is not None or not causal)
 
 
-# Kinds of training for which two tokens tell nothing: blocks of one, and of a size that is not known.
+# Kinds of training that two tokens cannot test: blocks of one token, and of unknown size.
 _NO_TOKEN_AHEAD = (("block_causal", 1), ("block_causal", None))
 
 

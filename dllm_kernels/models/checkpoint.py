@@ -61,7 +61,7 @@ def load(
     model, tokenizer = read_checkpoint(folder, device, dtype, attention, merge_projections, base=base)
     see_as_trained(model)
     found = str(name) not in EMBEDDED and Path(name).expanduser().is_dir()
-    model.name_or_path = str(folder.resolve() if found else name)  # of which peft says that it is the base
+    model.name_or_path = str(folder.resolve() if found else name)  # which peft records as the base
     return model, tokenizer
 
 
@@ -212,7 +212,7 @@ def _placement(device, dtype) -> tuple[torch.device, torch.dtype]:
         place = torch.device(device)
         if place.type != "meta":
             torch.empty(0, device=place)
-    except Exception as error:  # whatever a backend that is not there raises
+    except Exception as error:  # any error of a missing backend
         raise ValueError(f"device is {device!r}: {error}") from None
     if isinstance(device, bool) or place.type == "meta":
         raise ValueError(f"device is {place}, which cannot hold weights")
@@ -354,7 +354,7 @@ def checkpoint_folder(name: str | Path) -> Path:
 
     try:
         return Path(snapshot_download(str(name), allow_patterns=_HUB_PATTERNS))
-    except Exception as error:  # whatever the hub client raises: offline, no such repository, no access
+    except Exception as error:  # any error of the hub client: offline, no such repository, no access
         raise ValueError(
             f"{str(name)!r} is not a folder here, and the hub did not return it ({type(error).__name__}); "
             f"{known}"

@@ -97,7 +97,7 @@ def _with_old_rope(stock: dict) -> dict:
     return {**rest, "rope_theta": theta, "rope_scaling": None if default else rope}
 
 
-# Entries that mean the same under the same name where others are renamed.
+# Entries that keep name and meaning where others are renamed.
 _SHARED = (
     "vocab_size", "rms_norm_eps", "rope_theta", "attention_dropout", "use_cache",
     "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id",
@@ -159,7 +159,7 @@ _LLADA_WEIGHTS = {
     f"{_BLOCK}.ff_norm.weight": f"{_STOCK}.post_attention_layernorm.weight",
     f"{_BLOCK}.ff_out.weight": f"{_STOCK}.mlp.down_proj.weight",
 }
-_QKV_BIAS = {"include_qkv_bias": (True,)}  # Qwen2 has biases there and nowhere else
+_QKV_BIAS = {"include_qkv_bias": (True,)}  # Qwen2 has exactly these biases
 
 
 def _qkv(kind: str) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def _compiled_forward(name: str, reason: str | None) -> Callable:
     if reason is not None:
         _warn_uncompiled(name, reason)
         return forward
-    # torch counts compilations, and gives up after some, by code object: every model gets one of its own.
+    # torch limits compilations per code object, so every model gets its own.
     forward.__code__ = forward.__code__.replace()
     whole, failed = torch.compile(forward, fullgraph=True, dynamic=True), False
 
@@ -117,9 +117,7 @@ def _compiled_forward(name: str, reason: str | None) -> Callable:
             except torch._dynamo.exc.TorchDynamoException as error:
                 # Nothing of the forward has run when its compilation fails.
                 failed = True
-                reason = (
-                    str(error).strip().partition("\n\n")[0]
-                )  # behind it comes advice for developers of torch
+                reason = str(error).strip().partition("\n\n")[0]  # advice for developers of torch follows
                 _warn_uncompiled(name, " ".join(reason.split()))
         return forward(module, *args, **kwargs)
 

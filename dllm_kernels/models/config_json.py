@@ -57,7 +57,7 @@ def read_config(entries: dict, family: Family):
         config = kind.from_dict(entries)
     except StrictDataclassError as error:
         raise ValueError(f"config.json: {error}") from None
-    except Exception as error:  # whatever a config class makes of entries that it does not check
+    except Exception as error:  # any error of a config class from entries that it does not check
         raise ValueError(f"config.json: {kind.__name__} raises {type(error).__name__}: {error}") from error
     _check(config)
     config.diffusion = diffusion_entry(config, family)

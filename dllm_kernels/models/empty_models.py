@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-# What a model may have while it is built: tied weights twice, and tables of positions and masks as buffers.
+# Allowed while a model is built: tied weights twice, and tables of positions and masks as buffers.
 _TIMES, _SPARE, _BUFFERS = 4, 2**20, 2**28
 
 
@@ -42,7 +42,7 @@ def skeleton(kind: type, config, dtype: torch.dtype, elements: int | None = None
         raise  # of a package that this class needs
     except _TooLarge as error:
         raise ValueError(f"config.json: {error}, and the weights hold {elements:,}") from None
-    except Exception as error:  # whatever a model's constructor makes of sizes that do not go together
+    except Exception as error:  # any error of a model's constructor from sizes that do not match
         reason = str(error).partition("\n")[0]  # torch adds its stack
         raise ValueError(
             f"config.json: no model can be built from it ({type(error).__name__}: {reason})"

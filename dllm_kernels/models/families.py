@@ -154,7 +154,7 @@ def diffusion_of(model, *, head: bool = True) -> Diffusion:
     head: whether its head must be plain; if not, callers make logits as the model does, and `head` is ().
     """
     config, text = model.config, model.config.get_text_config()  # of a multimodal model, its language part's
-    # A model in memory runs as it is, whatever its type; whether its head is plain is asked of itself.
+    # A model in memory runs as it is, whatever its type; its own forward shows whether its head is plain.
     family = FAMILIES.get(config.model_type) or Family(config.model_type, head=())
     entry = diffusion_entry(config, family)
     if not entry["attention"]:
@@ -262,7 +262,7 @@ def head_modules(model, family: Family) -> tuple[Callable, ...]:
         raise ValueError(f"model is a {type(model).__name__}, without a head; load it with {kind}") from None
 
 
-# Models that were seen to be nothing more than a base model and its output embeddings.
+# Models whose logits were verified to be output embeddings times the hidden states of the base model.
 _BARE_HEADS: weakref.WeakSet = weakref.WeakSet()
 _LOOKING = threading.Lock()
 

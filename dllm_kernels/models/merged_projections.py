@@ -27,7 +27,7 @@ GROUPS = (
     ("gate_proj", "up_proj"),
 )
 
-_PARTS = "_dllm_parts"  # of an input: what its projections have still to fetch
+_PARTS = "_dllm_parts"  # attribute of an input: parts that its projections have yet to fetch
 
 
 def merge_projections(model: nn.Module) -> int:
@@ -137,7 +137,7 @@ def _merged_product(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> T
     return F.linear(x, weight, bias)
 
 
-# In compiled code, which must not be tied to where the weights lay when it was compiled.
+# For compiled code, which must not depend on where the weights lay when it was compiled.
 _library = torch.library.Library("dllm_kernels", "FRAGMENT")
 _library.define("merged_linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
 
@@ -192,7 +192,7 @@ def _lay_together(group: tuple[nn.Linear, ...]) -> None:
         for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
             part.data = rows
         if whole.is_cuda:
-            torch.cuda.empty_cache()  # what became free is in pieces too small for the next group
+            torch.cuda.empty_cache()  # the freed pieces are too small for the next group
 
 
 # ---- which groups ------------------------------------------------------------------------------------------

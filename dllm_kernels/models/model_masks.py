@@ -266,7 +266,7 @@ def spans_of_4d(mask: Tensor, keys: int) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return torch.ops.dllm_kernels.spans_of_dense(_visible(mask, keys))
-    # Tensors of inference mode count no changes: there the contents are compared.
+    # Tensors of inference mode do not count changes, so their contents are compared.
     content = mask.clone() if mask.is_inference() else mask._version
     kept = getattr(mask, "_dllm_spans", None)
     if kept is None or kept[0] != keys or not _same(kept[1], content):

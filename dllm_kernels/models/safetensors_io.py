@@ -14,7 +14,7 @@ from dllm_kernels.models.checkpoint_files import INDEX, OpenFiles, Stored, write
 from dllm_kernels.models.checkpoint_layouts import Layout
 from dllm_kernels.models.conversions import Fill, stock_fills
 
-# Buffers that transformers computes today and wrote in former versions; it passes over them too.
+# Buffers that transformers computes today and wrote in former versions; it ignores them too.
 _FORMER_BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.attn\.masked_bias$", r"\.attention\.masked_bias$")
 
 
@@ -41,7 +41,7 @@ def plan_weights(
         tensors = [torch.empty(stored[n].shape, dtype=stored[n].dtype, device="meta") for n in fill.sources]
         try:
             made = fill.weights(tensors)
-        except Exception as error:  # whatever a conversion says of tensors that are not what it takes
+        except Exception as error:  # any error of a conversion about tensors that it does not take
             mismatched.append(f"{source}: {error}")
             continue
         for name, tensor in made.items():

@@ -15,7 +15,7 @@ _WRAPPERS = {
     "FullyShardedDataParallel": "sharded; save a model that holds the gathered state_dict",
     "DeepSpeedEngine": "wrapped; save model.module",
 }
-# Parts of weights' names -> what put them there and how to take it away.
+# Parts of weights' names -> what added them and how to remove it.
 _ADDITIONS = {
     "lora_": "an adapter; save the model that peft_model.merge_and_unload() returns",
     "base_layer": "an adapter; save the model that peft_model.merge_and_unload() returns",

@@ -19,7 +19,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: what dead processes left stays
+except ImportError:  # not a POSIX system: leftovers of dead processes stay
     fcntl = None
 
 CONFIG = "config.json"
@@ -55,7 +55,7 @@ def staged(folder: Path, stale: re.Pattern) -> Iterator[Path]:
             _undo(folder, staging)
         _remove(staging)
         if not found:
-            with suppress(OSError):  # somebody else's files are in it
+            with suppress(OSError):  # it holds other files
                 folder.rmdir()
         raise
     finally:
@@ -106,7 +106,7 @@ def _replace(folder: Path, staging: Path, names: list[str], stale: re.Pattern) -
 def _undo(folder: Path, staging: Path) -> None:
     """Put back what `_replace` moved, unless it came to its end; both may stop between any two steps."""
     new, replaced = staging / _NEW, staging / _REPLACED
-    if os.path.lexists(folder / CONFIG):  # nothing has moved, or all has, or somebody put it right by hand
+    if os.path.lexists(folder / CONFIG):  # nothing has moved, or all has, or it was repaired by hand
         return
     with suppress(FileNotFoundError, ValueError):  # nothing has moved yet
         names = json.loads((staging / _NAMES).read_text())
@@ -138,7 +138,7 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:  # file systems that cannot for folders
+    except OSError:  # some file systems cannot sync folders
         if not path.is_dir():
             raise
     finally:

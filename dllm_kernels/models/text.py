@@ -10,7 +10,7 @@ from functools import partial
 from dllm_kernels._arguments import integer, kind
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_CONTEXT = 32  # tokens before a piece of text that decide how it is spelled
+_CONTEXT = 32  # tokens before a piece of text that determine its spelling
 _CHUNK = 2**16  # characters; tokenizers of the tokenizers library take 330 bytes for each
 _SLACK = 8  # tokens that cutting a text in two may add
 

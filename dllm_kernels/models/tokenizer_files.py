@@ -32,7 +32,7 @@ def read_tokenizer(folder: Path, config, kind: str | None):
                 folder, config=config, trust_remote_code=False
             )
         tokenizer.get_vocab()
-    except BaseException as error:  # transformers and its Rust tokenizers, whose panics are no Exception
+    except BaseException as error:  # transformers and its Rust tokenizers, whose panics are not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         names = ", ".join(path.name for path in found)

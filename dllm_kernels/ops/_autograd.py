@@ -30,7 +30,7 @@ def register_derivative(name: str, backward: Callable, setup_context: Callable) 
         @staticmethod
         def forward(ctx, *arguments_and_keyset):
             *arguments, keyset = arguments_and_keyset
-            # Off in here, but the levels of torch.func below this one record for themselves.
+            # Gradients are off in here, but the levels of torch.func below this one record too.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 outputs = _below_autograd(operator, keyset, *arguments)
             setup_context(ctx, arguments, outputs)

@@ -20,7 +20,7 @@ from ._fake import register_fake
 _ops = torch.ops.dllm_kernels
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MIN_CHUNK_ROWS = 512  # products of fewer rows are slower
-CPU_BLOCK_IDS = 8192  # BLAS shares wider products of few rows out to threads unevenly
+CPU_BLOCK_IDS = 8192  # BLAS divides wider products of few rows unevenly among threads
 
 
 def linear_diffusion_cross_entropy(

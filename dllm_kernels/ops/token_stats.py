@@ -19,7 +19,7 @@ from dllm_kernels.ops._fake import register_fake
 
 _ops = torch.ops.dllm_kernels
 
-CHUNK_LOGITS = 1 << 26  # logits that exist at once where the projection is a library's product
+CHUNK_LOGITS = 1 << 26  # logits in memory at once if the projection is a library's product
 
 
 class TokenStats(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
-FEWEST_PAIRS = 512 * 512  # of queries and keys: below, a launch costs more than what a library saves
+FEWEST_PAIRS = 512 * 512  # of queries and keys: below, a launch costs more than a library saves
 WIDEST_HEAD = {"sdpa": 128, "flash_attention_3": 256}
 
 
@@ -37,9 +37,9 @@ def backend(call: UnmaskedCall, *, flash_attention_3: bool) -> str:
     """Return "dllm" (our kernels), "sdpa" (torch's, cuDNN first) or "flash_attention_3" (if installed)."""
     half = call.dtype in (torch.bfloat16, torch.float16)
     if call.capability is None or call.capability < AMPERE or not half:
-        return "dllm"  # on CPUs and in float32 ours is the faster or the more exact one
+        return "dllm"  # on CPUs and in float32 ours is faster or more exact
     if call.q_len * call.kv_len < FEWEST_PAIRS or (call.needs_grad and call.deterministic):
-        return "dllm"  # gradients of the libraries add up in any order
+        return "dllm"  # the libraries sum gradients in any order
     hopper = HOPPER <= call.capability < BLACKWELL
     if hopper and flash_attention_3 and call.head_dim <= WIDEST_HEAD["flash_attention_3"]:
         return "flash_attention_3"
@@ -48,7 +48,7 @@ def backend(call: UnmaskedCall, *, flash_attention_3: bool) -> str:
 
 def vendor_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
     """Return softmax(scale · q kᵀ) v by a library, shapes as in `block_attention`; None: use our kernels."""
-    if not q.is_cuda or not _fit(q, k, v):  # ours casts under autocast, and says what does not fit
+    if not q.is_cuda or not _fit(q, k, v):  # ours casts under autocast, and reports misfits
         return None
     call = UnmaskedCall(
         torch.cuda.get_device_capability(q.device),

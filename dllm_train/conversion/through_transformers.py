@@ -51,7 +51,7 @@ def read_gguf(file: Path, dtype: torch.dtype, with_tokenizer: bool):
         return model, None
     try:
         return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except Exception as error:  # whatever transformers makes of tokenizers that it does not know
+    except Exception as error:  # any error of transformers about unknown tokenizers
         reason = str(error).partition("\n")[0]
         raise ValueError(f"the tokenizer of {file} cannot be read ({reason}); give tokenizer=") from error
 
@@ -65,7 +65,7 @@ def _read(kind, folder: Path, dtype, unread: tuple[str, ...] = (), **options):
         )
     except (MemoryError, ImportError):
         raise
-    except Exception as error:  # whatever transformers and its readers make of a broken file
+    except Exception as error:  # any error of transformers and its readers about a broken file
         raise ValueError(f"{place} cannot be read ({type(error).__name__}: {error})") from error
     _refuse_misfits(place, report, unread)
     model = _plain(read)

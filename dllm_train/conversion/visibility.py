@@ -31,7 +31,7 @@ def check_visibility(model) -> None:
         config.diffusion = entry
         vars(config).pop("is_causal", None)  # dk.save writes it where it belongs
     kind = type(model).__name__
-    if same_block < 1e-5:  # not 0: experts round by how many tokens they get
+    if same_block < 1e-5:  # not 0: rounding of experts depends on their number of tokens
         raise ValueError(
             f"{kind} computes causal attention whatever mask transformers gives it, so it cannot become a "
             f"{entry['attention'][0]} model"
@@ -53,7 +53,7 @@ def _effects_on_the_first(model) -> tuple[float, float]:
     a, b = [token for token in range(3) if token != padding][:2]
     try:
         given, second, third = first(a, a, a, a), first(a, b, a, a), first(a, a, b, a)
-    except Exception as error:  # whatever a forward says that needs more than ids
+    except Exception as error:  # any error of a forward that needs more than ids
         raise ValueError(
             f"the forward of {type(model).__name__} fails for four ids ({type(error).__name__}: {error})"
         ) from error

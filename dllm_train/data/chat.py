@@ -78,7 +78,7 @@ def tokenize_spans(tokenizer, text: str, spans: list[Span]) -> tuple[list[int], 
     ids = list(chain.from_iterable(pieces))
     places = dict(zip(borders, accumulate(map(len, pieces), initial=0), strict=True))
     if ids != whole:
-        # Pieces that get a space of their own, as in SentencePiece, have other tokens than the whole text.
+        # Pieces that get an extra space, as in SentencePiece, have other tokens than the whole text.
         prefixes = encode([text[:border] for border in borders[1:-1]])
         if all(whole[: len(prefix)] == prefix for prefix in prefixes):
             ids = whole

@@ -186,7 +186,7 @@ def _read(source: Source, streaming: bool) -> dict[str, AnyDataset]:
         raise
     except Exception as error:
         cause = error.__cause__ or error
-        if isinstance(cause, StopIteration):  # what `datasets` says of files without a row
+        if isinstance(cause, StopIteration):  # the error of `datasets` about files without a row
             cause = "it has no rows"
         raise ValueError(f"{source.name!r} could not be read: {cause}") from error
 

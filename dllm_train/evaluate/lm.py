@@ -29,7 +29,7 @@ from dllm_train.evaluate.texts import Texts
 log = logging.getLogger("lm_eval.dllm")
 
 ROWS = 32  # in flight for batch_size=auto
-_FIRST = 8  # requests whose time tells that of all
+_FIRST = 8  # requests whose time predicts that of all
 _LEAST = 64  # likelihoods that share forwards
 _ROLLING_SAMPLES = 8  # of a whole document, whose many tokens average the noise
 
@@ -103,7 +103,7 @@ class DiffusionLM(TemplateLM):
         )
         self.estimation = {"estimator": "confidence"} if self.instruct else {}
         self.estimation |= self.options.estimation
-        log_likelihoods(self.model, [], **self.estimation)  # names the mistakes in them before anything runs
+        log_likelihoods(self.model, [], **self.estimation)  # reports mistakes in them before anything runs
         self.measures = Measures()
         self._of_others: list[Measures] = []
         self._warned: set[tuple] = set()
@@ -348,7 +348,7 @@ class DiffusionLM(TemplateLM):
         for index in indices:
             given, options = wanted[index]
             key = (given if infill else tuple(given), options.new_tokens)
-            seen[key] += config.temperature > 0  # every repeat draws anew
+            seen[key] += config.temperature > 0  # every repeat draws again
             prompts.setdefault((*key, seen[key]), []).append(index)
         order = sorted(prompts, key=lambda key: (-len(key[0]) - key[1], key))
         costs = [len(key[0]) / 8 + key[1] for key in order]

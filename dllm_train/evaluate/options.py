@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from dllm_kernels import SampleConfig
 from dllm_train.evaluate.likelihood import log_likelihoods
 
-# What DiffusionLM takes itself.
+# Options that DiffusionLM takes itself.
 MODEL = (
     "pretrained", "tokenizer", "device", "batch_size", "max_batch_size", "max_length", "add_bos_token",
     "prefix_token_id", "instruct", "truncate",
@@ -30,7 +30,7 @@ ESTIMATION = {
     for name in ("estimator", "samples", "batch_tokens", "check_greedy", "parity")
     if name in _LIKELIHOOD
 }
-# What tasks of lm-eval set for other libraries, with the value that changes nothing.
+# Options that tasks of lm-eval set for other libraries, with the neutral value.
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "n": 1, "repetition_penalty": 1.0}
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 DEFAULT_LENGTH = 256  # lm-eval's

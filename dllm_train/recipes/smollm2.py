@@ -142,7 +142,7 @@ def rows_of_docstrings(work: Path, tokenizer, settings: Settings):
         rows[name] = load_pretraining_dataset(
             json.dumps(str(file)), tokenizer, max_length=settings.length, packing=False, drop_tail=True
         )["train"]
-    apart = max(len(rows["held_out"]) // settings.held_out_rows, 1)  # from all files alike
+    apart = max(len(rows["held_out"]) // settings.held_out_rows, 1)  # from all files equally
     held_out = [rows["held_out"][i]["input_ids"] for i in range(0, len(rows["held_out"]), apart)]
     held_out = held_out[: settings.held_out_rows]
     corpus = {"sha256": digest(sources), "train_rows": len(rows["train"]), "held_out_rows": len(held_out)}

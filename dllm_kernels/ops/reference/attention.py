@@ -51,7 +51,7 @@ def cached_block_attention(
     def laid_out(cache: Tensor, new: Tensor) -> Tensor:
         pages = cache[page_table.clamp(0, len(cache) - 1).long()]  # [B, P, page_size, Hkv, D]
         tokens = torch.cat([pages.flatten(1, 2).transpose(1, 2), new], dim=2)
-        return tokens.masked_fill(~visible.any(2)[..., None], 0)  # nobody sees it: it may hold anything
+        return tokens.masked_fill(~visible.any(2)[..., None], 0)  # no query sees it: it may hold anything
 
     return _attention(q, laid_out(cache_k, k), laid_out(cache_v, v), visible, scale)
 
