@@ -39,7 +39,7 @@ def test_wrong(compare):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """What pytest printed, and the cases that were written."""
+    """Return the output of pytest, and the cases that were written."""
     folder = tmp_path_factory.mktemp("suite")
     (folder / "test_small.py").write_text(SUITE)
     options = ["-q", "-p", "benchmarks.conftest", "-p", "no:cacheprovider", "--seconds", "0.01"]

@@ -1,4 +1,4 @@
-"""What is built, packaged and reported, and the gates that judge compiled kernels."""
+"""The build, the package and its report, and the gates for compiled kernels."""
 
 import importlib.util
 import json
@@ -119,7 +119,7 @@ def test_makefile_reads_its_requirements_from_pyproject():
 
 # ---- the path of the source tree ----------------------------------------------------------------------
 def moved(source: Path, folder: Path) -> Path:
-    """What a build needs, copied to `folder`."""
+    """Copy the inputs of a build to `folder`."""
     for name in ("csrc", "cmake"):
         shutil.copytree(source / name, folder / name)
     (folder / "dllm_kernels").mkdir()

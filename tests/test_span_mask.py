@@ -52,7 +52,7 @@ def block_diffusion_sees(block_size, clean, q_half, q, k_half, k):
 
 
 def assert_canonical(mask):
-    """What every constructor must give: the validating constructor accepts it."""
+    """Assert that the validating constructor accepts a mask."""
     assert mask.spans.dtype == torch.int32
     SpanMask(mask.spans, mask.kv_len)
 

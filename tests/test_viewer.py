@@ -1,4 +1,4 @@
-"""The live view: what each kind of token looks like, and that nothing is drawn where there is no terminal."""
+"""The live view: the look of each kind of token, and no drawing without a terminal."""
 
 from dataclasses import dataclass
 from io import StringIO

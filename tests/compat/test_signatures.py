@@ -247,7 +247,7 @@ SEEDED = {
 
 @pytest.mark.parametrize("generate", SEEDED.values(), ids=SEEDED)
 def test_what_is_drawn_follows_torchs_seed(generate, model, prompt):
-    """The same seed, the same tokens; without one every call draws anew, as from the originals."""
+    """The same seed, the same tokens; without a seed every call draws again, as in the originals."""
     found = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)

@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def few_tasks():
-    """Those of lm-eval, of which there are thousands, take seconds to find."""
+    """Index few tasks: the thousands of lm-eval take seconds to find."""
 
     class Few(lm_eval.tasks.TaskManager):
         def __init__(self, **options):

@@ -1,4 +1,4 @@
-"""What may be asked: adapters, long documents; and what is refused by name."""
+"""Requests of likelihoods: adapters, long documents, and those refused by name."""
 
 import numpy as np
 import peft

@@ -29,7 +29,7 @@ def small_waves(monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch) -> dict[str, list]:
-    """What the model is asked, by the function that is called."""
+    """Record the requests to the model, by the function that is called."""
     calls = {}
 
     def watch(name: str) -> None:

@@ -32,7 +32,7 @@ def model_of(checkpoint, **options) -> DiffusionLM:
 
 
 def whole_answers(lm: DiffusionLM, contexts, new_tokens: int, **options) -> list[str]:
-    """What dk.sample makes of each context alone, without stop strings."""
+    """Return dk.sample's completion of each context alone, without stop strings."""
     return [
         dk.sample(
             lm.model, [lm.tok_encode(context)], tokenizer=lm.tokenizer, config=lm.config,

@@ -1,4 +1,4 @@
-"""What --model_args may hold: every option by its name, and nothing else."""
+"""--model_args takes every option by its name, and nothing else."""
 
 from dataclasses import fields
 from inspect import signature

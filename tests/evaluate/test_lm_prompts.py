@@ -1,4 +1,4 @@
-"""What reaches the model: chat templates, few-shot examples as turns, system instructions, BOS, borders."""
+"""Ids that reach the model: chat templates, few-shot examples as turns, system instructions, BOS, borders."""
 
 import lm_eval
 import pytest
@@ -17,7 +17,7 @@ def lm(tmp_path):
 
 
 def contexts(lm, tmp_path, **options) -> list[str]:
-    """What the task `numbers` asks."""
+    """Return the contexts of the task `numbers`."""
     (tmp_path / "tasks").mkdir()
     tasks = manager(write_tasks(tmp_path / "tasks"))
     found = lm_eval.simple_evaluate(

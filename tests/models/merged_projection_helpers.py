@@ -1,4 +1,4 @@
-"""What tests of merged projections look at."""
+"""Products, groups and storages of merged projections, for their tests."""
 
 import torch
 from torch import nn

@@ -40,7 +40,7 @@ class Published:
     weights: dict[str, tuple[int, ...]]
 
     def write(self, folder: Path, dtype=torch.float32, **changes) -> Path:
-        """The same random weights each time, scaled so that the model is sure of some tokens."""
+        """Write the same random weights each time, scaled so that the model is sure of some tokens."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({**self.config, **changes}))
         save_file(self.tensors(dtype), folder / "model.safetensors", metadata={"format": "pt"})

@@ -60,7 +60,7 @@ def seen(kind: str, real: torch.Tensor) -> torch.Tensor:
 
 
 def expected_logits(model, dense: torch.Tensor) -> torch.Tensor:
-    """Those of the model's own eager attention under a 4-D mask, cut to windows where layers have them."""
+    """Return logits of the model's eager attention under a 4-D mask, cut to windows if layers have them."""
     window = getattr(model.config, "sliding_window", None)
     if window is not None:
         near = dense & ((torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)).abs() < window)

@@ -81,7 +81,7 @@ def test_groups_that_share_an_input():
 
 
 def parts_of(x) -> list[weakref.ref]:
-    """What is left with an input."""
+    """Return the parts attached to an input."""
     (parts,) = vars(x).values()
     return [weakref.ref(part) for _, part in parts.values()]
 

@@ -108,7 +108,7 @@ def load_state_dict(model, assign=False):
 
 
 def replace_data(model):
-    """As peft does when it merges an adapter safely."""
+    """Replace the data as peft does when it merges an adapter safely."""
     for group in groups_of(model):
         group[1].weight.data = 0.5 * group[1].weight.data
 

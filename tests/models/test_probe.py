@@ -1,4 +1,4 @@
-"""What a model is asked of itself: the calls of its attention, and whether tokens meet anywhere else."""
+"""The probe of a model: the calls of its attention, and whether tokens interact elsewhere."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""What dk.save refuses by name, with a remedy: nothing is written, and what the remedies give loads."""
+"""dk.save refuses by name, with a remedy: nothing is written, and the results of the remedies load."""
 
 import copy
 
@@ -154,7 +154,7 @@ def test_merged_projections_are_the_stock_weights(model, tmp_path):
 
 
 def _save_in_process(rank: int, folder: str) -> None:
-    """Of two processes, both save to folder/shared, and one to folder/own."""
+    """Run in two processes: both save to folder/shared, and one to folder/own."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )

@@ -11,7 +11,7 @@ SAVE = "\ntorch.save(results, sys.argv[1])"
 
 
 def results_of_each(code: str, folder: Path) -> dict[str, list]:
-    """What `code` leaves in `results`, by instruction set, the baseline first; each in a process of its own.
+    """Return the `results` of `code` by instruction set, the baseline first, each in its own process.
 
     `folder`: for the files in which the results come back.
     """

@@ -1,4 +1,4 @@
-"""What every operator does with wrong devices, sizes that overflow, wrong types and empty tensors.
+"""Every operator refuses wrong devices, sizes that overflow, wrong types and empty tensors.
 
 Shapes and dtypes have their tests beside each operator.
 """
@@ -61,7 +61,7 @@ def changed(operator: str, **arguments):
 
 @pytest.mark.parametrize("operator", calls())
 def test_the_good_calls_are_good(operator):
-    """What is refused below is refused for the one argument that was changed."""
+    """The calls below are refused for the one argument that was changed."""
     call = calls()[operator]
     before = {name: value.clone() for name, value in call.items() if isinstance(value, torch.Tensor)}
     results = getattr(OPS, operator)(**call)

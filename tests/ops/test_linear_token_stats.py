@@ -166,7 +166,7 @@ def test_not_a_number_in_the_weight_bars_its_token():
 
 
 def test_the_library_product_in_chunks_agrees(monkeypatch):
-    """What CUDA runs, here on the CPU's library."""
+    """The path of CUDA, here on the CPU's library."""
     monkeypatch.setattr("dllm_kernels.ops.token_stats.CHUNK_LOGITS", 2500)
     hidden, weight, bias = projection(0, 7, 20, 1000, bias=True)
     for temperature in (0.0, 0.8):

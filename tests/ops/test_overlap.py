@@ -1,4 +1,4 @@
-"""What operators that write in place refuse: memory that they would write and read, or write twice."""
+"""Operators that write in place refuse memory that they would write and read, or write twice."""
 
 import numpy as np
 import pytest

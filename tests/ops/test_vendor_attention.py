@@ -1,4 +1,4 @@
-"""Which kernels serve attention without a mask: decided before a launch, by facts alone."""
+"""The choice of kernels for attention without a mask depends on facts known before the launch."""
 
 import dataclasses
 

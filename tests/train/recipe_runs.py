@@ -121,7 +121,7 @@ def facts(run: Path) -> dict:
 
 
 def history(run: Path) -> list[dict]:
-    """What was logged at each step."""
+    """Return the log of each step."""
     return json.loads((run / "trainer_state.json").read_text())["log_history"]
 
 

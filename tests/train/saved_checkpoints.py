@@ -1,4 +1,4 @@
-"""What holds for every checkpoint that training saves."""
+"""Checks of every checkpoint that training saves."""
 
 from pathlib import Path
 

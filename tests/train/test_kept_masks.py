@@ -45,7 +45,7 @@ def test_layers_and_steps_share_one_mask(name, kinds, loss, monkeypatch):
 
 
 def test_a_mask_made_for_evaluation_serves_training():
-    """What inference mode makes cannot be saved for a backward pass."""
+    """Tensors of inference mode cannot be saved for a backward pass."""
     attention_masks._kept_pattern.cache_clear()
     model = tiny("gemma3", attention="dllm").train()
     with torch.inference_mode():

@@ -51,7 +51,7 @@ def visible(objective):
 
 
 def masks_for(model, name, objective):
-    """What plain transformers on "eager" is to be given, and the position ids."""
+    """Return the masks for plain transformers on "eager", and the position ids."""
     mask, position = visible(objective)
 
     def additive(window):

@@ -1,4 +1,4 @@
-"""What the trainers compute, log, save and refuse, in one process."""
+"""The trainers compute, log, save and refuse, in one process."""
 
 import copy
 import math

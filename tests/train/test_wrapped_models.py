@@ -32,7 +32,7 @@ def forced_loss_of(model):
 
 
 def from_own_logits(model):
-    """The same loss from what a call of `model` returns."""
+    """Return the same loss from the logits of a call of `model`."""
     visible = torch.ones(1, 1, 12, 12, dtype=torch.bool)
     logits = model(input_ids=IDS.masked_fill(NOISE.masked, MASK), attention_mask=visible).logits
     return F.cross_entropy(logits[NOISE.masked].float(), IDS[NOISE.masked], reduction="sum") / 0.5 / 24

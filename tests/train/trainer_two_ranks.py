@@ -1,4 +1,4 @@
-"""What two ranks do together besides training: resume, stop and share examples. Run by torchrun."""
+"""Two ranks together, besides training: resume, stop and share examples. Run by torchrun."""
 
 import math
 import sys
@@ -20,7 +20,7 @@ OPTIONS = dict(
 
 
 def resumed(folder):
-    """Whether runs that continue at steps 4 and 6 end as the whole run."""
+    """Return whether runs that continue at steps 4 and 6 end as the whole run."""
     same = {}
     whole = trainer(folder / "whole", rows=examples(13), **OPTIONS)
     whole.train()
@@ -35,7 +35,7 @@ def resumed(folder):
 
 
 def stopped(folder):
-    """What each rank raises when the loss of example 5 is NaN, which one of them has."""
+    """Return the errors of both ranks when the loss of example 5, which one of them has, is NaN."""
 
     def objective(model, *, example_ids, **options):
         output = mdlm_loss(model, example_ids=example_ids, **options)

@@ -1,4 +1,4 @@
-"""What evaluation counts."""
+"""The counts of the evaluation."""
 
 import pytest
 import torch
