@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import dllm_kernels as dk
 from benchmarks import loops
 from dllm_kernels.models.merged_projections import merge_projections
-from dllm_kernels.sampling.loop import BlockRounds, RefreshedRounds
+from dllm_kernels.sampling.graph_loop import BlockLoop, RefreshLoop
 from dllm_kernels.sampling.plan import make_plan
 from dllm_kernels.sampling.prompts import completions
 
@@ -75,14 +75,14 @@ def test_step(compare, pick, smoke, device, layers):
     plan = make_plan(model, None, None, dict(max_new_tokens=BLOCK, steps_per_block=10**6, compile=compile))
     prompt = random_prompt(model, length)
     canvas = torch.tensor([prompt + [plan.mask_id] * BLOCK], device=device)
-    rounds = BlockRounds(plan, completions([prompt], plan))
-    with rounds.prepared():
-        rounds.admit(deque([0]))
+    loop = BlockLoop(plan, completions([prompt], plan))
+    with loop.prepared():
+        loop.admit(deque([0]))
         for _ in range(BLOCK + 1):  # with so many steps, those after the first few commit nothing
-            rounds.launch()
-            rounds.slots.canvas[:, : canvas.shape[1]].copy_(canvas)
+            loop.launch()
+            loop.slots.canvas[:, : canvas.shape[1]].copy_(canvas)
         compare(
-            rounds.launch,
+            loop.launch,
             {"eager block, cache copied": loops.block_step(model, canvas, BLOCK, plan.mask_id)},
             title=f"one step, block cache, {length} tokens before, {NAMES[layers]}",
             bytes=parameter_bytes(model),
@@ -99,15 +99,16 @@ def test_dual_step(compare, pick, smoke, device, layers):
     )
     prompt = random_prompt(model, length)
     canvas = torch.tensor([prompt + [plan.mask_id] * BLOCK], device=device)
-    rounds = RefreshedRounds(plan, completions([prompt], plan))
+    loop = RefreshLoop(plan, completions([prompt], plan))
 
     def step() -> None:
-        rounds.round(deque())
-        rounds.slots.canvas[:, : canvas.shape[1]].copy_(canvas)
-        rounds.live[0].left = BLOCK
+        loop.step()
+        loop.slots.canvas[:, : canvas.shape[1]].copy_(canvas)
+        loop.live[0].masks = BLOCK
 
-    with rounds.prepared():
-        rounds.round(deque([0]))
+    with loop.prepared():
+        loop.admit(deque([0]))
+        loop.step()
         compare(
             step,
             {"eager block, cache copied": loops.block_step(model, canvas, BLOCK, plan.mask_id)},

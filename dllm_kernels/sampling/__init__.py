@@ -2,10 +2,10 @@
 
     plan = the model with checked options          plan.py, config.py (options), parity.py, schedules.py
     canvases = prompts with masks behind them      prompts.py
-    while rows wait or are in flight:              loop.py
+    while rows wait or are in flight:              loop.py; graph_loop.py where steps are CUDA graphs
         admit rows: pages of the cache, tensors    slots.py
         view = the positions that a forward sees   views.py
-        output = model(ids, view)                  runner.py, graphs.py (replayed on a GPU)
+        output = model(ids, view)                  step.py, runner.py
         canvas <- what the rule accepts            step.py; the rule: ../rule.py, csrc/core/acceptance.h
         rows go on to their next block, or end     loop.py
     SampleOutput                                   output.py

@@ -13,8 +13,9 @@ from torch import Tensor
 from dllm_kernels.models.chat import chat_ids
 from dllm_kernels.models.text import text_ids
 from dllm_kernels.sampling.config import SampleConfig
+from dllm_kernels.sampling.graph_loop import graph_loop_of
 from dllm_kernels.sampling.graphs import NotRecorded
-from dllm_kernels.sampling.loop import BlockRounds, DeviceRounds, RefreshedRounds, Round, Rounds
+from dllm_kernels.sampling.loop import Finished, HostLoop, Round
 from dllm_kernels.sampling.output import SampleOutput, completion_output, infill_output
 from dllm_kernels.sampling.plan import Plan, make_plan
 from dllm_kernels.sampling.prompts import (
@@ -56,8 +57,8 @@ def sample(
         if plan.mask_id in row:
             raise ValueError(f"prompts[{index}] holds the mask token {plan.mask_id}; dk.infill fills gaps")
     canvases = completions(rows, plan, new_tokens, row_ids)
-    rounds = _run(plan, canvases, on_round, plan.eos_ids if plan.config.stop_on_eos else ())
-    return completion_output(canvases, rounds.unmask_step, plan.eos_ids, tokenizer, **rounds.measured())
+    finished = run(plan, canvases, on_round, plan.eos_ids if plan.config.stop_on_eos else ())
+    return completion_output(canvases, finished, plan.eos_ids, tokenizer)
 
 
 def infill(
@@ -92,25 +93,17 @@ def infill(
     check_ids("canvases", rows, plan.diffusion.vocab_size)
     filled = gaps(rows, plan.fill, row_ids)
     masked = filled.ids == plan.mask_id
-    rounds = _run(plan, filled, on_round)
-    return infill_output(filled, masked, rounds.unmask_step, tokenizer, gapped, **rounds.measured())
+    return infill_output(filled, masked, run(plan, filled, on_round), tokenizer, gapped)
 
 
-def rounds_on_the_device(plan: Plan) -> type[DeviceRounds] | None:
-    """Those that do all that `plan` asks; None: the host must see or do something in every round."""
-    return next((kind for kind in (BlockRounds, RefreshedRounds) if kind.serves(plan)), None)
-
-
-def _run(plan: Plan, canvases: Canvases, on_round, stop_ids: tuple[int, ...] = ()) -> Rounds | DeviceRounds:
-    """Every row to its end: on a GPU by rounds that stay there, where that can be."""
+def run(plan: Plan, canvases: Canvases, on_round=None, stop_ids: tuple[int, ...] = ()) -> Finished:
+    """Take every row to its end: on a GPU by replayed steps, where that can be."""
     if on_round is not None and not callable(on_round):
         raise TypeError(f"on_round is a {type(on_round).__name__}; it must be a function of a Round")
-    kind = rounds_on_the_device(plan) if on_round is None and _may_record(plan, canvases) else None
-    if kind is not None:
+    graph_loop = graph_loop_of(plan) if on_round is None and _may_record(plan, canvases) else None
+    if graph_loop is not None:
         try:
-            rounds = kind(plan, canvases, stop_ids)
-            rounds.run()
-            return rounds
+            return graph_loop(plan, canvases, stop_ids).run()
         except NotRecorded as error:
             _NOT_RECORDED.add(plan.model)
             warnings.warn(
@@ -118,9 +111,7 @@ def _run(plan: Plan, canvases: Canvases, on_round, stop_ids: tuple[int, ...] = (
                 f"every kernel of its steps: {error}",
                 stacklevel=3,
             )
-    rounds = Rounds(plan, canvases, on_round, stop_ids)
-    rounds.run()
-    return rounds
+    return HostLoop(plan, canvases, on_round, stop_ids).run()
 
 
 _NOT_RECORDED: weakref.WeakSet = weakref.WeakSet()

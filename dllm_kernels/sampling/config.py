@@ -348,7 +348,7 @@ class SampleConfig:
         if self.schedule == "llada" or even:
             quotas = llada_schedule(masks, steps)
         elif self.schedule == "dream":
-            alone = int(self.approximate and parity.refresh_commits_start)
+            alone = parity.tokens_before_schedule(self.approximate)
             quotas = [alone, *dream_schedule(masks - alone, steps, self.eps, alone)]
         elif self.stochastic:
             quotas = binomial_schedule(masks, steps, alpha, self.seed, draw)

@@ -41,20 +41,34 @@ class SampleOutput:
     filled: list[list[tuple[int, int]]] | None = None
 
 
+@dataclass(frozen=True)
+class Finished:
+    """Rows at their ends.
+
+    ids: int64 [B, T], the canvases. unmask_step: int64 [B, T], the row's step that wrote a token, -1: none.
+    forwards: of the model, in all; row_forwards: int64 [B], those that each row took part in. exact: whether
+    every step saw what a forward over the whole canvas would have. history: the canvases after every round,
+    if they were asked for.
+    """
+
+    ids: Tensor
+    unmask_step: Tensor
+    forwards: int
+    row_forwards: Tensor
+    exact: bool
+    history: list[Tensor] | None
+
+
 def completion_output(
-    canvases: Canvases,
-    unmask_step: Tensor,
-    eos_ids: tuple[int, ...],
-    tokenizer,
-    history: list[Tensor] | None,
-    **more,
+    canvases: Canvases, finished: Finished, eos_ids: tuple[int, ...], tokenizer
 ) -> SampleOutput:
     """Cut the canvases after `stop`; measure and decode the completions."""
     width = int(canvases.stop.max())
-    ids, unmask_step = canvases.ids[:, :width].cpu(), unmask_step[:, :width].cpu()
+    ids, unmask_step = finished.ids[:, :width].cpu(), finished.unmask_step[:, :width].cpu()
     position = torch.arange(width, device="cpu")
     surplus = position >= canvases.stop[:, None]
     ids = ids.masked_fill(surplus, canvases.fill)
+    history = finished.history
     if history is not None:
         history = [canvas[:, :width].cpu().masked_fill(surplus, canvases.fill) for canvas in history]
     unmask_step = unmask_step.masked_fill(surplus, -1)
@@ -72,23 +86,23 @@ def completion_output(
         sequences=ids,
         texts=texts,
         lengths=lengths,
+        forwards=finished.forwards,
+        row_forwards=finished.row_forwards,
+        exact=finished.exact,
         unmask_step=unmask_step,
         tokens_per_forward=_tokens_per_forward(completion & (position <= first_end[:, None]), unmask_step),
         history=history,
-        **more,
     )
 
 
 def infill_output(
-    canvases: Canvases,
-    masked: Tensor,
-    unmask_step: Tensor,
-    tokenizer,
-    gapped: list[GappedText],
-    **more,
+    canvases: Canvases, masked: Tensor, finished: Finished, tokenizer, gapped: list[GappedText]
 ) -> SampleOutput:
-    """masked: bool [B, T], what there was to fill. gapped: the rows as text; empty where ids were given."""
-    ids, unmask_step, masked = canvases.ids.cpu(), unmask_step.cpu(), masked.cpu()
+    """Measure and decode filled canvases.
+
+    masked: bool [B, T], what there was to fill. gapped: the rows as text; empty where ids were given.
+    """
+    ids, unmask_step, masked = finished.ids.cpu(), finished.unmask_step.cpu(), masked.cpu()
     texts = None
     if tokenizer is not None:
         rows = [row[:stop] for row, stop in zip(ids.tolist(), canvases.stop.tolist(), strict=True)]
@@ -100,10 +114,13 @@ def infill_output(
         sequences=ids,
         texts=texts,
         lengths=masked.sum(1),
+        forwards=finished.forwards,
+        row_forwards=finished.row_forwards,
+        exact=finished.exact,
         unmask_step=unmask_step,
+        history=finished.history,
         tokens_per_forward=_tokens_per_forward(masked, unmask_step),
         filled=[_spans(row) for row in masked],
-        **more,
     )
 
 

@@ -87,11 +87,9 @@ class Plan:
         """int64 [B], leading tokens of each prompt whose keys and values depend on nothing after them: whole
         blocks of block-causal models. With a shift the last block is computed, whose last output is needed.
         """
-        if not self.block_causal or self.parity.blocks_from_prompt:
+        if not self.block_causal:
             return torch.zeros_like(canvases.given)
-        size = self.config.block_size
-        blocks = canvases.given // size
-        return (blocks - int(self.shift)).clamp(min=0) * size
+        return self.parity.shareable(canvases.given, self.config.block_size, self.shift)
 
     def pages_for(self, lengths: Tensor) -> int:
         """Pages for the longest rows that can be live at once; lengths: int64 [B], of all rows."""

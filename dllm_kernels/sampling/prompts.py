@@ -47,17 +47,13 @@ def completions(rows: list[list[int]], plan, new_tokens=None, row_ids=None) -> C
         stop = given + torch.tensor(_of_rows("new_tokens", new_tokens, len(rows), 1), device="cpu")
     origin, end = given.clone(), stop.clone()
     if plan.block_causal:
-        if plan.parity.blocks_from_prompt:
-            origin = given % size
-        else:
-            origin, end = torch.zeros_like(given), -(-stop // size) * size
+        origin, end = plan.parity.block_borders(given, stop, size)
     plan.check_positions(given, end)
     ids = torch.full((len(rows), int(end.max())), plan.fill, device="cpu")
     for index, row in enumerate(rows):
         ids[index, : len(row)] = torch.tensor(row, device="cpu")
         ids[index, len(row) : end[index]] = plan.mask_id
-    if plan.parity.padding_seen:
-        end = end.amax().expand_as(end)
+    end = plan.parity.padded(end)
     return Canvases(ids, given, origin, stop, end, _numbers(row_ids, len(rows)), plan.fill)
 
 

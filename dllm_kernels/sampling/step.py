@@ -1,15 +1,17 @@
-"""One step of the live rows: which positions are candidates, what the model says of them, what is committed.
+"""One step of the rows in flight, for every loop: candidates -> output rows -> statistics -> commits.
 
-1. Frame: the live rows at their active blocks.
-2. Acceptance.candidates: the positions whose statistics the rule needs.
-3. Predictions: which output rows they are (shift, guidance), and Statistics of those.
-4. Acceptance.commit_: what the rule accepts, written into the canvas.
-What a rule accepts is in csrc/core/acceptance.h.
+    candidates  int [B, C]: the positions of each row's active block that the step may fill
+    Predictions their output rows, of one forward over a view (shift, guidance)
+    Statistics  token and confidence of each
+    accept_     what the rule takes is written into the canvas (csrc/core/acceptance.h)
+
+`Frame`, `LiveRow` and `Acceptance` are what the host knows of rows that it moves itself.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,63 +22,76 @@ from dllm_kernels.ops.unmask import commit_
 from dllm_kernels.rule import Rule
 from dllm_kernels.sampling.config import SampleConfig
 from dllm_kernels.sampling.plan import Plan
-from dllm_kernels.sampling.views import StepView
+from dllm_kernels.sampling.views import DeviceView, StepView
+
+# ---- output rows of candidates ----------------------------------------------------------------------------
 
 
-@dataclass
-class BlockSteps:
-    """One row in its active block.
+class Predictions:
+    """Output rows that predict candidates, and what they need from one step to the next.
 
-    quotas: what is left of the schedule. taken: forwards so far. index: the step in the rule's own time,
-    which passes over steps that draw nothing. post: steps without masks, which only edit.
+    before: [slots, H], with a cache and a shift the output row at start − 1 of each row's active block: it
+    predicts position `start`, and later steps of the block do not compute it. None until a forward has shown
+    what an output row is.
     """
 
-    quotas: deque[int] = field(default_factory=deque)
-    taken: int = 0
-    index: int = 0
-    post: int = 0
+    def __init__(self, plan: Plan, slots: int):
+        self.plan, self.slots = plan, slots
+        self.before: Tensor | None = None
 
-    def stale(self, refresh_every: int | None) -> bool:
-        """Whether the next forward renews an approximate cache."""
-        return self.taken == 0 or (refresh_every is not None and self.taken % refresh_every == 0)
+    def of(
+        self,
+        canvas: Tensor,
+        hidden: Tensor | None,
+        view: StepView | DeviceView,
+        first: Tensor,
+        start: Tensor,
+        candidates: Tensor,
+        slots: Tensor | slice,
+        wanted: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
+        """Return output rows [B·C, H], or [M, H] of the M `wanted` ones, and the forwards made.
 
-    def next_quota(self, everything: int) -> int:
-        """The next of the schedule; behind its end (where `on_round` put masks back) everything."""
-        return self.quotas.popleft() if self.quotas else everything
+        canvas: int64 [B, T]. hidden: bool [B, T], what guidance hides from its second stream, whose rows
+        stand behind the others in `view`. first, start: [B], the first position that is computed, and the
+        first one of the active block. candidates: [B, C], positions. slots: where each row's own entry of
+        `before` is. wanted: int64 [M], indices among the B·C candidates.
+        """
+        plan, count = self.plan, len(candidates)
+        every = torch.arange(count, device=candidates.device)
+        row, position = every[:, None].expand_as(candidates).flatten(), candidates.flatten().long()
+        if wanted is not None:
+            row, position = row[wanted], position[wanted]
 
-    def is_edited(self, had_masks: bool, changed: bool, most: int) -> bool:
-        """Whether a block without masks is done with editing: a step without masks changed nothing, or
-        there were enough of them."""
-        self.post += not had_masks
-        return self.post >= most or not (had_masks or changed)
+        # With a shift a prediction comes from the output before it; that of a block's first position too,
+        # which is computed for as long as what stands before the block is.
+        source_row, source = row, position
+        if plan.shift:
+            source = plan.parity.source(position, first[row])
+        edges = plan.shift and view.cached
+        if edges:
+            source_row, source = torch.cat([row, every]), torch.cat([source, start - 1])
+        column = source - first[source_row]
+        places = view.place(source_row, column)
 
+        # Guidance: (1 + s)·conditional − s·unconditional.
+        if plan.streams == 2:
+            canvas = torch.cat([canvas, canvas.masked_fill(hidden, plan.mask_id)])
+            places = torch.cat([places, view.place(source_row + count, column)])
+        output, forwards = plan.runner.outputs(view.tokens_of(canvas), view, places)
+        if plan.streams == 2:
+            conditional, unconditional = output.chunk(2)
+            output = torch.lerp(unconditional, conditional, 1 + plan.config.cfg_scale)
+        if not edges:
+            return output, forwards
 
-# ---- frame ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Frame:
-    """The live rows at their active blocks.
-
-    live, rows: int64 [B], the live rows; stale: which renew an approximate cache; numbers: int64 [B], what
-    noise knows them by; start: int64 [B], where their active blocks begin; window: int64 [B, C], their
-    positions, longer than some; inside: bool, which are; index: window kept inside the canvas; view: of the
-    next forward.
-    """
-
-    live: list[int]
-    stale: list[bool]
-    rows: Tensor
-    numbers: Tensor
-    start: Tensor
-    window: Tensor
-    inside: Tensor
-    index: Tensor
-    view: StepView
-
-    def positions(self, listed: Tensor) -> Tensor:
-        """int32 [B, C], those of `listed`, else -1."""
-        return self.window.masked_fill(~listed, -1).int()
+        output, edge = output[: len(row)], output[len(row) :]
+        if self.before is None:
+            self.before = output.new_zeros(self.slots, output.shape[1])
+        # Of forwards over what stands before a block, the last one reaches its edge.
+        before = torch.where((first < start)[:, None], edge, self.before[slots])
+        self.before[slots] = before
+        return torch.where((column[: len(row)] < 0)[:, None], before[row], output), forwards
 
 
 # ---- statistics of output rows ----------------------------------------------------------------------------
@@ -93,14 +108,10 @@ class Statistics:
         config = plan.config
         self.plan, self.slots, self.width = plan, slots, width
         self.options = dict(
-            temperature=config.temperature, seed=config.seed, precision=plan.parity.precision,
+            temperature=config.temperature, seed=config.seed,
             confidence_exclude=config.begin_suppress_tokens,
+            **plan.parity.softmax_options(plan.mask_id, config.suppress_tokens),
         )  # fmt: skip
-        barred = (plan.mask_id, *config.suppress_tokens)
-        if plan.parity.mask_in_softmax:
-            self.options |= dict(suppress_tokens=config.suppress_tokens, proposal_exclude=(plan.mask_id,))
-        else:
-            self.options |= dict(suppress_tokens=barred)
         self.filters = {}
         if config.top_p is not None or config.top_k is not None:
             temperature = config.temperature if config.temperature > 0 else 1.0
@@ -114,8 +125,8 @@ class Statistics:
             self.last.view(self.slots, -1, self.last.shape[-1])[slot] = -torch.inf
 
     def of(self, output: Tensor, noise_ids: Tensor | None, place: Tensor | None = None) -> TokenStats:
-        """Of output rows [N, H]. noise_ids: int32 [N, 3]. place: int64 [N], where their logits of the step
-        before lie in `last`, for rules that compare."""
+        """Return those of output rows [N, H]. noise_ids: int32 [N, 3]. place: int64 [N], where their logits
+        of the step before lie in `last`, for rules that compare."""
         runner = self.plan.runner
         if not (self.filters or self.remembers):
             return runner.statistics(output, noise_ids=noise_ids, **self.options)
@@ -132,7 +143,7 @@ class Statistics:
         )
 
     def _last(self, logits: Tensor, place: Tensor) -> Tensor:
-        """The logits of the step before, in whose place these are put."""
+        """Return the logits of the step before, in whose place these are put."""
         if self.last is None:
             self.last = logits.new_full((self.slots * self.width, logits.shape[1]), -torch.inf)
         before = self.last[place]
@@ -140,86 +151,130 @@ class Statistics:
         return before
 
 
-# ---- predictions of candidates ----------------------------------------------------------------------------
-# What the model predicts for each candidate: guidance and shift.
-#
-# One forward over a view gives output rows; this section says which rows a candidate needs, `Statistics` how
-# they become its statistics.
+# ---- commits ----------------------------------------------------------------------------------------------
 
 
-class Predictions:
-    """Statistics of candidates, and what they need from one step to the next.
+def noise_ids(plan: Plan, numbers: Tensor, candidates: Tensor, step: Tensor) -> Tensor | None:
+    """Return int32 [B·C, 3], what the noise of each candidate is keyed by; None at temperature 0.
 
-    before: [rows, H], with a cache and a shift the output row at start − 1 of each row's active block: it
-    predicts position `start`, and later steps of the block do not compute it. width: the most positions that
-    a block has.
+    numbers, step: [B], what noise knows the rows by, and their steps so far. candidates: [B, C].
+    """
+    if not plan.config.temperature > 0:
+        return None
+    fields = torch.broadcast_tensors(numbers[:, None], candidates, step[:, None])
+    return torch.stack(fields, dim=-1).flatten(0, 1).int()
+
+
+def accept_(
+    plan: Plan,
+    rule: Rule,
+    canvas: Tensor,
+    candidates: Tensor,
+    stats: TokenStats,
+    *,
+    step: Tensor,
+    numbers: Tensor,
+    quota: Tensor | int | None = None,
+    state: Tensor | None = None,
+) -> Tensor:
+    """Write what `rule` accepts into canvas [B, T]; return accepted, bool [B, C].
+
+    candidates: int32 [B, C], -1 for none; the rest as of `commit_`, step and numbers int32 [B].
+    """
+    return commit_(
+        canvas, candidates, stats, rule, mask_id=plan.mask_id, quota=quota, state=state, step=step,
+        sequence_ids=numbers, seed=plan.config.seed,
+    )  # fmt: skip
+
+
+def block_flags(masks: Tensor, wanted: Tensor, ends: Tensor) -> Tensor:
+    """Return int64 [B, 2] of rows after a commit: how many masks are left to fill in the block, and whether
+    an end token stands before all of its masks.
+
+    masks: bool [B, C], in the block as it now is; wanted: bool, which of them are to be filled; ends: bool,
+    the end tokens of the completion.
+    """
+    return torch.stack([(masks & wanted).sum(1), (ends & (masks.cumsum(1) == 0)).any(1)], dim=1)
+
+
+# ---- rows that the host moves -----------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class LiveRow:
+    """A row in a slot, and where it stands.
+
+    row: its index in the call; step: forwards it took part in. Its active block is [start, end); reach: end
+    of what is computed and seen at all. Of the block, masks: how many were left when last looked at; quotas:
+    what is left of its schedule; taken: forwards so far; index: the step in the rule's own time, which passes
+    over steps that draw nothing; post: steps without masks, which only edit.
     """
 
-    def __init__(self, plan: Plan, rule: Rule, rows: int, slots: int, width: int):
-        self.plan, self.rows, self.width = plan, rows, width
-        self.statistics = Statistics(plan, rule, slots, width)
-        self.before: Tensor | None = None
+    row: int
+    step: int = 0
+    start: int = 0
+    end: int = 0
+    reach: int = 0
+    masks: int = 0
+    quotas: deque[int] = field(default_factory=deque)
+    taken: int = 0
+    index: int = 0
+    post: int = 0
 
-    def begin_block(self, slot: int) -> None:
-        """A row in `slot` starts a block."""
-        self.statistics.begin_block(slot)
+    def begin(self, start: int, end: int, reach: int, masks: int, quotas: Sequence[int]) -> None:
+        """Move to a block."""
+        self.start, self.end, self.reach, self.masks, self.quotas = start, end, reach, masks, deque(quotas)
+        self.taken = self.index = self.post = 0
 
-    def of(
-        self,
-        canvas: Tensor,
-        view: StepView,
-        rows: Tensor,
-        start: Tensor,
-        candidate: tuple[Tensor, Tensor],
-        noise_ids: Tensor | None,
-        slot: Tensor,
-    ) -> tuple[TokenStats, int]:
-        """Statistics of M candidates, forwards made.
+    def stale(self, refresh_every: int | None) -> bool:
+        """Return whether the next forward renews an approximate cache."""
+        return self.taken == 0 or (refresh_every is not None and self.taken % refresh_every == 0)
 
-        canvas: int64 [B, T], or with guidance [2B, T], those without their prompts behind the others.
-        rows, start: int64 [B], the rows' numbers and active blocks. candidate: row (0..B-1) and position,
-        int64 [M] each. noise_ids: int32 [M, 3]. slot: int64 [B], of each row.
-        """
-        row, position = candidate
-        first = view.packing.first[: len(rows)]
-        source = position
-        if self.plan.shift:
-            source = (position - 1).clamp(min=0)
-            if self.plan.parity.shift_in_window:
-                source = torch.maximum(source, first[row])
-        kept = source < first[row]  # start − 1, computed by an earlier forward of this block
-        edge = row.new_zeros(0)
-        if self.plan.shift and view.pages is not None:
-            edge = (first < start).nonzero()[:, 0]
-        row_of, source_of = torch.cat([row[~kept], edge]), torch.cat([source[~kept], start[edge] - 1])
-        output, forwards = self._outputs(canvas, view, row_of, source_of, len(rows))
-        if len(edge):
-            if self.before is None:
-                self.before = output.new_zeros(self.rows, output.shape[1])
-            output, self.before[rows[edge]] = output[: -len(edge)], output[-len(edge) :]
-        if len(output) < len(row):
-            computed, output = output, self.before[rows[row]]
-            output[~kept] = computed
-        place = slot[row] * self.width + position - start[row]
-        return self.statistics.of(output, noise_ids, place), forwards
+    def next_quota(self, everything: int) -> int:
+        """Return the next of the schedule; behind its end (where masks came back) everything."""
+        return self.quotas.popleft() if self.quotas else everything
 
-    def _outputs(self, canvas, view, row, position, count) -> tuple[Tensor, int]:
-        """Output rows of these positions; with guidance (1 + s)·conditional − s·unconditional."""
-        packing, scale = view.packing, self.plan.config.cfg_scale
-        ids, places = canvas[packing.row, packing.position][None], packing.place(row, position)
-        if not scale:
-            return self.plan.runner.outputs(ids, view, places)
-        places = torch.cat([places, packing.place(row + count, position)])
-        output, forwards = self.plan.runner.outputs(ids, view, places)
-        conditional, unconditional = output.chunk(2)
-        return torch.lerp(unconditional, conditional, 1 + scale), forwards
+    def went_on(self) -> None:
+        """One more forward."""
+        self.step, self.taken, self.index = self.step + 1, self.taken + 1, self.index + 1
+
+    def is_edited(self, had_masks: bool, changed: bool, most: int) -> bool:
+        """Return whether a block without masks is done with editing: a step without masks changed nothing,
+        or there were enough of them."""
+        self.post += not had_masks
+        return self.post >= most or not (had_masks or changed)
 
 
-# ---- candidates and commits -------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Frame:
+    """Live rows at their active blocks, B of them.
+
+    stale: which renew an approximate cache; slots, rows, numbers: int64 [B], where they are, their indices in
+    the call, what noise knows them by; given, stop: int64 [B], where their completions begin and end; start:
+    int64 [B], where their blocks begin; window: int64 [B, C], the blocks' positions, longer than some;
+    inside: bool, which are; index: window kept inside the canvas; view: of the next forward.
+    """
+
+    live: list[LiveRow]
+    stale: list[bool]
+    slots: Tensor
+    rows: Tensor
+    numbers: Tensor
+    given: Tensor
+    stop: Tensor
+    start: Tensor
+    window: Tensor
+    inside: Tensor
+    index: Tensor
+    view: StepView
+
+    def positions(self, listed: Tensor) -> Tensor:
+        """Return int32 [B, C], those of `listed`, else -1."""
+        return self.window.masked_fill(~listed, -1).int()
 
 
 class Acceptance:
-    """The rule of one call.
+    """The rule of one call, for rows that the host moves.
 
     blank: bool [B, T], what was masked at first, all else is prompt. ends: int64 [B], the canvases' lengths.
     state: int32 [B, T], counters of a rule that needs them.
@@ -228,94 +283,44 @@ class Acceptance:
     def __init__(self, plan: Plan, rule: Rule, blank: Tensor, ends: Tensor):
         self.plan, self.rule, self.blank, self.ends = plan, rule, blank, ends
         self.state = torch.zeros_like(blank, dtype=torch.int32) if rule.needs_state else None
-        parity = plan.parity
-        self.start_alone = parity.refresh_commits_start and not plan.scheme.exact
-        self.within_quota = parity.threshold_within_quota and plan.scheme.exact and rule.name == "threshold"
-        self.needs_quota = rule.needs_quota or self.within_quota
-        drawn = rule.alg_temp > 0 or rule.confidence == "random"
-        ranked = parity.ranked_by_topk is not None and (rule.name == "quota" or self.within_quota)
-        self.by_topk = ranked and not drawn
 
-    def candidates(self, frame: Frame, blocks: list[BlockSteps], canvas: Tensor, masked: Tensor) -> Tensor:
-        """bool [B, C], the positions whose statistics the rule needs; masked: those that hold a mask."""
+    def candidates(self, frame: Frame, canvas: Tensor, masked: Tensor) -> Tensor:
+        """Return bool [B, C], the positions whose statistics the rule needs; masked: those with a mask."""
         if self.rule.name == "edit":
             return frame.inside & self.blank[frame.rows].gather(1, frame.index)
         if self.rule.name == "bernoulli":
-            return self._drawn(frame, blocks, canvas, masked)
-        if self.start_alone:
-            stale = torch.tensor(frame.stale, device=masked.device)[:, None]
-            return masked & (~stale | (frame.window == frame.start[:, None]))
-        return masked
+            return self._drawn(frame, canvas, masked)
+        return self.plan.parity.candidates(frame, masked, self.plan.scheme.exact)
 
     def commit_(
-        self,
-        frame: Frame,
-        blocks: list[BlockSteps],
-        canvas: Tensor,
-        listed: Tensor,
-        stats: TokenStats,
-        step: Tensor,
+        self, frame: Frame, canvas: Tensor, listed: Tensor, stats: TokenStats, step: Tensor
     ) -> Tensor:
-        """Write what the rule accepts of `listed` into canvas [B, T]; accepted, bool [B, C].
+        """Write what the rule accepts of `listed` into canvas [B, T]; return accepted, bool [B, C].
 
         stats: of all B·C positions. step: int64 [B], forwards that the rows took part in.
         """
         common = dict(
-            mask_id=self.plan.mask_id, seed=self.plan.config.seed, sequence_ids=frame.numbers.int(),
-            step=self._index(blocks, step.device) if self.rule.name == "bernoulli" else step.int(),
-        )  # fmt: skip
-        quota = self._quota(blocks, listed)
-        if self.by_topk:
-            listed = self._taken_by_topk(frame, listed, stats, quota)
-        if self.within_quota:
-            quota = None
+            numbers=frame.numbers.int(),
+            step=self._index(frame, step.device) if self.rule.name == "bernoulli" else step.int(),
+        )
         state = None if self.state is None else self.state[frame.rows]
-        accepted = commit_(
-            canvas, frame.positions(listed), stats, self.rule, quota=quota, state=state, **common
+
+        def accept(listed: Tensor, rule: Rule, quota: Tensor | int | None) -> Tensor:
+            places = frame.positions(listed)
+            return accept_(self.plan, rule, canvas, places, stats, quota=quota, state=state, **common)
+
+        accepted = self.plan.parity.commit_(
+            accept, frame, listed, stats, self.rule, self.plan.scheme.exact, self.ends, self.blank.shape[1]
         )
         if state is not None:
             self.state[frame.rows] = state
-        if self.plan.parity.factor_takes_all and self.rule.name == "factor":
-            left = listed & ~accepted
-            left &= left.sum(1, keepdim=True) == 1
-            accepted |= commit_(canvas, frame.positions(left), stats, Rule.quota(), quota=1, **common)
         return accepted
 
-    def _quota(self, blocks: list[BlockSteps], listed: Tensor) -> Tensor | None:
-        """int32 [B], how many tokens each row commits; None for rules without a quota."""
-        if not self.needs_quota:
-            return None
-        quotas = [block.next_quota(listed.shape[1]) for block in blocks]
-        if self.within_quota:
-            masks = listed.sum(1).tolist()
-            quotas = [count - sum(block.quotas) for count, block in zip(masks, blocks, strict=True)]
-        return torch.tensor(quotas, dtype=torch.int32, device=listed.device)
+    def _index(self, frame: Frame, device: torch.device) -> Tensor:
+        return torch.tensor([row.index for row in frame.live], dtype=torch.int32, device=device)
 
-    def _taken_by_topk(self, frame: Frame, listed: Tensor, stats: TokenStats, quota: Tensor) -> Tensor:
-        """bool [B, C]: what torch.topk takes of `listed` where it ranks all positions that were computed, in
-        canvases padded to one width. Its order among equals follows from where they stand."""
-        packing, width = frame.view.packing, self.blank.shape[1]
-        first, end = packing.first[: len(listed)], self.ends[frame.rows]
-        last = first + packing.length[: len(listed)]
-        pad = width - end if self.plan.parity.ranked_by_topk == "left" else torch.zeros_like(end)
-        low = torch.where(first > 0, first + pad, 0).tolist()
-        high = torch.where(last < end, last + pad, width).tolist()
-        surest = {"prob": stats.prob, "margin": stats.margin, "entropy": -stats.entropy}
-        confidence = surest[self.rule.confidence].view_as(listed).masked_fill(~listed, -torch.inf)
-        column = frame.window + pad[:, None]
-        ranked = confidence.new_full((len(listed), width + listed.shape[1]), -torch.inf)
-        ranked = ranked.scatter_(1, column, confidence).cpu()
-        taken = torch.zeros_like(ranked, dtype=torch.bool)
-        for row, most in enumerate(quota.tolist()):
-            some = ranked[row, low[row] : high[row]]
-            taken[row, low[row] + some.topk(min(most, len(some))).indices] = True
-        return listed & taken.to(listed.device).gather(1, column)
-
-    def _index(self, blocks: list[BlockSteps], device: torch.device) -> Tensor:
-        return torch.tensor([block.index for block in blocks], dtype=torch.int32, device=device)
-
-    def _drawn(self, frame: Frame, blocks: list[BlockSteps], canvas: Tensor, masked: Tensor) -> Tensor:
-        """bool [B, C]: what rule `bernoulli` draws of the masks in each row's next step.
+    def _drawn(self, frame: Frame, canvas: Tensor, masked: Tensor) -> Tensor:
+        """Return bool [B, C]: what rule `bernoulli` draws of the masks in each row's next step.
 
         The draw depends on no statistics, so that it is known beforehand, and a step that draws nothing is
         passed over without a forward. Every row draws something in its last step.
@@ -325,16 +330,15 @@ class Acceptance:
             torch.full_like(zeros, int(self.plan.mask_id == 0), dtype=torch.int64), *[zeros] * 4
         )
         while True:
-            found = commit_(
-                canvas.clone(), frame.positions(masked), anything, self.rule, mask_id=self.plan.mask_id,
-                step=self._index(blocks, masked.device), sequence_ids=frame.numbers.int(),
-                seed=self.plan.config.seed,
+            found = accept_(
+                self.plan, self.rule, canvas.clone(), frame.positions(masked), anything,
+                step=self._index(frame, masked.device), numbers=frame.numbers.int(),
             )  # fmt: skip
             idle = (~found.any(1)).tolist()
             if not any(idle):
                 return found
-            for block, nothing in zip(blocks, idle, strict=True):
-                block.index += nothing
+            for row, nothing in zip(frame.live, idle, strict=True):
+                row.index += nothing
 
 
 def rule_of(config: SampleConfig, blocks: list[int]) -> Rule:

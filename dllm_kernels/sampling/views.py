@@ -53,10 +53,6 @@ class Packing:
         position = torch.arange(len(row), device=first.device) + (first - offset)[row]
         return Packing(first, length, offset, row, position)
 
-    def place(self, row: Tensor, position: Tensor) -> Tensor:
-        """Where the token of `row` at `position` lies in the sequence."""
-        return self.offset[row] + position - self.first[row]
-
 
 @dataclass(eq=False)
 class StepView:
@@ -81,9 +77,23 @@ class StepView:
         return self.packing.position[None]
 
     @property
+    def cached(self) -> bool:
+        """Whether there is a cache, so that not everything that is seen is computed."""
+        return self.pages is not None
+
+    @property
     def writes(self) -> bool:
         """Whether a forward over this view changes the cache."""
         return self.pages is not None and self.pages.write is not None
+
+    def tokens_of(self, canvas: Tensor) -> Tensor:
+        """Return the ids [1, N] that a forward computes, of canvas [B, T]."""
+        return canvas[self.packing.row, self.packing.position][None]
+
+    def place(self, row: Tensor, column: Tensor) -> Tensor:
+        """Return where a row's token stands among all that are computed; column: counted from the row's first
+        one, which stands for those before it."""
+        return self.packing.offset[row] + column.clamp(min=0)
 
     def rows(self) -> list[tuple[slice, StepView]]:
         """Return where the tokens of each row lie, and a view of that row alone. Of views without pages."""
@@ -307,6 +317,20 @@ class DeviceView:
     cache: BlockKVCache
     layers: set[int] = field(default_factory=set)
     _seen: dict[int | None, tuple] = field(default_factory=dict)
+
+    @property
+    def cached(self) -> bool:
+        """As of StepView."""
+        return True
+
+    def tokens_of(self, canvas: Tensor) -> Tensor:
+        """Return the ids [B, Q] that a forward computes, of canvas [B, T]."""
+        return canvas.gather(1, self.position_ids.long())
+
+    def place(self, row: Tensor, column: Tensor) -> Tensor:
+        """As StepView.place; the last token stands for those behind it."""
+        queries = self.position_ids.shape[1]
+        return row * queries + column.clamp(0, queries - 1)
 
     def twice(self) -> DeviceView:
         """The same rows again behind themselves; `table` has both already."""

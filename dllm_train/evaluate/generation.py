@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import dllm_kernels as dk
 from dllm_kernels.models.text import added_text, decoded_behind
-from dllm_kernels.sampling.loop import MOST_STOP_IDS
+from dllm_kernels.sampling.graph_loop import MOST_STOP_IDS
 from dllm_kernels.sampling.plan import make_plan
 
 GAP = re.compile("<mask:[0-9]+>")

@@ -1,4 +1,4 @@
-"""dk.sample on a GPU: the tokens of the CPU, from rounds in a CUDA graph and from those the host steers."""
+"""dk.sample on a GPU: the tokens of the CPU, from steps in CUDA graphs and from those the host steers."""
 
 import copy
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import dllm_kernels as dk
-from dllm_kernels.sampling import loop
-from dllm_kernels.sampling.api import rounds_on_the_device
+from dllm_kernels.sampling import graph_loop
+from dllm_kernels.sampling.graph_loop import graph_loop_of
 from dllm_kernels.sampling.graphs import Launches, NotRecorded
 from dllm_kernels.sampling.output import completion_output
 from dllm_kernels.sampling.plan import make_plan
@@ -37,12 +37,11 @@ def assert_same(output: dk.SampleOutput, expected: dk.SampleOutput) -> None:
     assert torch.equal(output.row_forwards, expected.row_forwards)
 
 
-def rounds_on_the_device_of(model, prompts, **options) -> dk.SampleOutput:
+def sampled_in_graphs(model, prompts, **options) -> dk.SampleOutput:
     plan = make_plan(model, None, None, options)
     canvases = completions(prompts, plan)
-    rounds = rounds_on_the_device(plan)(plan, canvases, plan.eos_ids)
-    rounds.run()
-    return completion_output(canvases, rounds.unmask_step, plan.eos_ids, None, **rounds.measured())
+    finished = graph_loop_of(plan)(plan, canvases, plan.eos_ids).run()
+    return completion_output(canvases, finished, plan.eos_ids, None)
 
 
 KINDS = {
@@ -69,17 +68,17 @@ def test_every_kernel_of_a_round_together(gpu, kind, options):
     expected = dk.sample(model, prompts, **options)
     with gpu.kernels():
         placed = copy.deepcopy(model).to(gpu.device)
-        assert_same(rounds_on_the_device_of(placed, prompts, **options), expected)
+        assert_same(sampled_in_graphs(placed, prompts, **options), expected)
 
 
 def test_two_graphs_of_a_block(gpu, monkeypatch):
-    monkeypatch.setattr(loop, "FEW_TOKENS", 0)
+    monkeypatch.setattr(graph_loop, "FEW_TOKENS", 0)
     model, prompts = tiny_model(), prompts_of(3, 17, 9)
     options = dict(max_new_tokens=9, block_size=8, max_batch=2, threshold=0.3)
     expected = dk.sample(model, prompts, **options)
     with gpu.kernels():
         placed = copy.deepcopy(model).to(gpu.device)
-        assert_same(rounds_on_the_device_of(placed, prompts, **options), expected)
+        assert_same(sampled_in_graphs(placed, prompts, **options), expected)
 
 
 def test_sliding_windows_and_a_narrow_suffix(gpu):
@@ -90,12 +89,12 @@ def test_sliding_windows_and_a_narrow_suffix(gpu):
     expected = dk.sample(model, prompts, **options)
     with gpu.kernels():
         placed = copy.deepcopy(model).to(gpu.device)
-        assert_same(rounds_on_the_device_of(placed, prompts, **options), expected)
+        assert_same(sampled_in_graphs(placed, prompts, **options), expected)
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8])
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=NAMES)
-def test_replayed_rounds(kind, options, slots):
+def test_replayed_steps(kind, options, slots):
     attention, cache = KINDS[kind]
     on_cpu, on_gpu = both_places(attention=attention)
     prompts = prompts_of(1, 40, 33, 4, 17, 8, 16, 3, seed=2)
@@ -104,9 +103,9 @@ def test_replayed_rounds(kind, options, slots):
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8])
-def test_replayed_rounds_of_two_graphs(slots, monkeypatch):
+def test_replayed_steps_of_two_graphs(slots, monkeypatch):
     """As with many rows: one over the active blocks, one over those before them too."""
-    monkeypatch.setattr(loop, "FEW_TOKENS", 0)
+    monkeypatch.setattr(graph_loop, "FEW_TOKENS", 0)
     on_cpu, on_gpu = both_places()
     prompts = prompts_of(1, 40, 33, 4, 17, 8, 16, 3, seed=2)
     options = dict(max_new_tokens=19, block_size=8, max_batch=slots, threshold=0.3)

@@ -13,7 +13,7 @@ import torch
 import dllm_kernels as dk
 from dllm_kernels.sampling import slots
 from dllm_kernels.sampling.graphs import Launches
-from tests.sampling.test_block_rounds import on_device
+from tests.sampling.test_block_loop import on_device
 from tests.sampling.tiny_models import prompts_of, tiny_model
 
 

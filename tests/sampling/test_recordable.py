@@ -7,9 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from dllm_kernels import span_mask
-from dllm_kernels.sampling import loop
+from dllm_kernels.sampling import graph_loop
 from dllm_kernels.sampling.graphs import Launches
-from tests.sampling.test_block_rounds import on_device
+from tests.sampling.test_block_loop import on_device
 from tests.sampling.tiny_models import EOS, MASK, PAD, prompts_of, tiny_model
 
 # Operators whose result, or its shape, follows from contents; and the one behind torch.tensor.
@@ -69,9 +69,9 @@ def test_every_kind_of_step(cache, options, watched):
 
 
 def test_a_step_over_the_active_blocks_alone(watched, monkeypatch):
-    monkeypatch.setattr(loop, "FEW_TOKENS", 0)
-    _, rounds = on_device(tiny_model(), prompts_of(3, 25), max_new_tokens=17, block_size=8, threshold=0.3)
-    assert len(rounds.widths) == 2 and min(watched) > 10
+    monkeypatch.setattr(graph_loop, "FEW_TOKENS", 0)
+    _, loop = on_device(tiny_model(), prompts_of(3, 25), max_new_tokens=17, block_size=8, threshold=0.3)
+    assert len(loop.widths) == 2 and min(watched) > 10
 
 
 SMALL = dict(mask_token_id=MASK, bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD, vocab_size=120)

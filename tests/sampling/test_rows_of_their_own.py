@@ -14,7 +14,7 @@ KINDS = {"block": "block_causal", "none": "bidirectional", "dual": "bidirectiona
 
 @pytest.fixture(params=["host", "device"])
 def rounds(request, monkeypatch):
-    """Rounds that the host steers, and those that stay on the device."""
+    """The loop that the host steers, and those whose steps are graphs."""
     if request.param == "device":
         monkeypatch.setattr(api, "_may_record", lambda plan, _: True)
 

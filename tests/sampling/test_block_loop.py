@@ -1,12 +1,11 @@
-"""Block-causal rounds on the device give the tokens of the plain loop, and of rounds that the host steers."""
+"""Block-causal steps in graphs give the tokens of the plain loop, and of the loop that the host steers."""
 
 import pytest
 import torch
 
 import dllm_kernels as dk
-from dllm_kernels.sampling import loop, plain_loop, views
-from dllm_kernels.sampling.api import rounds_on_the_device
-from dllm_kernels.sampling.loop import BlockRounds, DeviceRounds
+from dllm_kernels.sampling import graph_loop, plain_loop, views
+from dllm_kernels.sampling.graph_loop import BlockLoop, GraphLoop, graph_loop_of
 from dllm_kernels.sampling.output import completion_output
 from dllm_kernels.sampling.plan import make_plan
 from dllm_kernels.sampling.prompts import completions, gaps
@@ -38,20 +37,17 @@ RULES = {
 }
 
 
-@pytest.fixture(params=[loop.FEW_TOKENS, 0], ids=["one graph", "two graphs"], autouse=True)
+@pytest.fixture(params=[graph_loop.FEW_TOKENS, 0], ids=["one graph", "two graphs"], autouse=True)
 def graphs(request, monkeypatch):
     """As for the few rows of these tests, and as for many."""
-    monkeypatch.setattr(loop, "FEW_TOKENS", request.param)
+    monkeypatch.setattr(graph_loop, "FEW_TOKENS", request.param)
 
 
-def on_device(model, prompts, **options) -> tuple[dk.SampleOutput, DeviceRounds]:
+def on_device(model, prompts, **options) -> tuple[dk.SampleOutput, GraphLoop]:
     plan = make_plan(model, None, None, options)
     canvases = completions(prompts, plan)
-    kind = rounds_on_the_device(plan)
-    rounds = kind(plan, canvases, stop_ids=plan.eos_ids if plan.config.stop_on_eos else ())
-    rounds.run()
-    output = completion_output(canvases, rounds.unmask_step, plan.eos_ids, None, **rounds.measured())
-    return output, rounds
+    loop = graph_loop_of(plan)(plan, canvases, plan.eos_ids if plan.config.stop_on_eos else ())
+    return completion_output(canvases, loop.run(), plan.eos_ids, None), loop
 
 
 @pytest.mark.parametrize("options", RULES.values(), ids=RULES)
@@ -69,13 +65,13 @@ def test_every_rule(options, record_property):
 @pytest.mark.parametrize("graphs", [128], indirect=True)
 @pytest.mark.parametrize("rows", [5, 20])
 def test_with_many_rows_steps_within_a_block_compute_it_alone_and_write_nothing(rows, monkeypatch):
-    steps, writes, launch = [], [], BlockRounds.launch
+    steps, writes, launch = [], [], BlockLoop.launch
 
     def watched(self):
         steps.append((self.queries, int(self.slots.rows.q_lengths.max())))
         launch(self)
 
-    monkeypatch.setattr(BlockRounds, "launch", watched)
+    monkeypatch.setattr(BlockLoop, "launch", watched)
     attend = views.DeviceView.attend
 
     def watched_attend(view, *arguments):
@@ -102,9 +98,9 @@ def test_rows_wait_for_slots(slots, record_property):
     options = dict(max_new_tokens=19, block_size=8, threshold=0.2, eos_ids=(EOS, 5, 17, 60))
     config = dk.SampleConfig(**options)
     rows = [plain_loop.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
-    output, rounds = on_device(model, prompts, max_batch=slots, **options)
+    output, loop = on_device(model, prompts, max_batch=slots, **options)
     assert_rows_equal(output, rows, record_property)
-    assert rounds.slots.cache.pages_used == 0
+    assert loop.slots.cache.pages_used == 0
 
 
 def test_equal_prompts_share_pages(record_property):
@@ -123,11 +119,11 @@ def test_infilling(record_property):
     for start, end in ((37, 45), (46, 47), (70, 75)):
         canvas[start:end] = [MASK] * (end - start)
     plan = make_plan(model, None, None, dict(block_size=8))
-    rounds = BlockRounds(plan, gaps([canvas], plan.fill))
-    rounds.run()
+    loop = BlockLoop(plan, gaps([canvas], plan.fill))
+    finished = loop.run()
     expected = dk.infill(model, [canvas], block_size=8)
-    assert torch.equal(rounds.canvases.ids, expected.sequences)
-    assert torch.equal(rounds.unmask_step, expected.unmask_step)
+    assert torch.equal(finished.ids, expected.sequences)
+    assert torch.equal(finished.unmask_step, expected.unmask_step)
 
 
 def test_sliding_windows(record_property):
@@ -141,11 +137,11 @@ def test_sliding_windows(record_property):
 def test_a_failing_model_leaves_no_pages():
     model = tiny_model()
     plan = make_plan(model, None, None, dict(max_new_tokens=9, block_size=8))
-    rounds = BlockRounds(plan, completions(prompts_of(9), plan))
-    rounds.step = lambda queries: (_ for _ in ()).throw(KeyboardInterrupt)
+    loop = BlockLoop(plan, completions(prompts_of(9), plan))
+    loop.run_step = lambda queries: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        rounds.run()
-    assert rounds.slots.cache.pages_used == 0
+        loop.run()
+    assert loop.slots.cache.pages_used == 0
 
 
 @pytest.mark.parametrize("guided", [dict(), dict(cfg_scale=0.8)], ids=["plain", "guided"])
@@ -167,11 +163,11 @@ def test_shift_and_infilling():
     for start, end in ((0, 2), (40, 45), (70, 75)):
         canvas[start:end] = [MASK] * (end - start)
     plan = make_plan(model, None, None, dict(block_size=8, shift=True))
-    rounds = BlockRounds(plan, gaps([canvas], plan.fill))
-    rounds.run()
+    loop = BlockLoop(plan, gaps([canvas], plan.fill))
+    finished = loop.run()
     expected = dk.infill(model, [canvas], block_size=8, shift=True)
-    assert torch.equal(rounds.canvases.ids, expected.sequences)
-    assert torch.equal(rounds.unmask_step, expected.unmask_step)
+    assert torch.equal(finished.ids, expected.sequences)
+    assert torch.equal(finished.unmask_step, expected.unmask_step)
 
 
 @pytest.mark.parametrize(
@@ -188,9 +184,9 @@ def test_shift_and_infilling():
     ],
 )
 def test_what_the_host_must_see_is_left_to_it(options):
-    assert rounds_on_the_device(make_plan(tiny_model(), None, None, options)) is None
+    assert graph_loop_of(make_plan(tiny_model(), None, None, options)) is None
 
 
 def test_a_callable_is_left_to_the_host():
     options = dict(mask_id=3, cache="none")
-    assert rounds_on_the_device(make_plan(lambda ids: ids, None, None, options)) is None
+    assert graph_loop_of(make_plan(lambda ids: ids, None, None, options)) is None

@@ -1,4 +1,4 @@
-"""dk.sample and dk.infill take the rounds that stay on the device where they may, else those of the host."""
+"""dk.sample and dk.infill run in graphs where they may, else the host steers every step."""
 
 import copy
 import warnings

@@ -1,15 +1,14 @@
-"""Bidirectional rounds on the device give the tokens of the plain loop and of rounds that the host steers."""
+"""Bidirectional steps in graphs give the tokens of the plain loop, and of the loop that the host steers."""
 
 import pytest
 import torch
 
 import dllm_kernels as dk
 from dllm_kernels.sampling import plain_loop
-from dllm_kernels.sampling.api import rounds_on_the_device
-from dllm_kernels.sampling.loop import RefreshedRounds
+from dllm_kernels.sampling.graph_loop import RefreshLoop, graph_loop_of
 from dllm_kernels.sampling.plan import make_plan
 from dllm_kernels.sampling.prompts import gaps
-from tests.sampling.test_block_rounds import on_device
+from tests.sampling.test_block_loop import on_device
 from tests.sampling.test_oracle import RULES, assert_rows_equal
 from tests.sampling.tiny_models import EOS, MASK, prompts_of, tiny_model
 
@@ -60,11 +59,11 @@ def test_every_refresh_and_window(cache, suffix_window, refresh_every, record_pr
 def test_with_a_refresh_in_every_step_nothing_is_approximated():
     model, prompts = tiny_model(attention="bidirectional"), prompts_of(5, 30)
     options = dict(max_new_tokens=20, block_size=8, threshold=0.4)
-    output, rounds = on_device(model, prompts, cache="dual", refresh_every=1, **options)
+    output, loop = on_device(model, prompts, cache="dual", refresh_every=1, **options)
     exact = dk.sample(model, prompts, cache="none", **options)
     assert output.exact and torch.equal(output.sequences, exact.sequences)
     assert output.forwards == int(output.row_forwards.sum())
-    assert not any(name[0] == "forward" for name in rounds.slots.launches.recorded)
+    assert not any(name[0] == "forward" for name in loop.slots.launches.recorded)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
@@ -75,11 +74,11 @@ def test_rows_wait_for_slots(cache, slots, record_property):
     options = dict(max_new_tokens=24, block_size=8, threshold=0.5, cache=cache, eos_ids=(EOS, *range(20, 40)))
     config = dk.SampleConfig(**options)
     rows = [plain_loop.sample_row(model, p, config, sequence=i) for i, p in enumerate(prompts)]
-    output, rounds = on_device(model, prompts, max_batch=slots, **options)
+    output, loop = on_device(model, prompts, max_batch=slots, **options)
     assert_rows_equal(output, rows, record_property)
     assert_same_steps(output, dk.sample(model, prompts, config=config))
     assert len(output.lengths.unique()) > 2
-    assert rounds.slots.cache.pages_used == 0
+    assert loop.slots.cache.pages_used == 0
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -93,11 +92,11 @@ def test_infilling(cache):
             canvas[start:end] = [MASK] * (end - start)
     options = dict(block_size=8, cache=cache, steps=6, shift=True)
     plan = make_plan(model, None, None, options)
-    rounds = RefreshedRounds(plan, gaps(canvases, plan.fill))
-    rounds.run()
+    loop = RefreshLoop(plan, gaps(canvases, plan.fill))
+    finished = loop.run()
     expected = dk.infill(model, canvases, **options)
-    assert torch.equal(rounds.canvases.ids, expected.sequences)
-    assert torch.equal(rounds.unmask_step, expected.unmask_step)
+    assert torch.equal(finished.ids, expected.sequences)
+    assert torch.equal(finished.unmask_step, expected.unmask_step)
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -134,12 +133,12 @@ def test_positions_beyond_a_row_are_none_of_the_model():
 def test_a_failing_model_leaves_no_pages():
     model = tiny_model(attention="bidirectional")
     plan = make_plan(model, None, None, dict(max_new_tokens=9, block_size=8, cache="dual"))
-    rounds = rounds_on_the_device(plan)(plan, gaps([[MASK] * 9], plan.fill))
-    rounds.refresh = lambda length: (_ for _ in ()).throw(KeyboardInterrupt)
-    before = rounds.canvases.ids.clone()
+    loop = graph_loop_of(plan)(plan, gaps([[MASK] * 9], plan.fill))
+    loop.refresh = lambda length: (_ for _ in ()).throw(KeyboardInterrupt)
+    before = loop.canvases.ids.clone()
     with pytest.raises(KeyboardInterrupt):
-        rounds.run()
-    assert rounds.slots.cache.pages_used == 0 and torch.equal(rounds.canvases.ids, before)
+        loop.run()
+    assert loop.slots.cache.pages_used == 0 and torch.equal(loop.canvases.ids, before)
 
 
 HOSTED = [dict(cache="none"), dict(cache="dual", parity="fast_dllm"), dict(cache="dual", history=True)]
@@ -147,4 +146,4 @@ HOSTED = [dict(cache="none"), dict(cache="dual", parity="fast_dllm"), dict(cache
 
 @pytest.mark.parametrize("options", HOSTED)
 def test_what_the_host_must_see_is_left_to_it(options):
-    assert rounds_on_the_device(make_plan(tiny_model(attention="bidirectional"), None, None, options)) is None
+    assert graph_loop_of(make_plan(tiny_model(attention="bidirectional"), None, None, options)) is None
