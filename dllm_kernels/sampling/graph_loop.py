@@ -306,12 +306,12 @@ class BlockLoop(GraphLoop):
 
 # ---- bidirectional rows with a cache ----------------------------------------------------------------------
 # With cache="prefix" or "dual" it follows from what a row's last step left whether its next one is a
-# refresh, and where its next block is: the host waits for two small flags of every row after each step, then
-# writes the rows' next step and uploads it (`SteeredRows`). A step launches up to three kinds of graphs: a
-# forward of the rows that use their cache; a refresh of each row that renews it, by itself, in a bucket of its
-# length; and one commit of them all. A row that takes no part in a forward has no queries there. So a step
-# makes more forwards than one of `HostLoop`, where rows renew their cache in the forward in which others use
-# theirs.
+# refresh, and where its next block is: the host waits for two small flags of every row after each step,
+# then writes the rows' next step and uploads it (`SteeredRows`). A step launches up to three kinds of
+# graphs: a forward of the rows that use their cache; a refresh of each row that renews it, by itself, in a
+# bucket of its length; and one commit of them all. A row that takes no part in a forward has no queries
+# there. So a step makes more forwards than one of `HostLoop`, where rows renew their cache in the forward
+# in which others use theirs.
 
 COMMIT, FORWARD, REFRESH = "commit", "forward", "refresh"
 
