@@ -1,4 +1,4 @@
-"""What `dk.sample` does, and the file that each line lives in.
+"""The algorithm of `dk.sample`, and the file that each line lives in.
 
     plan = the model with checked options          plan.py, config.py (options), parity.py, schedules.py
     canvases = prompts with masks behind them      prompts.py

@@ -72,7 +72,7 @@ _OTHERS = ("strict", "confidence", "alg_temp", "stable_steps", "max_post_steps")
 
 
 def rule_name(config) -> str:
-    """What the options of a SampleConfig name: its rule, or the rule of a number that is given."""
+    """Return the rule that the options name, or that of the number that is given."""
     if isinstance(config.rule, Rule):
         return config.rule.name
     return config.rule or next((_NAMED_BY[name] for name in _NUMBERS if _given(config, name)), "quota")
@@ -237,7 +237,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How to sample. Contradictions raise ValueError with the reason.
+    """The options of sampling. Contradictions raise ValueError with the reason.
 
     max_new_tokens: completion tokens of each row (`sample` only). block_size: tokens denoised together.
     steps: denoising steps in all, ceil(steps / blocks) for each block; steps_per_block: that, said directly;
@@ -323,7 +323,7 @@ class SampleConfig:
 
     @property
     def approximate(self) -> bool:
-        """Whether these options let a step see other than what a forward over everything would show it."""
+        """Return whether a step may see other than what a forward over everything would show it."""
         return self.suffix_window is not None or (self.cache in APPROXIMATE and self.refresh_every != 1)
 
     def acceptance(self, steps: int | None = None) -> Rule:
@@ -371,7 +371,7 @@ APPROXIMATE = ("prefix", "dual")
 
 
 def _refuse_contradictions(config: SampleConfig) -> None:
-    """Those that are not about the rule."""
+    """Refuse contradictions that do not concern the rule."""
     if config.steps is not None and config.steps_per_block is not None:
         raise ValueError("steps and steps_per_block both say how many steps a block gets; give one")
     name = rule_name(config)

@@ -39,7 +39,7 @@ def graph_loop_of(plan: Plan) -> type[GraphLoop] | None:
 
 
 class GraphLoop(Loop):
-    """What the loops with and without refreshes have in common.
+    """The common part of the loops with and without refreshes.
 
     ids: on the CPU, those of rows that have left. width, columns: the most positions of a row and of a block.
     hidden: bool [B, T], prompt tokens that guidance hides from its second stream.
@@ -74,7 +74,7 @@ class GraphLoop(Loop):
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        """As of Loop, with the slots and the launches."""
+        """Enter `Loop.prepared`, then provide slots, pages and launches."""
         plan, count = self.plan, self.slot_count
         pages = plan.pages_for(torch.tensor([length_bucket(end) for end in self.end], device="cpu"))
 
@@ -168,8 +168,8 @@ class BlockLoop(GraphLoop):
 
     @staticmethod
     def serves(plan: Plan) -> bool:
-        """As of GraphLoop. Where a step may commit more than its quota, the next one is that of a step of the
-        block, which `advance_` knows for one schedule."""
+        """Return `GraphLoop.serves` for cache="block". Where a step may commit more than its quota, the next
+        quota is that of a step of the block, which `advance_` knows for one schedule."""
         more_than_quota = plan.config.acceptance(1).name == "quota_or_threshold"
         return (
             GraphLoop.serves(plan)
@@ -328,7 +328,7 @@ class RefreshLoop(GraphLoop):
 
     @staticmethod
     def serves(plan: Plan) -> bool:
-        """As of GraphLoop, of the schemes whose cache is renewed."""
+        """Return `GraphLoop.serves` for the schemes whose cache is renewed."""
         return GraphLoop.serves(plan) and plan.scheme.keeps is not None and not plan.scheme.exact
 
     def rows_for(self, slots: int) -> SteeredRows:

@@ -23,7 +23,7 @@ _RECORDING = threading.Lock()
 
 
 class NotRecorded(RuntimeError):
-    """What was to be recorded waits for the device, or does something else that a CUDA graph cannot hold."""
+    """The function to record waits for the device, or does something else that a CUDA graph cannot hold."""
 
 
 class Launches:
@@ -107,7 +107,7 @@ class Launches:
 
 
 class Flags:
-    """What a small tensor held after each of the launches that `note` was called behind.
+    """The contents of a small tensor after each of the launches that `note` was called behind.
 
     in_flight: launches that may be under way before the host waits for the oldest: with 1 it waits for each,
     with 2 the device always has the next one to go on with.

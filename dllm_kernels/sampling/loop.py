@@ -39,7 +39,7 @@ NO_TOKEN = "no token can be committed: suppress_tokens leaves none of the vocabu
 
 @dataclass(frozen=True)
 class Round:
-    """What one step of all live rows did, as `on_round` gets it.
+    """The result of one step of all live rows, as `on_round` gets it.
 
     rows, positions, tokens: int64 [n], what was committed: index of the prompt, position, token id.
     canvas: int64 [B, T], a copy of all canvases as they stand. forwards: forward passes so far.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parity:
-    """How a reference differs.
+    """The ways in which a reference differs.
 
     fixed: the options that a mode settles; passing a different value raises ValueError. usual: those that it
     has where nothing else is said.

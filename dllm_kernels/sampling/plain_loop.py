@@ -1,6 +1,6 @@
 """The oracle of sampling: the plain loop, one row at a time, dense masks, logits of whole canvases.
 
-It shares nothing with rounds.py but the options: no views, no pages, no batch, none of our compiled
+It shares nothing with loop.py but the options: no views, no pages, no batch, none of our compiled
 operators. Approximate caches are transformers' own, cut by hand. Tests compare tokens with it.
 """
 
@@ -157,7 +157,7 @@ class PlainModel:
 
 
 def _draws(rule, masked: list[int], index: int, sequence: int, seed: int) -> bool:
-    """Whether rule `bernoulli` draws any of the masked positions in this step."""
+    """Return whether rule `bernoulli` draws any of the masked positions in this step."""
     nothing = tuple(torch.zeros(len(masked)) for _ in range(4))
     (accepted,) = unmask.commit(
         [[-1] * (max(masked) + 1)], [masked], nothing, rule, mask_id=-1, step=[index],

@@ -1,4 +1,4 @@
-"""What one call of `sample` or `infill` settles before its first round: model, options, special tokens."""
+"""The plan of one call of `sample` or `infill`: model, checked options, special tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def shift(self) -> bool:
-        """Whether the prediction for a position comes from the output before it."""
+        """Whether the output before a position predicts it."""
         return self.diffusion.shift if self.config.shift is None else self.config.shift
 
     @property
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def fill(self) -> int:
-        """What stands after a row's end: the end token; else the padding token, else 0 or 1."""
+        """The token to fill up with after a row's end: the end token; else the padding token, else 0 or 1."""
         candidates = (*self.eos_ids, self.diffusion.pad_id, 0, 1)
         return next(token for token in candidates if token not in (None, self.mask_id))
 
@@ -84,9 +84,7 @@ class Plan:
             )
 
     def shareable(self, canvases: Canvases) -> Tensor:
-        """int64 [B], leading tokens of each prompt whose keys and values depend on nothing after them: whole
-        blocks of block-causal models. With a shift the last block is computed, whose last output is needed.
-        """
+        """Return int64 [B], the leading tokens of each prompt whose keys and values may be shared."""
         if not self.block_causal:
             return torch.zeros_like(canvases.given)
         return self.parity.shareable(canvases.given, self.config.block_size, self.shift)
@@ -98,7 +96,7 @@ class Plan:
         return int(pages.topk(live).values.sum()) * self.streams
 
     def cache_of(self, pages: int) -> BlockKVCache:
-        """So many pages for this model, in the dtype that its keys and values have under autocast too."""
+        """Return a cache of so many pages in the dtype of the model's keys and values, under autocast too."""
         traits, kind = self.runner.traits, self.device.type
         autocast = torch.is_autocast_enabled(kind)
         return BlockKVCache(

@@ -1,4 +1,4 @@
-"""What the caller gives, as canvases: texts, ids and tensors; canvases with gaps; texts with gaps."""
+"""Turn what the caller gives into canvases: texts, ids and tensors; canvases and texts with gaps."""
 
 from __future__ import annotations
 

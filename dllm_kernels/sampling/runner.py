@@ -84,7 +84,7 @@ class ModelRunner:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """No gradients, no dropout, our attention; afterwards everything as it was."""
+        """Turn off gradients and dropout and put in our attention; restore everything afterwards."""
         if self.compile and torch.is_autocast_enabled(self.model.device.type):
             raise ValueError("compile=True under torch.autocast: convert the model instead, model.bfloat16()")
         body = compiled(self.model) if self.compile else nullcontext()
@@ -106,7 +106,7 @@ class CallableRunner:
     length: int | None = None
 
     def outputs(self, ids: Tensor, view: StepView, places: Tensor) -> tuple[Tensor, int]:
-        """As ModelRunner.outputs, with one forward for each length among the rows."""
+        """Do as ModelRunner.outputs, with one forward for each length among the rows."""
         packing, rows, forwards = view.packing, None, 0
         row, position = packing.row[places], packing.position[places]
         for length in packing.length.unique().tolist():
@@ -121,7 +121,7 @@ class CallableRunner:
         return rows, forwards
 
     def logits_of(self, canvas: Tensor) -> Tensor:
-        """What the function gives for ids [B, T], checked."""
+        """Return the checked logits of the function for ids [B, T]."""
         shape = canvas.shape  # the function may do with its argument what it likes
         logits = self.function(canvas)
         logits = getattr(logits, "logits", logits)
@@ -141,7 +141,7 @@ class CallableRunner:
         return logits
 
     def scaling_of(self, length: int) -> object:
-        """As ModelRunner.scaling_of: any rows may share a forward."""
+        """Return the same for every length: any rows may share a forward."""
         return ()
 
     def logits(self, outputs: Tensor) -> Tensor:
@@ -149,11 +149,11 @@ class CallableRunner:
         return outputs
 
     def statistics(self, outputs: Tensor, **options) -> TokenStats:
-        """As ModelRunner.statistics."""
+        """Return the statistics of logits [M, V]."""
         return token_stats(outputs, **options)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """No gradients."""
+        """Turn off gradients."""
         with torch.no_grad():
             yield

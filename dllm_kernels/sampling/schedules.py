@@ -47,7 +47,7 @@ _ALPHA = {"linear": lambda t: 1 - t, "cosine": lambda t: 1 - torch.cos(math.pi /
 
 
 def _dllm_share(j: int, steps: int, alpha: str) -> float:
-    """Which part of the masks left step j takes, in float32."""
+    """Return the share of the masks left that step j takes, in float32."""
     t, s = (torch.tensor((steps - j - k) / steps, dtype=torch.float32, device="cpu") for k in (0, 1))
     alpha_t, alpha_s = _ALPHA[alpha](t), _ALPHA[alpha](s)
     return float(1 - (1 - alpha_s) / (1 - alpha_t))
@@ -70,7 +70,7 @@ def dream_schedule(masks: int, steps: int, eps: float = 1e-3, first: int = 0) ->
 
 
 def dream_quota(masks: int, step: int, steps: int, eps: float = 1e-3) -> int:
-    """What one step of `dream_schedule` takes of the masks that are left."""
+    """Return how many of the masks left one step of `dream_schedule` takes."""
     return int(masks * _dream_shares(steps, eps)[step]) if step < steps - 1 else masks
 
 

@@ -73,13 +73,13 @@ class SteeredRows:
             host["cache_spans"][slot, 0, index] = span
 
     def clear(self, slot: int) -> None:
-        """A row that takes no part in anything."""
+        """Let the row take no part in anything."""
         for values in self.host.values():
             values[slot] = 0
         self.host["candidates"][slot] = -1
 
     def upload(self) -> None:
-        """What was written is there before the next launch, and the host goes on."""
+        """Send what was written, to be there before the next launch; the host does not wait."""
         upload_(self._there, self._here)
 
 
@@ -150,7 +150,7 @@ class DeviceSlots:
         self.table[slot :: len(self), : table.shape[1]] = table
 
     def taken(self, slot: int, length: int) -> tuple[Tensor, Tensor]:
-        """A row's first `length` ids and the steps that wrote them, on the CPU. Waits for the device."""
+        """Return a row's first `length` ids and the steps that wrote them, on the CPU, once they stand."""
         return self.canvas[slot, :length].cpu(), self.unmask_step[slot, :length].cpu()
 
 
@@ -194,7 +194,7 @@ class RowPages:
         return shared
 
     def table(self, live: list[int]) -> Tensor:
-        """int32 [streams · B, P]: the page tables of the live rows, stream by stream."""
+        """Return int32 [streams · B, P], the page tables of the live rows, stream by stream."""
         return self.cache.page_table(
             [self.sequences[row][stream] for stream in range(self.streams) for row in live]
         )
@@ -282,8 +282,8 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 
 def _state_of(module: torch.nn.Module) -> tuple:
-    """Where a module's weights lie, and what else it is made of: its parts, hooks and settings. Of what is
-    neither a weight nor plain only the identity is seen."""
+    """Return where a module's weights lie, with its parts, hooks and settings. Other attributes are compared
+    by identity only."""
     weights = []
     for tensor in (*module._parameters.values(), *module._buffers.values()):
         if type(tensor) in (torch.Tensor, torch.nn.Parameter):

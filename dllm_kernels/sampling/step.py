@@ -98,8 +98,9 @@ class Predictions:
 
 
 class Statistics:
-    """What one call asks of an output row. The logits are stored, in chunks of rows, only for filters and for
-    rules that compare with the step before.
+    """The statistics that one call asks of output rows.
+
+    Logits are stored, in chunks of rows, only for filters and for rules that compare with the step before.
 
     last: [slots · width, V], the logits of the step before; width is the most positions that a block has.
     """
@@ -120,7 +121,7 @@ class Statistics:
         self.last: Tensor | None = None
 
     def begin_block(self, slot: int) -> None:
-        """A row in `slot` starts a block, whose first step has none before it."""
+        """Forget the logits of the row in `slot`: the first step of a block has none before it."""
         if self.last is not None:
             self.last.view(self.slots, -1, self.last.shape[-1])[slot] = -torch.inf
 
@@ -222,7 +223,7 @@ class LiveRow:
     post: int = 0
 
     def begin(self, start: int, end: int, reach: int, masks: int, quotas: Sequence[int]) -> None:
-        """Move to a block."""
+        """Move to the block [start, end)."""
         self.start, self.end, self.reach, self.masks, self.quotas = start, end, reach, masks, deque(quotas)
         self.taken = self.index = self.post = 0
 
@@ -235,7 +236,7 @@ class LiveRow:
         return self.quotas.popleft() if self.quotas else everything
 
     def went_on(self) -> None:
-        """One more forward."""
+        """Count one more forward."""
         self.step, self.taken, self.index = self.step + 1, self.taken + 1, self.index + 1
 
     def is_edited(self, had_masks: bool, changed: bool, most: int) -> bool:

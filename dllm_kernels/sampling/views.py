@@ -1,4 +1,4 @@
-"""Which positions one forward computes, and what they see: `StepView`, and the schemes that make one.
+"""The positions that one forward computes, and what they see: `StepView`, and the schemes that make one.
 
 A cache scheme is a row of `SCHEMES`, not a loop of its own: it says which positions of a row are computed.
 What is not computed is seen in the cache, and what is computed outside the active block may be kept there.
@@ -56,7 +56,7 @@ class Packing:
 
 @dataclass(eq=False)
 class StepView:
-    """What one forward over `packing` sees, and what it leaves behind.
+    """One forward over `packing`: what it sees, and what it leaves behind.
 
     block_size: of block-causal attention; None: every token sees its whole row. origin: int64 [B], where
     its blocks count from; None: position 0. Without `pages` only the fresh tokens are seen. With them a
@@ -123,7 +123,7 @@ class StepView:
         return output
 
     def mask(self, window: int | None = None) -> SpanMask:
-        """Which of the N fresh tokens each of them sees, in a layer with this sliding window."""
+        """Return which of the N fresh tokens each of them sees, in a layer with this sliding window."""
         if window not in self._masks:
             if window is None:
                 spans = self._spans()
@@ -134,7 +134,7 @@ class StepView:
         return self._masks[window]
 
     def _spans(self) -> Tensor:
-        """int32 [1, N, 1, 2]: a token's own row, all of it or up to the end of its block."""
+        """Return int32 [1, N, 1, 2]: a token's own row, all of it or up to the end of its block."""
         packing = self.packing
         begin = packing.offset[packing.row]
         stop = begin + packing.length[packing.row]
@@ -178,7 +178,7 @@ class Pages:
         return self.cache.keys(layer), self.cache.values(layer)
 
     def attend(self, layer, query, key, value, scale, mask: Callable[..., SpanMask], window) -> Tensor:
-        """As StepView.attend, over cached and fresh keys."""
+        """Do as StepView.attend, over cached and fresh keys."""
         if window not in self._spans:
             all_fresh = window is None and not self.own_block
             fresh = None if all_fresh else self._fresh_spans(mask(window))
@@ -205,7 +205,7 @@ class Pages:
         return tokens.transpose(1, 2)
 
     def _cache_spans(self, window: int | None) -> Tensor:
-        """int32 [B, 1 or Tq, R, 2]: the cached positions that each query sees."""
+        """Return int32 [B, 1 or Tq, R, 2], the cached positions that each query sees."""
         spans = self.seen[:, None].int()
         if window is None:
             return spans
@@ -214,13 +214,13 @@ class Pages:
         return within_window(spans.expand(-1, self.longest, -1, -1), query, key, window)
 
     def _fresh_spans(self, mask: SpanMask) -> Tensor:
-        """int32 [B, Tq, R, 2]: `mask` over the N tokens, counted from each row's own first one."""
+        """Return int32 [B, Tq, R, 2], `mask` over the N tokens, counted from each row's own first one."""
         spans = mask.spans[0][self.unpack] - self.packing.offset.int()[:, None, None, None]
         return spans.masked_fill(~self.real[..., None, None] | (spans < 0), 0)
 
 
 class Rows(NamedTuple):
-    """Where rows stand; all [B], int64 positions but for `stale`.
+    """Positions of rows; all [B], int64 positions but for `stale`.
 
     start, end: the active block; reach: end of what is computed and seen at all; cached: leading positions
     whose keys and values are final and in pages; stale: bool, whether approximate ones are to be renewed;
@@ -271,7 +271,7 @@ SCHEMES = {
 def view_of(
     scheme: Scheme, rows: Rows, block_size: int | None, cache=None, table: Tensor | None = None
 ) -> StepView:
-    """The next forward over `rows`. block_size: of block-causal attention; None: bidirectional.
+    """Return the next forward over `rows`. block_size: of block-causal attention; None: bidirectional.
 
     cache, table: the pages of a scheme that keeps anything.
     """
@@ -320,7 +320,7 @@ class DeviceView:
 
     @property
     def cached(self) -> bool:
-        """As of StepView."""
+        """Whether there is a cache: always."""
         return True
 
     def tokens_of(self, canvas: Tensor) -> Tensor:
@@ -328,7 +328,7 @@ class DeviceView:
         return canvas.gather(1, self.position_ids.long())
 
     def place(self, row: Tensor, column: Tensor) -> Tensor:
-        """As StepView.place; the last token stands for those behind it."""
+        """Do as StepView.place; the last token stands for those behind it."""
         queries = self.position_ids.shape[1]
         return row * queries + column.clamp(0, queries - 1)
 
@@ -376,6 +376,6 @@ class DeviceView:
         return cached, within_window(self._own_row() if fresh is None else fresh, query, query, window)
 
     def _own_row(self) -> Tensor:
-        """int32 [B, Q, 1, 2]: from a row's first query to its last."""
+        """Return int32 [B, Q, 1, 2]: from a row's first query to its last."""
         span = torch.stack([torch.zeros_like(self.lengths), self.lengths], dim=-1)
         return span[:, None, None].expand(-1, self.position_ids.shape[1], -1, -1).contiguous()
