@@ -9,25 +9,12 @@
 
 #include <stdint.h>
 
-#include "core/block_rows.h"
 #include "core/host_device.h"
+#include "core/params.h"
 
 namespace dllm {
 
-constexpr int kMaxStopIds = 16;
 constexpr int32_t kLastStep = INT32_MAX;  // where counts of steps stay
-
-// The fields of the rows are those of core/block_rows.h.
-struct AdvanceParams : BlockRowFields {
-  int32_t batch, block_size, queries;
-  const void* canvas;  // int64 or int32 [batch, canvas_length]
-  bool canvas_is_int64;
-  int64_t canvas_stride;
-  int32_t canvas_length;
-  int64_t mask_id, stop_ids[kMaxStopIds];
-  int32_t stop_count;
-  int32_t quota_total;  // what a block's quotas sum up to; 0: its masks
-};
 
 // Quota of step `step` (from 0) of `steps` over `masks` tokens [LLaDA]; a step after the last takes all.
 DLLM_HOST_DEVICE int llada_quota(int masks, int steps, int step) {

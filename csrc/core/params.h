@@ -2,11 +2,19 @@
 // Strides count elements; the last dimension of every float tensor is contiguous.
 #pragma once
 
+#include <limits.h>
+#include <math.h>
 #include <stdint.h>
+
+#include "core/block_rows.h"
+#include "core/host_device.h"
+#include "core/rule.h"
 
 namespace dllm {
 
-enum class DType : int32_t { float32, bfloat16, float16 };
+enum class DType : int32_t { float32, bfloat16, float16, float64 };
+
+// ---- attention and its cache ---------------------------------------------------------------------------
 
 // [batch, heads, positions, head_dim]
 struct HeadsLayout {
@@ -76,6 +84,153 @@ struct KvWriteParams {
   void *cache_k, *cache_v;
   HeadsLayout k_layout, v_layout;  // strides in bytes
   PagesLayout cache_k_layout, cache_v_layout;
+};
+
+// ---- logits ----------------------------------------------------------------------------------------------
+// Row r starts at data + (r / inner) · outer_stride + (r % inner) · inner_stride, in elements.
+struct LogitsView {
+  void* data;
+  DType type;
+  int32_t inner;
+  int64_t outer_stride, inner_stride;
+
+  // Divisions are of 32 bits, and none where a row is among the first `inner`, as all rows of a matrix are.
+  DLLM_HOST_DEVICE int64_t offset(int32_t row) const {
+    int64_t offset = 0;
+    if (row >= inner) {
+      const int32_t outer = row / inner;
+      offset = outer * outer_stride;
+      row -= outer * inner;
+    }
+    return offset + row * inner_stride;
+  }
+};
+
+// Ids of tokens, ascending and distinct. On the CPU a list is anywhere and of any length; on CUDA it is part
+// of the kernel's arguments: no copy to the device, constant in a captured graph. What follows is written for
+// either.
+struct TokenIds {
+  const int32_t* ids;
+  int count;
+};
+constexpr int kMaxListedIds = 64;
+struct ListedTokenIds {
+  int count;
+  int32_t ids[kMaxListedIds];
+};
+
+// What top-p and top-k leave of a row: x above `lowest`, and of those equal to it the ids up to `last_tie`.
+struct TokenCut {
+  float lowest = -HUGE_VALF;
+  int32_t last_tie = INT32_MAX;
+  int32_t fallback = -1;  // what is proposed where nothing that is left may be
+};
+
+// What is asked of every row, and where it goes.
+template <class Ids>
+struct TokenStatsParams {
+  LogitsView logits;  // not of linear_token_stats
+  int64_t rows;
+  int32_t vocabulary;
+  bool float64;  // softmax in double; noise and scores stay float
+
+  float temperature;          // > 0 adds temperature · Gumbel noise to the score
+  uint64_t seed;              // key of the noise
+  const int32_t* noise_ids;   // [rows, 3]: sequence, position, step; null: (0, row, 0)
+  float confidence_scale;     // 1 / confidence temperature
+  double confidence_scale64;  // the same, before it was rounded
+  Ids suppress;               // −inf before both
+  Ids proposal_exclude;       // barred from the proposal only
+  Ids confidence_exclude;     // left out of the softmax only
+  int32_t fallback;           // the lowest id that may be proposed
+
+  double top_p;    // 1: no such filter
+  int32_t top_k;   // INT32_MAX: no such filter
+  TokenCut* cuts;  // workspace [rows]; null: neither filter
+
+  void* states;  // workspace: of every row a state for each of its parts, to be merged in order
+
+  // Outputs, indexed by row; float or double as `float64` says.
+  int64_t* token;
+  void *prob, *margin, *entropy, *logsumexp;
+};
+
+// hidden · weightᵀ + bias
+struct Projection {
+  const void* hidden;  // [rows, hidden_size]
+  const void* weight;  // [vocabulary, hidden_size], rows weight_stride elements apart
+  const void* bias;    // [vocabulary], or null
+  DType hidden_type, weight_type, bias_type;
+  int32_t hidden_size;
+  int64_t weight_stride;  // 0 on CUDA: a row is not contiguous
+};
+
+// KL(p ‖ q) of the softmax distributions of two rows of logits.
+template <class Ids>
+struct TokenDivergenceParams {
+  LogitsView logits, previous;
+  int64_t rows;
+  int32_t vocabulary;
+  float confidence_scale;            // 1 / confidence temperature
+  double confidence_scale64;         // the same, before it was rounded
+  Ids suppress, confidence_exclude;  // left out of both
+  bool float64;
+  void* divergence;  // [rows], float or double
+};
+
+// Real: float, or double for float64 logits.
+template <class Ids>
+struct CrossEntropyParams {
+  LogitsView logits;
+  int64_t rows;
+  int32_t vocabulary;
+  Ids suppress;            // left out of the softmax
+  const int64_t* targets;  // [rows]
+  const void* weights;     // Real [rows]; a row of weight 0 is never read
+
+  void *ce, *logsumexp;   // Real [rows]; 0 where the weight is 0
+  void* loss;             // Real [], on CUDA; the CPU's binding adds it up
+  const void* grad_loss;  // factor of the gradient beside the weights: double [] on the CPU, Real [] on CUDA
+  void* grad;             // type of logits [rows, vocabulary]
+  void* chunk_max;        // Real [rows, chunks], workspace of the CPU where gradients replace logits
+};
+
+// ---- commit and the way of rows --------------------------------------------------------------------------
+struct CommitParams {
+  Rule rule;
+  int64_t mask_id;
+  int batch, candidates;
+  int64_t canvas_stride, length;
+  void* canvas;  // int64 or int32 [batch, length]
+  bool canvas_is_int64;
+  const int32_t* positions;             // [batch, candidates], outside the canvas: none
+  const int32_t* block_start;           // [batch], where positions is null: candidate c is block_start[b] + c
+  const int64_t* token;                 // statistics, row b·candidates + c
+  const void *prob, *margin, *entropy;  // float, or double as `float64` says
+  const void* divergence;               // or null when the rule needs no stability
+  bool float64;
+  const int32_t* quota;         // [batch], or null when the rule has no quota
+  const int32_t* step;          // [batch], null: 0
+  const int32_t* sequence_ids;  // [batch], null: b
+  uint64_t seed;
+  int32_t* state;  // in and out [batch, length]: steps in a row that were stable; or null like divergence
+  int64_t state_stride;
+  bool* accepted;     // out [batch, candidates]
+  int32_t* progress;  // out [batch, 2]: masks left among the listed positions, tokens changed; or null
+};
+
+constexpr int kMaxStopIds = 16;
+
+// Moves rows, whose fields are those of core/block_rows.h.
+struct AdvanceParams : BlockRowFields {
+  int32_t batch, block_size, queries;
+  const void* canvas;  // int64 or int32 [batch, canvas_length]
+  bool canvas_is_int64;
+  int64_t canvas_stride;
+  int32_t canvas_length;
+  int64_t mask_id, stop_ids[kMaxStopIds];
+  int32_t stop_count;
+  int32_t quota_total;  // what a block's quotas sum up to; 0: its masks
 };
 
 }  // namespace dllm

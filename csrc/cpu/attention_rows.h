@@ -4,19 +4,10 @@
 #include "core/params.h"
 #include "core/span_mask.h"
 #include "cpu/attention_forward.h"
+#include "cpu/dtype.h"
 #include "cpu/gemm_tile.h"
 
 namespace dllm::cpu::DLLM_ISA {
-
-// visit(T{}) with T the storage type of `dtype`.
-template <class Visit>
-DLLM_SIMD void with_storage_type(DType dtype, const Visit& visit) {
-  switch (dtype) {
-    case DType::float32: return visit(float{});
-    case DType::bfloat16: return visit(BFloat16{});
-    case DType::float16: return visit(Float16{});
-  }
-}
 
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxTileQueries = 128;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "core/acceptance.h"
+
 namespace dllm::cpu {
 namespace {
 

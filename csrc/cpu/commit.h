@@ -1,7 +1,7 @@
 // Accepts proposals by a rule (core/acceptance.h) and writes them into the canvas.
 #pragma once
 
-#include "core/commit_params.h"
+#include "core/params.h"
 
 namespace dllm::cpu {
 

@@ -13,7 +13,9 @@ DLLM_SIMD void narrow(double x, double& to) { to = x; }
 
 namespace {
 
-constexpr int kChunk = CrossEntropyParams::kChunk;
+using Params = CrossEntropyParams<TokenIds>;
+
+constexpr int kChunk = kCrossEntropyChunk;
 // Reductions run in 32 lanes on every instruction set; what is beyond the vocabulary is −inf.
 constexpr int kReduced = 32, kParts = kReduced / kLanes;
 
@@ -79,10 +81,10 @@ struct OnlineSoftmax {
 template <class T, class Real>
 class Row {
  public:
-  Row(const CrossEntropyParams& p, int64_t row)
+  Row(const Params& p, int64_t row)
       : p(p),
         row(row),
-        logits(static_cast<T*>(p.logits) + row / p.inner * p.outer_stride + row % p.inner * p.inner_stride),
+        logits(static_cast<T*>(p.logits.data) + p.logits.offset(static_cast<int32_t>(row))),
         target(p.targets[row]),
         weight(static_cast<const Real*>(p.weights)[row]) {}
 
@@ -102,7 +104,7 @@ class Row {
     T* grad = static_cast<T*>(p.grad) + row * p.vocabulary;
     if (weight == 0) return clear(grad);
     const Real logsumexp = static_cast<const Real*>(p.logsumexp)[row];
-    const double factor = p.grad_loss * weight;
+    const double factor = *static_cast<const double*>(p.grad_loss) * weight;
     for (int32_t first = 0; first < p.vocabulary; first += kChunk) {
       exponentiate(x, load(first), logsumexp);
       store(first, static_cast<Real>(factor), grad);
@@ -115,7 +117,7 @@ class Row {
     Real& ce = static_cast<Real*>(p.ce)[row] = 0;
     if (weight == 0) return clear(logits);
     const double target_logit = logits[target];
-    Real* chunk_max = static_cast<Real*>(p.chunk_max) + row * p.chunks();
+    Real* chunk_max = static_cast<Real*>(p.chunk_max) + row * cross_entropy_chunks(p.vocabulary);
     OnlineSoftmax<Real> softmax;
     for (int32_t first = 0; first < p.vocabulary; first += kChunk) {
       softmax.add(x, load(first));
@@ -139,8 +141,8 @@ class Row {
     const int count = this->count(first), padded = (count + kReduced - 1) / kReduced * kReduced;
     for (int i = 0; i < count; i++) x[i] = widen(logits[first + i]);
     for (int i = count; i < padded; i++) x[i] = -kInfinity;
-    for (int i = 0; i < p.suppressed_count; i++) {
-      const int32_t at = p.suppressed[i] - first;
+    for (int i = 0; i < p.suppress.count; i++) {
+      const int32_t at = p.suppress.ids[i] - first;
       if (at >= 0 && at < count) x[at] = -kInfinity;
     }
     return padded;
@@ -154,7 +156,7 @@ class Row {
     for (int32_t i = 0; i < p.vocabulary; i++) narrow(Real(0), to[i]);
   }
 
-  const CrossEntropyParams& p;
+  const Params& p;
   const int64_t row;
   T* const logits;
   const int64_t target;
@@ -163,28 +165,28 @@ class Row {
 };
 
 template <class Visit>
-void for_each_row(const CrossEntropyParams& p, long begin, long end, Visit visit) {
-  for (long row = begin; row < end; row++) switch (p.type) {
-      case LogitsType::float32: visit(Row<float, float>(p, row)); break;
-      case LogitsType::bfloat16: visit(Row<BFloat16, float>(p, row)); break;
-      case LogitsType::float16: visit(Row<Float16, float>(p, row)); break;
-      case LogitsType::float64: visit(Row<double, double>(p, row)); break;
+void for_each_row(const Params& p, long begin, long end, Visit visit) {
+  for (long row = begin; row < end; row++) switch (p.logits.type) {
+      case DType::float32: visit(Row<float, float>(p, row)); break;
+      case DType::bfloat16: visit(Row<BFloat16, float>(p, row)); break;
+      case DType::float16: visit(Row<Float16, float>(p, row)); break;
+      case DType::float64: visit(Row<double, double>(p, row)); break;
     }
 }
 
 }  // namespace
 
-void cross_entropy(const CrossEntropyParams& p, long begin, long end) {
+void cross_entropy(const Params& p, long begin, long end) {
   for_each_row(p, begin, end, [](auto&& row) { row.write_loss(); });
 }
 
-void cross_entropy_backward(const CrossEntropyParams& p, long begin, long end) {
+void cross_entropy_backward(const Params& p, long begin, long end) {
   for_each_row(p, begin, end, [](auto&& row) { row.write_gradient(); });
 }
 
-void cross_entropy_in_place(const CrossEntropyParams& p, long begin, long end) {
+void cross_entropy_in_place(const Params& p, long begin, long end) {
   for (long row = begin; row < end; row++)
-    if (p.type == LogitsType::float64) Row<double, double>(p, row).replace_by_gradient();
+    if (p.logits.type == DType::float64) Row<double, double>(p, row).replace_by_gradient();
     else Row<float, float>(p, row).replace_by_gradient();
 }
 

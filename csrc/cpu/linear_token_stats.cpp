@@ -2,6 +2,7 @@
 // stored, a few rows at a time, and a row's logits live for one chunk of ids.
 #include "cpu/linear_token_stats.h"
 
+#include "cpu/dtype.h"
 #include "cpu/gemm_tile.h"
 #include "cpu/token_chunk.h"
 
@@ -18,14 +19,6 @@ constexpr int kMaxPanels = Params::kRows / kPanel;
 
 DLLM_SIMD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-void widen_any(const void* data, DType type, int64_t offset, int count, float* to) {
-  switch (type) {
-    case DType::float32: widen_row(static_cast<const float*>(data) + offset, to, count); break;
-    case DType::bfloat16: widen_row(static_cast<const BFloat16*>(data) + offset, to, count); break;
-    case DType::float16: widen_row(static_cast<const Float16*>(data) + offset, to, count); break;
-  }
-}
-
 // Consecutive rows of hidden, packed as [hidden_size][width]. The last panel is one vector wide where that
 // is enough; a column's sums don't depend on the width.
 struct Panel {
@@ -35,7 +28,7 @@ struct Panel {
 
   Panel(const Params& p, int64_t first)
       : first(first),
-        rows(static_cast<int>(least(p.row_count - first, kPanel))),
+        rows(static_cast<int>(least(p.rows - first, kPanel))),
         width(rows > kLanes ? kPanel : kLanes),
         data(p.packed + first * p.hidden_size) {}
 };
@@ -116,7 +109,7 @@ void compute_logits(const Params& p, int64_t first_row, int64_t end_row, int64_t
 
 template <class Real>
 void fill_states(const Params& p, int64_t part, int64_t first_row) {
-  const int64_t end_row = least(first_row + Params::kRows, p.row_count);
+  const int64_t end_row = least(first_row + Params::kRows, p.rows);
   const int64_t begin = part * Params::kPart, end = least(begin + Params::kPart, p.vocabulary);
   PartState<Real> states[Params::kRows];
   alignas(64) float logits[Params::kRows][kIds];
@@ -150,7 +143,7 @@ void pack(const Params& p, const Panel& panel) {
 }  // namespace
 
 void pack_hidden(const Params& p, long begin, long end) {
-  for (int64_t row = begin * Params::kRows; row < least(end * Params::kRows, p.row_count); row += kPanel)
+  for (int64_t row = begin * Params::kRows; row < least(end * Params::kRows, p.rows); row += kPanel)
     pack(p, Panel(p, row));
 }
 

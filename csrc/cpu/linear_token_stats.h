@@ -5,25 +5,14 @@
 
 namespace dllm::cpu {
 
-struct LinearStatsParams : TokenStatsParams {
-  int64_t row_count;
-  int32_t hidden_size;
-  const void* hidden;  // [row_count, hidden_size]
-  DType hidden_type;
-  float* packed;       // hidden as the product reads it: packed_size() floats
-  const void* weight;  // [vocabulary, hidden_size], rows weight_stride apart
-  DType weight_type;
-  int64_t weight_stride;
-  const void* bias;  // [vocabulary], or null
-  DType bias_type;
+struct LinearStatsParams : PartedStatsParams, Projection {
+  float* packed;  // hidden as the product reads it: packed_size() floats
 
   static constexpr int32_t kPart = 1024;  // ids of a part
   static constexpr int kRows = 64;        // rows that a part of the weight meets at once
   static constexpr int kStrip = 16;       // rows are packed in multiples of this
-  DLLM_HOST_DEVICE int64_t row_groups() const { return (row_count + kRows - 1) / kRows; }
-  DLLM_HOST_DEVICE int64_t packed_size() const {
-    return (row_count + kStrip - 1) / kStrip * kStrip * hidden_size;
-  }
+  DLLM_HOST_DEVICE int64_t row_groups() const { return (rows + kRows - 1) / kRows; }
+  DLLM_HOST_DEVICE int64_t packed_size() const { return (rows + kStrip - 1) / kStrip * kStrip * hidden_size; }
 };
 
 }  // namespace dllm::cpu

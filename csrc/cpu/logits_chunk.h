@@ -3,7 +3,7 @@
 
 #include <cfloat>
 
-#include "cpu/simd.h"
+#include "cpu/dtype.h"
 #include "cpu/token_stats.h"
 
 namespace dllm::cpu::DLLM_ISA {
@@ -45,11 +45,9 @@ inline float load_chunk(const float* from, int count, float* x) {
 }
 
 inline float load_chunk(const LogitsView& logits, int64_t offset, int count, float* x) {
-  switch (logits.type) {
-    case DType::bfloat16: widen_row(static_cast<const BFloat16*>(logits.data) + offset, x, count); break;
-    case DType::float16: widen_row(static_cast<const Float16*>(logits.data) + offset, x, count); break;
-    case DType::float32: return load_chunk(static_cast<const float*>(logits.data) + offset, count, x);
-  }
+  if (logits.type == DType::float32)
+    return load_chunk(static_cast<const float*>(logits.data) + offset, count, x);
+  widen_any(logits.data, logits.type, offset, count, x);
   return load_chunk(x, count, x);
 }
 

@@ -37,7 +37,7 @@ inline TopTwo top_two(const float* x, int count) {
 }
 
 // Bars what the row's cut leaves out.
-inline void apply(const Cut& cut, float scale, int32_t first, int count, float* x) {
+inline void apply(const TokenCut& cut, float scale, int32_t first, int count, float* x) {
   Ints id;
   for (int lane = 0; lane < kLanes; lane++) id[lane] = first + lane;
   for (int i = 0; i < padded(count); i += kLanes, id += kLanes) {
@@ -105,12 +105,12 @@ void add_top_two(TokenState<Real>& state, TopTwo top, Real scale) {
 
 // x: the logits of ids first … first + count of a row, from load_chunk, which returned `bound`; overwritten.
 template <class Real, class Fetch>
-void add_chunk(PartState<Real>& part, const TokenStatsParams& p, int64_t visited, int32_t first, int count,
+void add_chunk(PartState<Real>& part, const PartedStatsParams& p, int64_t visited, int32_t first, int count,
                float bound, float* x, const Fetch& fetch) {
   TokenState<Real>& state = part.state;
   const int whole = padded(count);
   IdsInChunk(p.suppress, first, count).bar(x, first);
-  if (p.cuts) apply(p.cuts[visited], static_cast<float>(p.confidence_scale), first, count, x);
+  if (p.cuts) apply(p.cuts[visited], p.confidence_scale, first, count, x);
 
   const IdsInChunk unproposed(p.proposal_exclude, first, count);
   if (p.temperature > 0 || !unproposed.empty()) {
@@ -129,10 +129,10 @@ void add_chunk(PartState<Real>& part, const TokenStatsParams& p, int64_t visited
   IdsInChunk(p.confidence_exclude, first, count).bar(x, first);
   // A double is scaled where it is used: x has room for no more than a float.
   Real scale = 1;
-  if constexpr (std::is_same_v<Real, double>) scale = p.confidence_scale;
-  else scale_chunk(static_cast<float>(p.confidence_scale), count, x);
+  if constexpr (std::is_same_v<Real, double>) scale = p.confidence_scale64;
+  else scale_chunk(p.confidence_scale, count, x);
   if (state.token >= first) part.x = x[state.token - first] * scale;
-  if (p.confidence_scale != 1 || bound > state.second) add_top_two(state, top_two(x, whole), scale);
+  if (p.confidence_scale64 != 1 || bound > state.second) add_top_two(state, top_two(x, whole), scale);
   if (state.max > -kInfinity) add_exponentials(state, x, whole, scale, fetch);
 }
 

@@ -82,17 +82,17 @@ class Divergence {
   double cross_ = 0;  // Σ e·(x − y)
 };
 
-void load_distribution(const TokenDivergenceParams& p, const LogitsView& logits, int64_t row, int32_t first,
-                       int count, float* x) {
+void load_distribution(const TokenDivergenceParams<TokenIds>& p, const LogitsView& logits, int64_t row,
+                       int32_t first, int count, float* x) {
   load_chunk(logits, logits.offset(row) + first, count, x);
   IdsInChunk(p.suppress, first, count).bar(x, first);
   IdsInChunk(p.confidence_exclude, first, count).bar(x, first);
-  if (!p.float64) scale_chunk(static_cast<float>(p.confidence_scale), count, x);
+  if (!p.float64) scale_chunk(p.confidence_scale, count, x);
 }
 
 }  // namespace
 
-void token_divergence(const TokenDivergenceParams& p, long begin, long end) {
+void token_divergence(const TokenDivergenceParams<TokenIds>& p, long begin, long end) {
   alignas(64) float x[kChunkIds], y[kChunkIds];
   for (long row = begin; row < end; row++) {
     Divergence divergence;
@@ -100,7 +100,7 @@ void token_divergence(const TokenDivergenceParams& p, long begin, long end) {
       const int count = p.vocabulary - first < kChunkIds ? p.vocabulary - first : kChunkIds;
       load_distribution(p, p.logits, row, first, count, x);
       load_distribution(p, p.previous, row, first, count, y);
-      divergence.add(x, y, count, p.float64, p.float64 ? p.confidence_scale : 1);
+      divergence.add(x, y, count, p.float64, p.float64 ? p.confidence_scale64 : 1);
     }
     if (p.float64) static_cast<double*>(p.divergence)[row] = divergence.value();
     else static_cast<float*>(p.divergence)[row] = static_cast<float>(divergence.value());

@@ -37,7 +37,7 @@ void TokenFilter::keep_highest() {
 }
 
 // A search by halves for the last id that top-p keeps: only the half that holds it is looked at again.
-Cut TokenFilter::cut() {
+TokenCut TokenFilter::cut() {
   keep_highest();
   const auto higher = [](const Candidate& a, const Candidate& b) {
     return a.x > b.x || (a.x == b.x && a.id < b.id);
@@ -56,7 +56,7 @@ Cut TokenFilter::cut() {
       before = mass;
     }
   }
-  return begin == end ? Cut{} : Cut{begin->x, end == candidates_.end() ? INT32_MAX : begin->id};
+  return begin == end ? TokenCut{} : TokenCut{begin->x, end == candidates_.end() ? INT32_MAX : begin->id};
 }
 
 }  // namespace dllm::cpu

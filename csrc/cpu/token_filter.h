@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/token_stats.h"
+#include "core/params.h"
 
 namespace dllm::cpu {
 
@@ -19,7 +19,7 @@ class TokenFilter {
 
   // Top-p keeps ids in descending x (ties: ascending id) while the mass before them is at most top_p of the
   // whole, so the first always; then top-k keeps what is not below the k-th of these.
-  Cut cut();
+  TokenCut cut();
 
  private:
   struct Candidate {

@@ -17,7 +17,7 @@ struct NextChunk {
 };
 
 template <class Real>
-PartState<Real> part_state(const LogitsStatsParams& p, int64_t visited, int32_t begin, int32_t end) {
+PartState<Real> part_state(const PartedStatsParams& p, int64_t visited, int32_t begin, int32_t end) {
   PartState<Real> part;
   alignas(64) float x[kChunkIds];
   for (int32_t first = begin; first < end; first += kChunkIds) {
@@ -30,17 +30,17 @@ PartState<Real> part_state(const LogitsStatsParams& p, int64_t visited, int32_t 
 }
 
 template <class Real>
-void fill_states(const LogitsStatsParams& p, long begin, long end) {
+void fill_states(const PartedStatsParams& p, long begin, long end) {
   for (long item = begin; item < end; item++) {
     const int64_t visited = item / p.parts, part = item % p.parts;
-    const int32_t first = static_cast<int32_t>(part * LogitsStatsParams::kPart);
-    const int32_t end = part + 1 < p.parts ? first + LogitsStatsParams::kPart : p.vocabulary;
+    const int32_t first = static_cast<int32_t>(part * kLogitsPart);
+    const int32_t end = part + 1 < p.parts ? first + kLogitsPart : p.vocabulary;
     static_cast<PartState<Real>*>(p.states)[item] = part_state<Real>(p, visited, first, end);
   }
 }
 
 template <class Real>
-PartState<Real> merged_parts(const TokenStatsParams& p, int64_t visited) {
+PartState<Real> merged_parts(const PartedStatsParams& p, int64_t visited) {
   const auto* parts = static_cast<const PartState<Real>*>(p.states) + visited * p.parts;
   PartState<Real> row = parts[0];
   for (int i = 1; i < p.parts; i++) {
@@ -51,7 +51,7 @@ PartState<Real> merged_parts(const TokenStatsParams& p, int64_t visited) {
 }
 
 template <class Real>
-Cut row_cut(const TokenCutParams& p, int64_t visited) {
+TokenCut row_cut(const PartedStatsParams& p, int64_t visited) {
   const TokenState<Real> state = merged_parts<Real>(p, visited).state;
   TokenFilter filter(p.top_p, p.top_k, state.max, state.sum, p.vocabulary);
   alignas(64) float x[kChunkIds];
@@ -59,16 +59,16 @@ Cut row_cut(const TokenCutParams& p, int64_t visited) {
     const int count = p.vocabulary - first < kChunkIds ? p.vocabulary - first : kChunkIds;
     load_chunk(p.logits, p.logits.offset(p.row(visited)) + first, count, x);
     IdsInChunk(p.suppress, first, count).bar(x, first);
-    scale_chunk(static_cast<float>(p.confidence_scale), count, x);
+    scale_chunk(p.confidence_scale, count, x);
     filter.add(x, count, first);
   }
-  Cut cut = filter.cut();
+  TokenCut cut = filter.cut();
   cut.fallback = state.token < 0 ? p.fallback : state.token;
   return cut;
 }
 
 template <class Real>
-void write_result(const TokenStatsParams& p, int64_t visited) {
+void write_result(const PartedStatsParams& p, int64_t visited) {
   const PartState<Real> part = merged_parts<Real>(p, visited);
   const int32_t fallback = p.cuts ? p.cuts[visited].fallback : p.fallback;
   const TokenResult<Real> result = finish(part.state, part.x, fallback, p.vocabulary);
@@ -82,16 +82,16 @@ void write_result(const TokenStatsParams& p, int64_t visited) {
 
 }  // namespace
 
-void token_states(const LogitsStatsParams& p, long begin, long end) {
+void token_states(const PartedStatsParams& p, long begin, long end) {
   p.float64 ? fill_states<double>(p, begin, end) : fill_states<float>(p, begin, end);
 }
 
-void token_cuts(const TokenCutParams& p, long begin, long end) {
+void token_cuts(const PartedStatsParams& p, long begin, long end) {
   for (long item = begin; item < end; item++)
-    p.result[item] = p.float64 ? row_cut<double>(p, item) : row_cut<float>(p, item);
+    p.cuts[item] = p.float64 ? row_cut<double>(p, item) : row_cut<float>(p, item);
 }
 
-void token_results(const TokenStatsParams& p, long begin, long end) {
+void token_results(const PartedStatsParams& p, long begin, long end) {
   for (long item = begin; item < end; item++)
     p.float64 ? write_result<double>(p, item) : write_result<float>(p, item);
 }

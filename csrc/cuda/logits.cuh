@@ -8,7 +8,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "cuda/logits.h"
+#include "core/params.h"
 #include "cuda/ptx.cuh"
 
 namespace dllm::cuda {
@@ -26,25 +26,18 @@ __device__ inline float tame(float x) { return fminf(fmaxf(x, -HUGE_VALF), FLT_M
 __device__ inline float exponential(float x) { return fast_exp2(x * 1.44269504f); }
 __device__ inline double exponential(double x) { return exp(x); }
 
-// Divisions are of 32 bits, and none where a row is among the first `inner`, as all rows of a matrix are.
 template <class T>
 __device__ T* row_of(const LogitsView& view, int32_t row) {
-  int64_t offset = 0;
-  if (row >= view.inner) {
-    const int32_t outer = row / view.inner;
-    offset = outer * view.outer_stride;
-    row -= outer * view.inner;
-  }
-  return static_cast<T*>(view.data) + offset + row * view.inner_stride;
+  return static_cast<T*>(view.data) + view.offset(row);
 }
 
-__device__ inline bool listed(const TokenIds& list, int32_t id) {
+__device__ inline bool listed(const ListedTokenIds& list, int32_t id) {
   for (int i = 0; i < list.count; i++)
     if (list.ids[i] == id) return true;
   return false;
 }
 
-__device__ inline bool any_listed(const TokenIds& list, int32_t begin, int32_t end) {
+__device__ inline bool any_listed(const ListedTokenIds& list, int32_t begin, int32_t end) {
   for (int i = 0; i < list.count; i++)
     if (list.ids[i] >= begin && list.ids[i] < end) return true;
   return false;
@@ -52,7 +45,7 @@ __device__ inline bool any_listed(const TokenIds& list, int32_t begin, int32_t e
 
 // Bars the listed ones of ids first, first + 1, …
 template <class Real, int n>
-__device__ void bar(const TokenIds& list, int32_t first, Real (&x)[n]) {
+__device__ void bar(const ListedTokenIds& list, int32_t first, Real (&x)[n]) {
   for (int i = 0; i < list.count; i++) {
     const int32_t at = list.ids[i] - first;
     if (at < 0 || at >= n) continue;

@@ -2,8 +2,6 @@
 // product in chunks of rows.
 #include "cuda/linear_token_stats/launch.h"
 #include "torch/cuda_launch.h"
-#include "torch/logits_cuda.h"
-#include "torch/storage_type.h"
 #include "torch/token_stats.h"
 
 namespace dllm {
@@ -39,11 +37,11 @@ TokenStatsTensors linear_token_stats(Tensor hidden, Tensor weight, std::optional
   cuda::LinearTokenStatsParams p{};
   p.stats.rows = rows;
   p.stats.noise_ids = int32_data(ids);
-  p.stats.suppress = listed_ids(op, "suppress_tokens", options.suppress);
-  p.stats.proposal_exclude = listed_ids(op, "proposal_exclude", options.proposal_exclude);
-  p.stats.confidence_exclude = listed_ids(op, "confidence_exclude", options.confidence_exclude);
+  p.stats.suppress = listed_on_cuda(op, "suppress_tokens", options.suppress);
+  p.stats.proposal_exclude = listed_on_cuda(op, "proposal_exclude", options.proposal_exclude);
+  p.stats.confidence_exclude = listed_on_cuda(op, "confidence_exclude", options.confidence_exclude);
   p.stats.float64 = options.float64;
-  cuda::Projection& product = p.projection;
+  Projection& product = p.projection;
   product.hidden = dense_hidden.data_ptr(), product.hidden_type = storage_type(hidden);
   product.hidden_size = static_cast<int32_t>(hidden.size(-1));
   product.weight = weight.data_ptr(), product.weight_type = storage_type(weight);

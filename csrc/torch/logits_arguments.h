@@ -6,7 +6,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "torch/checks.h"
+#include "core/params.h"
+#include "torch/storage_type.h"
 
 namespace dllm {
 
@@ -47,6 +48,10 @@ struct LogitsRows {
     inner_stride = flat ? vocabulary : tensor.stride(dim - 2);
     outer_stride = dim == 3 ? tensor.stride(0) : 0;
   }
+
+  LogitsView view() const {
+    return {tensor.data_ptr(), storage_type(tensor), static_cast<int32_t>(inner), outer_stride, inner_stride};
+  }
 };
 
 // Ascending and distinct, inside the vocabulary.
@@ -59,6 +64,18 @@ inline std::vector<int32_t> token_ids(const char* op, const char* name, const st
   std::sort(sorted.begin(), sorted.end());
   sorted.erase(std::unique(sorted.begin(), sorted.end()), sorted.end());
   return sorted;
+}
+
+inline TokenIds listed(const std::vector<int32_t>& ids) { return {ids.data(), static_cast<int>(ids.size())}; }
+
+// As kernels on CUDA take them.
+inline ListedTokenIds listed_on_cuda(const char* op, const char* name, const std::vector<int32_t>& ids) {
+  check(ids.size() <= kMaxListedIds, op, ": ", name, " may list at most ", kMaxListedIds,
+        " ids on CUDA, got ", ids.size());
+  ListedTokenIds list{};
+  list.count = static_cast<int>(ids.size());
+  std::copy(ids.begin(), ids.end(), list.ids);
+  return list;
 }
 
 }  // namespace dllm

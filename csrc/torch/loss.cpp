@@ -16,15 +16,6 @@ namespace {
 
 constexpr double kOperationsPerLogit = 32;
 
-cpu::LogitsType logits_type(ScalarType type) {
-  switch (type) {
-    case ScalarType::BFloat16: return cpu::LogitsType::bfloat16;
-    case ScalarType::Half: return cpu::LogitsType::float16;
-    case ScalarType::Double: return cpu::LogitsType::float64;
-    default: return cpu::LogitsType::float32;
-  }
-}
-
 // What the kernels work on: checked, contents too.
 struct CrossEntropyTensors : CrossEntropyArguments {
   CrossEntropyTensors(const char* op, const Tensor& logits, const Tensor& targets, const Tensor& weights,
@@ -33,16 +24,10 @@ struct CrossEntropyTensors : CrossEntropyArguments {
     check_targets(op, *this, static_cast<const int64_t*>(this->targets.data_ptr()), this->weights.data_ptr());
   }
 
-  cpu::CrossEntropyParams params() const {
-    cpu::CrossEntropyParams p{};
-    p.logits = rows.tensor.data_ptr();
-    p.type = logits_type(rows.tensor.scalar_type());
-    p.inner = rows.inner, p.outer_stride = rows.outer_stride, p.inner_stride = rows.inner_stride;
-    p.vocabulary = rows.vocabulary;
-    p.targets = static_cast<const int64_t*>(targets.data_ptr());
-    p.weights = weights.data_ptr();
-    p.suppressed = suppressed.data();
-    p.suppressed_count = static_cast<int>(suppressed.size());
+  CrossEntropyParams<TokenIds> params() const {
+    CrossEntropyParams<TokenIds> p{};
+    fill(p);
+    p.suppress = listed(suppressed);
     return p;
   }
 
@@ -75,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> diffusion_cross_entropy(const Tensor& logits,
                                                            const std::vector<int64_t>& suppress_tokens) {
   const CrossEntropyTensors tensors("diffusion_cross_entropy", logits, targets, weights, suppress_tokens);
   Tensor ce = tensors.per_row(), logsumexp = tensors.per_row();
-  cpu::CrossEntropyParams p = tensors.params();
+  CrossEntropyParams<TokenIds> p = tensors.params();
   p.ce = ce.data_ptr(), p.logsumexp = logsumexp.data_ptr();
   tensors.run([&](int64_t begin, int64_t end) { cpu::cross_entropy(p, begin, end); });
   return {tensors.weighted_sum(ce), ce, logsumexp};
@@ -90,9 +75,9 @@ Tensor diffusion_cross_entropy_backward(const Tensor& grad_loss, const Tensor& l
   const Tensor factor = torch::stable::to(grad_loss, ScalarType::Double);
   const auto sizes = logits.sizes();
   Tensor grad = new_tensor(logits, {sizes.begin(), sizes.end()}, logits.scalar_type());
-  cpu::CrossEntropyParams p = tensors.params();
+  CrossEntropyParams<TokenIds> p = tensors.params();
   p.logsumexp = lse.data_ptr(), p.grad = grad.data_ptr();
-  p.grad_loss = *static_cast<const double*>(factor.data_ptr());
+  p.grad_loss = factor.data_ptr();
   tensors.run([&](int64_t begin, int64_t end) { cpu::cross_entropy_backward(p, begin, end); });
   return grad;
 }
@@ -105,8 +90,9 @@ std::tuple<Tensor, Tensor> diffusion_cross_entropy_gradient_(const Tensor& logit
   const CrossEntropyTensors tensors(op, logits, targets, weights, suppress_tokens);
   check_writable_logits(op, logits, targets, weights);
   Tensor ce = tensors.per_row();
-  cpu::CrossEntropyParams p = tensors.params();
-  const Tensor chunk_max = new_tensor(logits, {tensors.rows.rows, p.chunks()}, tensors.real);
+  CrossEntropyParams<TokenIds> p = tensors.params();
+  const Tensor chunk_max =
+      new_tensor(logits, {tensors.rows.rows, cpu::cross_entropy_chunks(p.vocabulary)}, tensors.real);
   p.ce = ce.data_ptr(), p.chunk_max = chunk_max.data_ptr();
   tensors.run([&](int64_t begin, int64_t end) { cpu::cross_entropy_in_place(p, begin, end); });
   return {tensors.weighted_sum(ce), ce};

@@ -42,6 +42,16 @@ struct CrossEntropyArguments {
   Tensor per_row() const { return new_tensor(weights, shape, real); }
   Tensor scalar() const { return new_tensor(weights, {}, real); }
 
+  // Into the parameters of a kernel, on CPU or CUDA; the list of ids is left to the caller.
+  template <class Params>
+  void fill(Params& p) const {
+    p.logits = rows.view();
+    p.rows = rows.rows;
+    p.vocabulary = rows.vocabulary;
+    p.targets = static_cast<const int64_t*>(targets.data_ptr());
+    p.weights = weights.data_ptr();
+  }
+
  private:
   static void check_per_row(const char* op, const char* name, const Tensor& tensor, const Tensor& logits) {
     check_same_device(op, name, tensor, "logits", logits);

@@ -5,24 +5,19 @@
 #include "cuda/cross_entropy/launch.h"
 #include "torch/cuda_contents.h"
 #include "torch/cuda_launch.h"
-#include "torch/logits_cuda.h"
 #include "torch/loss_arguments.h"
 
 namespace dllm {
 namespace {
 
-cuda::CrossEntropyParams params(const char* op, const CrossEntropyArguments& arguments) {
+CrossEntropyParams<ListedTokenIds> params(const char* op, const CrossEntropyArguments& arguments) {
   if (debugging()) {
     HostCopies host;
     check_targets(op, arguments, host.of<int64_t>(arguments.targets), host.of<char>(arguments.weights));
   }
-  cuda::CrossEntropyParams p{};
-  p.logits = logits_view(arguments.rows);
-  p.rows = arguments.rows.rows;
-  p.vocabulary = arguments.rows.vocabulary;
-  p.suppress = listed_ids(op, "suppress_tokens", arguments.suppressed);
-  p.targets = static_cast<const int64_t*>(arguments.targets.data_ptr());
-  p.weights = arguments.weights.data_ptr();
+  CrossEntropyParams<ListedTokenIds> p{};
+  arguments.fill(p);
+  p.suppress = listed_on_cuda(op, "suppress_tokens", arguments.suppressed);
   return p;
 }
 
@@ -31,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> diffusion_cross_entropy(Tensor logits, Tensor
   constexpr const char* op = "diffusion_cross_entropy";
   const CrossEntropyArguments arguments(op, logits, targets, weights, suppress_tokens);
   const OnDeviceOf device(logits);
-  cuda::CrossEntropyParams p = params(op, arguments);
+  CrossEntropyParams<ListedTokenIds> p = params(op, arguments);
   Tensor loss = arguments.scalar(), ce = arguments.per_row(), logsumexp = arguments.per_row();
   p.loss = loss.data_ptr(), p.ce = ce.data_ptr(), p.logsumexp = logsumexp.data_ptr();
   check_launch(op, cuda::cross_entropy(p, device.stream()));
@@ -47,7 +42,7 @@ Tensor diffusion_cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor 
   const Tensor factor = torch::stable::to(grad_loss, arguments.real);
   const auto sizes = logits.sizes();
   Tensor grad = new_tensor(logits, {sizes.begin(), sizes.end()}, logits.scalar_type());
-  cuda::CrossEntropyParams p = params(op, arguments);
+  CrossEntropyParams<ListedTokenIds> p = params(op, arguments);
   p.logsumexp = lse.data_ptr(), p.grad_loss = factor.data_ptr(), p.grad = grad.data_ptr();
   check_launch(op, cuda::cross_entropy_backward(p, device.stream()));
   return grad;
@@ -61,7 +56,7 @@ std::tuple<Tensor, Tensor> diffusion_cross_entropy_gradient_(Tensor logits, Tens
   const CrossEntropyArguments arguments(op, logits, targets, weights, suppress_tokens);
   const OnDeviceOf device(logits);
   check_writable_logits(op, logits, targets, weights);
-  cuda::CrossEntropyParams p = params(op, arguments);
+  CrossEntropyParams<ListedTokenIds> p = params(op, arguments);
   Tensor loss = arguments.scalar(), ce = arguments.per_row();
   p.loss = loss.data_ptr(), p.ce = ce.data_ptr();
   check_launch(op, cuda::cross_entropy_in_place(p, device.stream()));

@@ -7,7 +7,6 @@
 #include "cpu/token_divergence.h"
 #include "cpu/token_stats.h"
 #include "torch/parallel.h"
-#include "torch/storage_type.h"
 
 namespace dllm {
 namespace {
@@ -15,45 +14,35 @@ namespace {
 // Per logit, for the decision how many threads are worth waking.
 constexpr double kOperations = 16, kNoiseOperations = 128;
 
-cpu::TokenIds listed(const std::vector<int32_t>& ids) { return {ids.data(), static_cast<int>(ids.size())}; }
-
-cpu::LogitsView view(const LogitsRows& logits) {
-  return {logits.tensor.data_ptr(), storage_type(logits.tensor), logits.inner, logits.outer_stride,
-          logits.inner_stride};
-}
-
-void fill_lists(cpu::TokenStatsParams& p, const TokenStatsOptions& options) {
+void fill_lists(cpu::PartedStatsParams& p, const TokenStatsOptions& options) {
   p.suppress = listed(options.suppress);
   p.proposal_exclude = listed(options.proposal_exclude);
   p.confidence_exclude = listed(options.confidence_exclude);
 }
 
 // The workspace behind p.states, for this many visited rows.
-Tensor new_states(cpu::TokenStatsParams& p, int64_t visited, const Tensor& like) {
+Tensor new_states(cpu::PartedStatsParams& p, int64_t visited, const Tensor& like) {
   const int64_t size = p.float64 ? sizeof(cpu::PartState<double>) : sizeof(cpu::PartState<float>);
   Tensor states = new_tensor(like, {visited * p.parts * size}, ScalarType::Byte);
   p.states = states.data_ptr();
   return states;
 }
 
-void fill_states(const cpu::LogitsStatsParams& p, int64_t visited) {
+void fill_states(const cpu::PartedStatsParams& p, int64_t visited) {
   const double operations = p.temperature > 0 ? kNoiseOperations : kOperations;
   run_items(visited * p.parts, operations * visited * p.vocabulary,
             [&](int64_t begin, int64_t end) { cpu::token_states(p, begin, end); });
 }
 
-// The filters look at what the confidence is made of, before anything is left out of it.
-std::vector<cpu::Cut> token_cuts(cpu::LogitsStatsParams p, const TokenFilterOptions& filter,
-                                 int64_t visited) {
-  p.temperature = 0;
-  p.confidence_exclude = {};
-  fill_states(p, visited);
-  std::vector<cpu::Cut> cuts(visited);
-  const auto top_k = static_cast<int32_t>(std::min<int64_t>(filter.top_k.value_or(INT32_MAX), INT32_MAX));
-  const cpu::TokenCutParams params{p, filter.top_p.value_or(1), top_k, cuts.data()};
+// Fills p.cuts. The filters look at what the confidence is made of, before anything is left out of it.
+void find_cuts(const cpu::PartedStatsParams& p, int64_t visited) {
+  cpu::PartedStatsParams unfiltered = p;
+  unfiltered.temperature = 0;
+  unfiltered.confidence_exclude = {};
+  unfiltered.cuts = nullptr;
+  fill_states(unfiltered, visited);
   run_items(visited, kOperations * visited * p.vocabulary,
-            [&](int64_t begin, int64_t end) { cpu::token_cuts(params, begin, end); });
-  return cuts;
+            [&](int64_t begin, int64_t end) { cpu::token_cuts(p, begin, end); });
 }
 
 }  // namespace
@@ -63,18 +52,20 @@ TokenStatsTensors row_stats(const LogitsRows& logits, const std::vector<int64_t>
                             const TokenStatsOptions& options, const TokenFilterOptions& filter) {
   const TokenStatsTensors stats = new_stats(logits.tensor, shape, options.real());
   const int64_t rows = visited ? static_cast<int64_t>(visited->size()) : logits.rows;
-  cpu::LogitsStatsParams p{};
+  cpu::PartedStatsParams p{};
   fill(p, options, logits.vocabulary, stats);
   fill_lists(p, options);
-  p.logits = view(logits);
-  p.rows = visited ? visited->data() : nullptr;
+  p.logits = logits.view();
+  p.rows = logits.rows;
+  p.visited = visited ? visited->data() : nullptr;
   p.noise_ids = noise_ids;
-  p.parts = (logits.vocabulary - 1) / cpu::LogitsStatsParams::kPart + 1;
+  p.parts = (logits.vocabulary - 1) / cpu::kLogitsPart + 1;
   const Tensor states = new_states(p, rows, logits.tensor);
-  std::vector<cpu::Cut> cuts;
+  std::vector<TokenCut> cuts;
   if (!filter.keeps_all(logits.vocabulary)) {
-    cuts = token_cuts(p, filter, rows);
-    p.cuts = cuts.data();
+    cuts.resize(rows);
+    fill(p, filter, cuts.data());
+    find_cuts(p, rows);
   }
   fill_states(p, rows);
   cpu::token_results(p, 0, rows);
@@ -105,10 +96,10 @@ Tensor token_divergence(Tensor logits, Tensor previous, std::vector<int64_t> sup
   const LogitsRows& rows = arguments.rows;
   Tensor divergence =
       new_tensor(logits, leading_shape(logits), float64 ? ScalarType::Double : ScalarType::Float);
-  const cpu::TokenDivergenceParams p{
-      view(rows),      view(arguments.previous),   rows.vocabulary,
-      arguments.scale, listed(arguments.suppress), listed(arguments.confidence_exclude),
-      float64,         divergence.data_ptr()};
+  TokenDivergenceParams<TokenIds> p{};
+  arguments.fill(p, float64, divergence);
+  p.suppress = listed(arguments.suppress);
+  p.confidence_exclude = listed(arguments.confidence_exclude);
   run_items(rows.rows, 2 * kOperations * rows.rows * rows.vocabulary,
             [&](int64_t begin, int64_t end) { cpu::token_divergence(p, begin, end); });
   return divergence;
@@ -137,7 +128,7 @@ TokenStatsTensors linear_token_stats(Tensor hidden, Tensor weight, std::optional
   p.noise_ids = int32_data(ids);
   p.parts = (vocabulary - 1) / cpu::LinearStatsParams::kPart + 1;
   const Tensor states = new_states(p, rows, hidden);
-  p.row_count = rows;
+  p.rows = rows;
   p.hidden_size = static_cast<int32_t>(hidden.size(-1));
   p.hidden = dense_hidden.data_ptr(), p.hidden_type = storage_type(hidden);
   p.weight = dense_weight.data_ptr(), p.weight_type = storage_type(weight);

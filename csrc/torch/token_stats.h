@@ -78,7 +78,8 @@ void fill(Params& p, const TokenStatsOptions& options, int32_t vocabulary, const
   p.float64 = options.float64;
   p.temperature = options.temperature;
   p.seed = options.seed;
-  p.confidence_scale = static_cast<decltype(p.confidence_scale)>(options.confidence_scale);
+  p.confidence_scale = static_cast<float>(options.confidence_scale);
+  p.confidence_scale64 = options.confidence_scale;
   p.fallback = options.fallback;
   p.token = static_cast<int64_t*>(token.data_ptr());
   p.prob = prob.data_ptr(), p.margin = margin.data_ptr();
@@ -134,6 +135,14 @@ struct TokenFilterOptions {
   }
 };
 
+// cuts: the workspace that the filters need.
+template <class Params>
+void fill(Params& p, const TokenFilterOptions& filter, TokenCut* cuts) {
+  p.top_p = filter.top_p.value_or(1);
+  p.top_k = static_cast<int32_t>(std::min<int64_t>(filter.top_k.value_or(INT32_MAX), INT32_MAX));
+  p.cuts = cuts;
+}
+
 // Of token_divergence, whose texts speak of token_stats: what its callers call.
 struct TokenDivergenceArguments {
   LogitsRows rows, previous;
@@ -148,6 +157,16 @@ struct TokenDivergenceArguments {
         suppress(token_ids(op, "suppress_tokens", suppress_tokens, rows.vocabulary)),
         confidence_exclude(token_ids(op, "confidence_exclude", confidence_exclude, rows.vocabulary)),
         scale(confidence_scale(op, confidence_temperature)) {}
+
+  // Into the parameters of a kernel, on CPU or CUDA; the lists of ids are left to the caller.
+  template <class Params>
+  void fill(Params& p, bool float64, const Tensor& divergence) const {
+    p.logits = rows.view(), p.previous = previous.view();
+    p.rows = rows.rows, p.vocabulary = rows.vocabulary;
+    p.confidence_scale = static_cast<float>(scale), p.confidence_scale64 = scale;
+    p.float64 = float64;
+    p.divergence = divergence.data_ptr();
+  }
 
  private:
   static const Tensor& checked(const char* op, const Tensor& logits, const Tensor& previous) {

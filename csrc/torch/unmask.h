@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "core/commit_params.h"
+#include "core/params.h"
 #include "torch/overlap.h"
 #include "torch/token_stats.h"
 

@@ -5,14 +5,13 @@
 #include "cuda/token_stats/launch.h"
 #include "torch/cuda_contents.h"
 #include "torch/cuda_launch.h"
-#include "torch/logits_cuda.h"
 #include "torch/unmask.h"
 
 namespace dllm {
 namespace {
 
 TokenStatsTensors launch_token_stats(const char* op, const OnDeviceOf& device, const LogitsRows& logits,
-                                     const std::vector<int64_t>& shape, const cuda::BlockRows& block,
+                                     const std::vector<int64_t>& shape, const cuda::MaskedBlocks& blocks,
                                      const int32_t* noise_ids, const TokenStatsOptions& options,
                                      const TokenFilterOptions& filter) {
   const TokenStatsTensors stats = new_stats(logits.tensor, shape, options.real());
@@ -20,23 +19,21 @@ TokenStatsTensors launch_token_stats(const char* op, const OnDeviceOf& device, c
       static_cast<int64_t>(cuda::token_stats_workspace(logits.rows, logits.vocabulary, options.float64));
   Tensor states = new_tensor(logits.tensor, {bytes}, ScalarType::Byte);
 
-  cuda::TokenStatsParams p{};
+  cuda::RowStatsParams p{};
   fill(p, options, logits.vocabulary, stats);
-  p.logits = logits_view(logits);
+  p.logits = logits.view();
   p.rows = logits.rows;
-  p.block = block;
+  p.blocks = blocks;
   p.noise_ids = noise_ids;
-  p.suppress = listed_ids(op, "suppress_tokens", options.suppress);
-  p.proposal_exclude = listed_ids(op, "proposal_exclude", options.proposal_exclude);
-  p.confidence_exclude = listed_ids(op, "confidence_exclude", options.confidence_exclude);
+  p.suppress = listed_on_cuda(op, "suppress_tokens", options.suppress);
+  p.proposal_exclude = listed_on_cuda(op, "proposal_exclude", options.proposal_exclude);
+  p.confidence_exclude = listed_on_cuda(op, "confidence_exclude", options.confidence_exclude);
   p.states = states.data_ptr();
   Tensor cuts;
   if (!filter.keeps_all(logits.vocabulary)) {
-    cuts = new_tensor(logits.tensor, {logits.rows * static_cast<int64_t>(sizeof(cuda::TokenCut))},
-                      ScalarType::Byte);
-    p.cuts = static_cast<cuda::TokenCut*>(cuts.data_ptr());
-    p.top_p = filter.top_p.value_or(1);
-    p.top_k = static_cast<int32_t>(std::min<int64_t>(filter.top_k.value_or(INT32_MAX), INT32_MAX));
+    cuts =
+        new_tensor(logits.tensor, {logits.rows * static_cast<int64_t>(sizeof(TokenCut))}, ScalarType::Byte);
+    fill(p, filter, static_cast<TokenCut*>(cuts.data_ptr()));
   }
   check_launch(op, cuda::token_stats(p, device.stream()));
   return stats;
@@ -66,15 +63,10 @@ Tensor token_divergence(Tensor logits, Tensor previous, std::vector<int64_t> sup
   const OnDeviceOf device(logits);
   Tensor divergence =
       new_tensor(logits, leading_shape(logits), float64 ? ScalarType::Double : ScalarType::Float);
-  const cuda::TokenDivergenceParams p{logits_view(arguments.rows),
-                                      logits_view(arguments.previous),
-                                      arguments.rows.rows,
-                                      arguments.rows.vocabulary,
-                                      static_cast<float>(arguments.scale),
-                                      listed_ids(op, "suppress_tokens", arguments.suppress),
-                                      listed_ids(op, "confidence_exclude", arguments.confidence_exclude),
-                                      float64,
-                                      divergence.data_ptr()};
+  TokenDivergenceParams<ListedTokenIds> p{};
+  arguments.fill(p, float64, divergence);
+  p.suppress = listed_on_cuda(op, "suppress_tokens", arguments.suppress);
+  p.confidence_exclude = listed_on_cuda(op, "confidence_exclude", arguments.confidence_exclude);
   check_launch(op, cuda::token_divergence(p, device.stream()));
   return divergence;
 }
@@ -148,17 +140,17 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, int64_t rule, s
     check_block_starts(op, host.of(starts), batch, block, canvas.size(1));
     check_quotas(op, host.of(arguments.quota), batch);
   }
-  const cuda::BlockRows block_rows{canvas.data_ptr(),
-                                   canvas.scalar_type() == ScalarType::Long,
-                                   canvas.stride(0),
-                                   canvas.size(1),
-                                   mask_id,
-                                   start,
-                                   static_cast<int32_t>(block),
-                                   int32_data(arguments.step),
-                                   int32_data(arguments.sequence_ids)};
+  const cuda::MaskedBlocks blocks{canvas.data_ptr(),
+                                  canvas.scalar_type() == ScalarType::Long,
+                                  canvas.stride(0),
+                                  canvas.size(1),
+                                  mask_id,
+                                  start,
+                                  static_cast<int32_t>(block),
+                                  int32_data(arguments.step),
+                                  int32_data(arguments.sequence_ids)};
   const auto [token, prob, margin, entropy, logsumexp] =
-      launch_token_stats(op, device, rows, {batch, block}, block_rows, nullptr, options, {op, top_p, top_k});
+      launch_token_stats(op, device, rows, {batch, block}, blocks, nullptr, options, {op, top_p, top_k});
   return commit_rows(op, device, arguments, canvas, nullptr, start, block,
                      {token, prob, margin, entropy, {}});
 }

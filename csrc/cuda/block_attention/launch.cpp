@@ -56,6 +56,7 @@ cudaError_t launch_block_attention(const BlockAttentionParams& p, cudaStream_t s
       case DType::bfloat16: return sm80::launch_forward<__nv_bfloat16, dim>(p, stream);
       case DType::float16: return sm80::launch_forward<__half, dim>(p, stream);
       case DType::float32: return fp32::launch_forward<dim>(p, stream);
+      case DType::float64: break;
     }
     return cudaErrorInvalidValue;
   });
@@ -102,6 +103,7 @@ cudaError_t launch_block_attention_backward(const BlockAttentionBackwardParams& 
       case DType::float32:
         return launch_all([&] { return launch_preprocess<float>(p, workspace, stream); },
                           [&] { return fp32::launch_backward<dim>(p, workspace, stream); });
+      case DType::float64: break;
     }
     return cudaErrorInvalidValue;
   });

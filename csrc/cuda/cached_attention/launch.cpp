@@ -44,6 +44,7 @@ cudaError_t launch_cached_attention(const SplitParams& p, cudaStream_t stream) {
       return launch_splits_and_merge<__nv_bfloat16>(p, stream, launch_on_tensor_cores<__nv_bfloat16>);
     case DType::float16: return launch_splits_and_merge<__half>(p, stream, launch_on_tensor_cores<__half>);
     case DType::float32: return launch_splits_and_merge<float>(p, stream, launch_cached_fp32);
+    case DType::float64: break;
   }
   return cudaErrorInvalidValue;
 }

@@ -2,6 +2,7 @@
 // hundred), then every rank asks the rule; the first rank that it does not keep ends the accepted ones.
 #pragma once
 
+#include "core/acceptance.h"
 #include "cuda/commit/launch.h"
 #include "cuda/ptx.cuh"
 

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "core/commit_params.h"
+#include "core/params.h"
 #include "cuda/commit/config.h"
 
 namespace dllm::cuda {

@@ -8,18 +8,18 @@ namespace {
 
 // launch(kernel arguments' type T, its arithmetic Real)
 template <class Launch>
-cudaError_t with_types(LogitType type, const Launch& launch) {
+cudaError_t with_types(DType type, const Launch& launch) {
   switch (type) {
-    case LogitType::float32: return launch(float(), float());
-    case LogitType::bfloat16: return launch(__nv_bfloat16(), float());
-    case LogitType::float16: return launch(__half(), float());
-    case LogitType::float64: return launch(double(), double());
+    case DType::float32: return launch(float(), float());
+    case DType::bfloat16: return launch(__nv_bfloat16(), float());
+    case DType::float16: return launch(__half(), float());
+    case DType::float64: return launch(double(), double());
   }
   return cudaErrorInvalidValue;
 }
 
 template <class Real>
-cudaError_t add_up(const CrossEntropyParams& p, cudaStream_t stream) {
+cudaError_t add_up(const CrossEntropyParams<ListedTokenIds>& p, cudaStream_t stream) {
   return launch_kernel(weighted_sum_kernel<Real>, 1, kSumThreads, 0, stream, p);
 }
 
@@ -32,7 +32,7 @@ cudaError_t shared_limit(int& bytes) {
 
 }  // namespace
 
-cudaError_t cross_entropy(const CrossEntropyParams& p, cudaStream_t stream) {
+cudaError_t cross_entropy(const CrossEntropyParams<ListedTokenIds>& p, cudaStream_t stream) {
   return with_types(p.logits.type, [&](auto t, auto real) {
     using T = decltype(t);
     using Real = decltype(real);
@@ -42,7 +42,7 @@ cudaError_t cross_entropy(const CrossEntropyParams& p, cudaStream_t stream) {
   });
 }
 
-cudaError_t cross_entropy_backward(const CrossEntropyParams& p, cudaStream_t stream) {
+cudaError_t cross_entropy_backward(const CrossEntropyParams<ListedTokenIds>& p, cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
   return with_types(p.logits.type, [&](auto t, auto real) {
     const auto kernel = cross_entropy_backward_kernel<decltype(t), decltype(real)>;
@@ -50,7 +50,7 @@ cudaError_t cross_entropy_backward(const CrossEntropyParams& p, cudaStream_t str
   });
 }
 
-cudaError_t cross_entropy_in_place(const CrossEntropyParams& p, cudaStream_t stream) {
+cudaError_t cross_entropy_in_place(const CrossEntropyParams<ListedTokenIds>& p, cudaStream_t stream) {
   int limit = 0;
   cudaError_t status = shared_limit(limit);
   if (status != cudaSuccess) return status;

@@ -60,14 +60,14 @@ __device__ OnlineSoftmax<Real> merged_threads(OnlineSoftmax<Real> softmax) {
 template <class T, class Real>
 struct CrossEntropyRow {
   static constexpr int kIds = RowVectors<T>::kIds;
-  const CrossEntropyParams& p;
+  const CrossEntropyParams<ListedTokenIds>& p;
   int64_t row;
   T* logits;
   RowVectors<T> vectors;
   int64_t target;
   Real weight;
 
-  __device__ CrossEntropyRow(const CrossEntropyParams& p, int64_t row)
+  __device__ CrossEntropyRow(const CrossEntropyParams<ListedTokenIds>& p, int64_t row)
       : p(p),
         row(row),
         logits(row_of<T>(p.logits, row)),
@@ -135,7 +135,7 @@ __device__ void fill_zeros(T* row, int32_t vocabulary) {
 
 template <class T, class Real>
 __global__ void __launch_bounds__(kRowThreads)
-    cross_entropy_kernel(const __grid_constant__ CrossEntropyParams p) {
+    cross_entropy_kernel(const __grid_constant__ CrossEntropyParams<ListedTokenIds> p) {
   const CrossEntropyRow<T, Real> row(p, blockIdx.x);
   Real ce = 0, logsumexp = 0;
   if (row.weight != 0) {
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kRowThreads)
 
 template <class T, class Real>
 __global__ void __launch_bounds__(kRowThreads)
-    cross_entropy_backward_kernel(const __grid_constant__ CrossEntropyParams p) {
+    cross_entropy_backward_kernel(const __grid_constant__ CrossEntropyParams<ListedTokenIds> p) {
   const CrossEntropyRow<T, Real> row(p, blockIdx.x);
   T* grad = static_cast<T*>(p.grad) + row.row * p.vocabulary;
   if (row.weight == 0) return fill_zeros(grad, p.vocabulary);
@@ -186,7 +186,8 @@ __global__ void __launch_bounds__(kRowThreads)
 // The first `resident` vectors of the row stay in shared memory, each with the thread that read it.
 template <class T, class Real>
 __global__ void __launch_bounds__(kRowThreads, 1)
-    cross_entropy_in_place_kernel(const __grid_constant__ CrossEntropyParams p, int32_t resident) {
+    cross_entropy_in_place_kernel(const __grid_constant__ CrossEntropyParams<ListedTokenIds> p,
+                                  int32_t resident) {
   uint4* kept = dynamic_shared<uint4>();
   const CrossEntropyRow<T, Real> row(p, blockIdx.x);
   Real* ce = static_cast<Real*>(p.ce) + row.row;
@@ -224,7 +225,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
 // loss = Σ weight · ce, in double and in one order; one CTA.
 template <class Real>
 __global__ void __launch_bounds__(kSumThreads)
-    weighted_sum_kernel(const __grid_constant__ CrossEntropyParams p) {
+    weighted_sum_kernel(const __grid_constant__ CrossEntropyParams<ListedTokenIds> p) {
   __shared__ double warps[kSumThreads / 32];
   double sum = 0;
   for (int64_t row = threadIdx.x; row < p.rows; row += kSumThreads) {

@@ -1,22 +1,11 @@
-// The product of linear_token_stats, and how it cuts the vocabulary; host and device read the same numbers.
+// How linear_token_stats cuts the vocabulary; host and device read the same numbers.
 #pragma once
 
 #include <stdint.h>
 
 #include "core/host_device.h"
-#include "core/params.h"
 
 namespace dllm::cuda {
-
-// hidden · weightᵀ + bias
-struct Projection {
-  const void* hidden;  // [rows, hidden_size]
-  const void* weight;  // [vocabulary, hidden_size]
-  const void* bias;    // [vocabulary], null: none
-  DType hidden_type, weight_type, bias_type;
-  int32_t hidden_size;
-  int64_t weight_stride;  // in elements; 0: rows are not contiguous
-};
 
 // Ranges of whole units, about as many as a large Hopper GPU has multiprocessors: one CTA walks through one.
 // They depend on the vocabulary alone and merge in order, so a row's result does not depend on how many rows

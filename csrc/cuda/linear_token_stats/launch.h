@@ -10,8 +10,8 @@
 namespace dllm::cuda {
 
 struct LinearTokenStatsParams {
-  TokenStatsParams stats;  // without logits; states: workspace [rows, ranges] of TokenState<float>
-  float* proposals;        // workspace [rows, ranges]: the logit of each state's token
+  RowStatsParams stats;  // without logits; states: workspace [rows, ranges] of TokenState<float>
+  float* proposals;      // workspace [rows, ranges]: the logit of each state's token
   Projection projection;
 };
 

@@ -75,7 +75,7 @@ __device__ inline void merge_lanes(DivergenceState& state) {
 
 template <class T, class Real>
 __global__ void __launch_bounds__(kDivergenceThreads, 1)
-    token_divergence_kernel(const __grid_constant__ TokenDivergenceParams p) {
+    token_divergence_kernel(const __grid_constant__ TokenDivergenceParams<ListedTokenIds> p) {
   constexpr int kIds = RowVectors<T>::kIds;
   __shared__ double fields[5][kDivergenceWarps];
   const T *logits = row_of<const T>(p.logits, blockIdx.x),

@@ -3,20 +3,10 @@
 
 #include <cuda_runtime_api.h>
 
-#include "cuda/logits.h"
+#include "core/params.h"
 
 namespace dllm::cuda {
 
-struct TokenDivergenceParams {
-  LogitsView logits, previous;
-  int64_t rows;
-  int32_t vocabulary;
-  float confidence_scale;                 // 1 / confidence temperature
-  TokenIds suppress, confidence_exclude;  // left out of both
-  bool float64;
-  void* divergence;  // [rows], float or double
-};
-
-cudaError_t token_divergence(const TokenDivergenceParams& params, cudaStream_t stream);
+cudaError_t token_divergence(const TokenDivergenceParams<ListedTokenIds>& params, cudaStream_t stream);
 
 }  // namespace dllm::cuda

@@ -50,7 +50,7 @@ __device__ void propose(TokenState<Real>& state, const float (&score)[n], int32_
 // Adds `n` logits, none of them NaN or +inf, of ids first, first + 1, …, where `first` and `n` are multiples
 // of 4: one Philox block for four ids.
 template <int n, class Real>
-__device__ void add_ids(TokenState<Real>& state, const TokenStatsParams& p, const RowIdentity& identity,
+__device__ void add_ids(TokenState<Real>& state, const RowStatsParams& p, const RowIdentity& identity,
                         int32_t first, float (&x)[n]) {
   float score[n];
   bar(p.suppress, first, x);

@@ -69,7 +69,7 @@ __device__ void add_large_exponentials(TokenState<float>& state, const uint4 (&r
 
 template <class T>
 __global__ void __launch_bounds__(kStatsThreads, sizeof(T) == 2 ? 3 : 2)
-    greedy_token_states_kernel(const __grid_constant__ TokenStatsParams p) {
+    greedy_token_states_kernel(const __grid_constant__ RowStatsParams p) {
   constexpr int kIds = 16 / sizeof(T), kLoads = kStatsRange / (kStatsThreads * kIds);
   __shared__ float warp_highest[kStatsWarps];
   __shared__ TokenState<float> warp_states[kStatsWarps];

@@ -9,7 +9,7 @@ namespace dllm::cuda {
 
 template <class T, class Real>
 __global__ void __launch_bounds__(kStatsThreads, 1)
-    token_states_kernel(const __grid_constant__ TokenStatsParams p) {
+    token_states_kernel(const __grid_constant__ RowStatsParams p) {
   constexpr int kIds = 16 / sizeof(T);  // ids in one load: one or two Philox blocks
   __shared__ TokenState<Real> warp_states[kStatsWarps];
   const int32_t row = row_of_cta();
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kStatsThreads, 1)
 
 template <class T, class Real>
 __global__ void __launch_bounds__(kStatsThreads)
-    token_results_kernel(const __grid_constant__ TokenStatsParams p) {
+    token_results_kernel(const __grid_constant__ RowStatsParams p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kStatsWarps + threadIdx.x / 32;
   if (row >= p.rows || !row_identity(p, row).masked) return;
   const TokenState<Real> state = merged_ranges<Real>(p, row);

@@ -13,8 +13,8 @@ struct RowIdentity {
   bool masked;
 };
 
-__device__ inline RowIdentity row_identity(const TokenStatsParams& p, int32_t row) {
-  const BlockRows& block = p.block;
+__device__ inline RowIdentity row_identity(const RowStatsParams& p, int32_t row) {
+  const MaskedBlocks& block = p.blocks;
   if (!block.canvas) {
     if (!p.noise_ids) return {0, row, 0, true};
     const int32_t* ids = p.noise_ids + 3 * static_cast<int64_t>(row);
@@ -76,14 +76,14 @@ __device__ TokenState<Real> merged_ranges(const TokenState<Real>* states, int ra
   return state;
 }
 template <class Real>
-__device__ TokenState<Real> merged_ranges(const TokenStatsParams& p, int32_t row) {
+__device__ TokenState<Real> merged_ranges(const RowStatsParams& p, int32_t row) {
   const int ranges = stats_ranges(p.vocabulary);
   return merged_ranges(static_cast<const TokenState<Real>*>(p.states) + static_cast<int64_t>(row) * ranges,
                        ranges);
 }
 
 template <class Real>
-__device__ void write_result(const TokenStatsParams& p, int64_t row, const TokenResult<Real>& result) {
+__device__ void write_result(const RowStatsParams& p, int64_t row, const TokenResult<Real>& result) {
   p.token[row] = result.token;
   static_cast<Real*>(p.prob)[row] = result.prob;
   static_cast<Real*>(p.margin)[row] = result.margin;

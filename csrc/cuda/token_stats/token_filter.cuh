@@ -30,7 +30,7 @@ struct SlotTotal {
 // The row as the confidence sees it, before confidence_exclude.
 template <class T, class Real>
 struct FilteredRow {
-  const TokenStatsParams& p;
+  const RowStatsParams& p;
   const T* logits;
   Real max;
   int unused_bits;
@@ -110,7 +110,7 @@ __device__ void find_tie(const FilteredRow<T, Real>& row, uint32_t key, int32_t 
 
 template <class T, class Real>
 __global__ void __launch_bounds__(kFilterThreads, 1)
-    token_filter_kernel(const __grid_constant__ TokenStatsParams p) {
+    token_filter_kernel(const __grid_constant__ RowStatsParams p) {
   const int32_t at = row_of_cta();
   if (at < 0 || at >= p.rows || !row_identity(p, at).masked) return;
   const TokenState<Real> state = merged_ranges<Real>(p, at);

@@ -15,7 +15,7 @@ dim3 grid_of_rows(int ctas, int64_t rows) {
 }
 
 template <class T, class Real>
-cudaError_t fill_states(const TokenStatsParams& p, cudaStream_t stream) {
+cudaError_t fill_states(const RowStatsParams& p, cudaStream_t stream) {
   const dim3 grid = grid_of_rows(stats_ranges(p.vocabulary), p.rows);
   if constexpr (sizeof(Real) == 4) {  // float64 is for parity, not for speed
     const bool greedy = p.temperature == 0 && p.confidence_scale == 1 && p.proposal_exclude.count == 0 &&
@@ -27,8 +27,8 @@ cudaError_t fill_states(const TokenStatsParams& p, cudaStream_t stream) {
 
 // The filters look at what the confidence is made of, before anything is left out of it.
 template <class T, class Real>
-cudaError_t find_filters(TokenStatsParams p, cudaStream_t stream) {
-  TokenStatsParams unfiltered = p;
+cudaError_t find_filters(RowStatsParams p, cudaStream_t stream) {
+  RowStatsParams unfiltered = p;
   unfiltered.temperature = 0;
   unfiltered.confidence_exclude.count = 0;
   unfiltered.cuts = nullptr;
@@ -38,7 +38,7 @@ cudaError_t find_filters(TokenStatsParams p, cudaStream_t stream) {
 }
 
 template <class T, class Real>
-cudaError_t launch(const TokenStatsParams& p, cudaStream_t stream) {
+cudaError_t launch(const RowStatsParams& p, cudaStream_t stream) {
   cudaError_t status = p.cuts ? find_filters<T, Real>(p, stream) : cudaSuccess;
   if (status == cudaSuccess) status = fill_states<T, Real>(p, stream);
   if (status != cudaSuccess) return status;
@@ -47,7 +47,7 @@ cudaError_t launch(const TokenStatsParams& p, cudaStream_t stream) {
 }
 
 template <class T>
-cudaError_t launch(const TokenStatsParams& p, cudaStream_t stream) {
+cudaError_t launch(const RowStatsParams& p, cudaStream_t stream) {
   return p.float64 ? launch<T, double>(p, stream) : launch<T, float>(p, stream);
 }
 
@@ -57,13 +57,13 @@ size_t token_stats_workspace(int64_t rows, int32_t vocabulary, bool float64) {
   return rows * stats_ranges(vocabulary) * (float64 ? sizeof(TokenState<double>) : sizeof(TokenState<float>));
 }
 
-cudaError_t token_stats(const TokenStatsParams& p, cudaStream_t stream) {
+cudaError_t token_stats(const RowStatsParams& p, cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
   switch (p.logits.type) {
-    case LogitType::float32: return launch<float>(p, stream);
-    case LogitType::bfloat16: return launch<__nv_bfloat16>(p, stream);
-    case LogitType::float16: return launch<__half>(p, stream);
-    case LogitType::float64: break;
+    case DType::float32: return launch<float>(p, stream);
+    case DType::bfloat16: return launch<__nv_bfloat16>(p, stream);
+    case DType::float16: return launch<__half>(p, stream);
+    case DType::float64: break;
   }
   return cudaErrorInvalidValue;
 }

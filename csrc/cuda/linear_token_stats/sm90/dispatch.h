@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-#include "cuda/linear_token_stats/config.h"
+#include "core/params.h"
 
 namespace dllm::cuda::sm90 {
 

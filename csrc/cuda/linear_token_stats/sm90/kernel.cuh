@@ -18,7 +18,7 @@ struct ProposalState {
   TokenState<float> state;
   float logit;
 
-  __device__ void add(const TokenStatsParams& p, int32_t row, int32_t first, float (&x)[4]) {
+  __device__ void add(const RowStatsParams& p, int32_t row, int32_t first, float (&x)[4]) {
     const float logits[4] = {x[0], x[1], x[2], x[3]};
     add_ids(state, p, row_identity(p, row), first, x);
 #pragma unroll
