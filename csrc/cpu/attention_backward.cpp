@@ -1,6 +1,6 @@
 #include "cpu/attention_backward.h"
 
-#include "cpu/attention_rows.h"
+#include "cpu/attention_tile.h"
 
 namespace dllm::cpu::DLLM_ISA {
 namespace {

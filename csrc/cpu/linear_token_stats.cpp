@@ -4,7 +4,7 @@
 
 #include "cpu/dtype.h"
 #include "cpu/gemm_tile.h"
-#include "cpu/token_chunk.h"
+#include "cpu/token_state_update.h"
 
 namespace dllm::cpu::DLLM_ISA {
 namespace {

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "core/softmax_state.h"
-#include "cpu/attention_rows.h"
+#include "cpu/attention_tile.h"
 
 namespace dllm::cpu::DLLM_ISA {
 

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "cpu/logits_chunk.h"
+#include "cpu/load_logits.h"
 
 namespace dllm::cpu::DLLM_ISA {
 namespace {

@@ -1,7 +1,7 @@
 #include "cpu/token_stats.h"
 
-#include "cpu/token_chunk.h"
 #include "cpu/token_filter.h"
+#include "cpu/token_state_update.h"
 
 namespace dllm::cpu::DLLM_ISA {
 namespace {

@@ -6,7 +6,7 @@
 #include <string>
 
 #include "cpu/advance.h"
-#include "torch/contents.h"
+#include "torch/index_checks.h"
 
 namespace dllm {
 namespace {

@@ -2,8 +2,8 @@
 // kernel cuts positions to the canvas.
 #include "cuda/advance/launch.h"
 #include "torch/advance_arguments.h"
-#include "torch/cuda_contents.h"
 #include "torch/cuda_launch.h"
+#include "torch/host_copies.h"
 
 namespace dllm {
 namespace {

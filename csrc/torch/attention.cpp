@@ -8,7 +8,7 @@
 #include "cpu/attention_backward.h"
 #include "cpu/attention_forward.h"
 #include "torch/attention_arguments.h"
-#include "torch/contents.h"
+#include "torch/index_checks.h"
 #include "torch/parallel.h"
 
 namespace dllm {

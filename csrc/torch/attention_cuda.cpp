@@ -4,8 +4,8 @@
 
 #include "cuda/block_attention/launch.h"
 #include "torch/attention_arguments.h"
-#include "torch/cuda_contents.h"
 #include "torch/cuda_launch.h"
+#include "torch/host_copies.h"
 
 namespace dllm {
 namespace {

@@ -2,7 +2,7 @@
 // product in chunks of rows.
 #include "cuda/linear_token_stats/launch.h"
 #include "torch/cuda_launch.h"
-#include "torch/token_stats.h"
+#include "torch/token_stats_arguments.h"
 
 namespace dllm {
 namespace {

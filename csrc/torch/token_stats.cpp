@@ -1,5 +1,5 @@
 // token_stats, token_divergence and linear_token_stats: schemas, and the CPU kernels behind them.
-#include "torch/token_stats.h"
+#include "torch/token_stats_arguments.h"
 
 #include <torch/csrc/stable/library.h>
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cpu/cross_entropy.h"
-#include "torch/loss_arguments.h"
+#include "torch/cross_entropy_arguments.h"
 #include "torch/parallel.h"
 
 namespace dllm {

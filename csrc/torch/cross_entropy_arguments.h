@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "torch/checks.h"
-#include "torch/contents.h"
+#include "torch/index_checks.h"
 #include "torch/logits_arguments.h"
 #include "torch/overlap.h"
 

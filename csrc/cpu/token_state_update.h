@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "cpu/gumbel_noise.h"
-#include "cpu/logits_chunk.h"
+#include "cpu/load_logits.h"
 
 namespace dllm::cpu::DLLM_ISA {
 

@@ -1,10 +1,10 @@
 // commit_ and unmask_: schemas, and the CPU kernels behind them.
-#include "torch/unmask.h"
+#include "torch/commit_arguments.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/commit.h"
-#include "torch/contents.h"
+#include "torch/index_checks.h"
 
 namespace dllm {
 namespace {

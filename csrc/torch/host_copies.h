@@ -6,8 +6,8 @@
 
 #include <vector>
 
-#include "torch/contents.h"
 #include "torch/debugging.h"
+#include "torch/index_checks.h"
 
 namespace dllm {
 

@@ -4,9 +4,9 @@
 
 #include "cuda/cached_attention/launch.h"
 #include "cuda/kv_write/launch.h"
-#include "torch/cache_arguments.h"
-#include "torch/cuda_contents.h"
+#include "torch/cached_attention_arguments.h"
 #include "torch/cuda_launch.h"
+#include "torch/host_copies.h"
 
 namespace dllm {
 namespace {

@@ -3,9 +3,9 @@
 #include <tuple>
 
 #include "cuda/cross_entropy/launch.h"
-#include "torch/cuda_contents.h"
+#include "torch/cross_entropy_arguments.h"
 #include "torch/cuda_launch.h"
-#include "torch/loss_arguments.h"
+#include "torch/host_copies.h"
 
 namespace dllm {
 namespace {

@@ -6,8 +6,8 @@
 
 #include "cpu/cached_attention.h"
 #include "cpu/kv_write.h"
-#include "torch/cache_arguments.h"
-#include "torch/contents.h"
+#include "torch/cached_attention_arguments.h"
+#include "torch/index_checks.h"
 #include "torch/parallel.h"
 
 namespace dllm {

@@ -9,7 +9,7 @@
 
 #include "core/params.h"
 #include "torch/overlap.h"
-#include "torch/token_stats.h"
+#include "torch/token_stats_arguments.h"
 
 namespace dllm {
 
