@@ -21,16 +21,13 @@ Tensor commit_rows(const CommitArguments& arguments, const Tensor& canvas, const
 }
 
 Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tensor margin, Tensor entropy,
-               int64_t rule, std::vector<double> parameters, bool strict, int64_t confidence, double alg_temp,
-               int64_t mask_id, std::optional<Tensor> quota, std::optional<Tensor> step,
-               std::optional<Tensor> sequence_ids, int64_t seed, std::optional<Tensor> progress,
-               std::optional<Tensor> divergence, std::optional<Tensor> state) {
+               CommitOptions options, int64_t seed, std::optional<Tensor> divergence,
+               std::optional<Tensor> state) {
   constexpr const char* op = "commit_";
-  const CommitArguments arguments(op, canvas, make_rule(op, rule, parameters, strict, confidence, alg_temp),
-                                  mask_id, quota, step, sequence_ids, seed, progress, state);
+  const CommitArguments arguments(op, canvas, make_rule(op, options), options, seed, state);
   const CommitStats stats =
       checked_stats(op, arguments.rule, canvas, positions, token, prob, margin, entropy, divergence);
-  check_commit_memory(op, canvas, progress, state, quota, step, sequence_ids,
+  check_commit_memory(op, canvas, options, state,
                       {{"positions", positions},
                        {"stats.token", token},
                        {"stats.prob", prob},
@@ -49,26 +46,19 @@ Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tenso
   return commit_rows(arguments, canvas, data, positions.size(1), stats);
 }
 
-Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, int64_t rule, std::vector<double> parameters,
-               bool strict, int64_t confidence, double alg_temp, int64_t mask_id, std::optional<Tensor> quota,
-               std::optional<Tensor> step, std::optional<Tensor> sequence_ids, int64_t seed,
-               std::optional<Tensor> progress, double temperature, std::vector<int64_t> suppress_tokens,
-               std::vector<int64_t> proposal_exclude, std::vector<int64_t> confidence_exclude,
-               double confidence_temperature, bool float64, std::optional<double> top_p,
-               std::optional<int64_t> top_k) {
+Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, CommitOptions options,
+               StatsOptions stats_options, TokenFilterOptions filter) {
   constexpr const char* op = "unmask_";
-  const Rule acceptance = make_rule(op, rule, parameters, strict, confidence, alg_temp);
-  check_block_rule(op, acceptance);
-  const CommitArguments arguments(op, canvas, acceptance, mask_id, quota, step, sequence_ids, seed, progress,
-                                  std::nullopt);
+  const Rule rule = make_rule(op, options);
+  check_block_rule(op, rule);
+  const CommitArguments arguments(op, canvas, rule, options, stats_options.seed, std::nullopt);
   const auto starts = checked_starts(op, canvas, logits, block_start);
-  check_commit_memory(op, canvas, progress, std::nullopt, quota, step, sequence_ids,
-                      {{"logits", logits}, {"block_start", block_start}});
+  check_commit_memory(op, canvas, options, std::nullopt, {{"logits", logits}, {"block_start", block_start}});
   check_quotas(op, int32_data(arguments.quota), canvas.size(0));
   const LogitsRows rows(op, logits);
-  bar_mask(op, mask_id, rows.vocabulary, suppress_tokens, proposal_exclude);
-  const TokenStatsOptions options(op, rows.vocabulary, temperature, seed, suppress_tokens, proposal_exclude,
-                                  confidence_exclude, confidence_temperature, float64);
+  bar_mask(op, arguments.mask_id, rows.vocabulary, stats_options);
+  const CheckedStatsOptions checked(op, rows.vocabulary, stats_options);
+  filter.check_range(op);
   const int64_t batch = canvas.size(0), block = logits.size(1), length = canvas.size(1);
   const bool wide = canvas.scalar_type() == ScalarType::Long;
   const auto* start = static_cast<const int32_t*>(starts.data_ptr());
@@ -85,11 +75,11 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, int64_t rule, s
           arguments.sequence_ids ? int32_data(arguments.sequence_ids)[b] : static_cast<int32_t>(b);
       noise_ids[3 * row + 1] = static_cast<int32_t>(position);
       noise_ids[3 * row + 2] = arguments.step ? int32_data(arguments.step)[b] : 0;
-      if (id == mask_id) masked.push_back(row);
+      if (id == arguments.mask_id) masked.push_back(row);
     }
   }
   const auto [token, prob, margin, entropy, logsumexp] =
-      row_stats(rows, {batch, block}, &masked, noise_ids.data(), options, {op, top_p, top_k});
+      row_stats(rows, {batch, block}, &masked, noise_ids.data(), checked, filter);
   return commit_rows(arguments, canvas, positions.data(), block, {token, prob, margin, entropy, {}});
 }
 
@@ -120,18 +110,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dllm_kernels, m) {
   m.def("confidences() -> str");
   m.def(
       "commit_(Tensor(a!) canvas, Tensor positions, Tensor token, Tensor prob, Tensor margin, Tensor "
-      "entropy, "
-      "int rule, float[] parameters, bool strict, int confidence, float alg_temp, int mask_id, "
-      "Tensor? quota=None, Tensor? step=None, Tensor? sequence_ids=None, int seed=0, "
-      "Tensor(b!)? progress=None, Tensor? divergence=None, Tensor(c!)? state=None) -> Tensor accepted");
-  m.def(
-      "unmask_(Tensor(a!) canvas, Tensor logits, Tensor block_start, "
-      "int rule, float[] parameters, bool strict, int confidence, float alg_temp, int mask_id, "
-      "Tensor? quota=None, Tensor? step=None, Tensor? sequence_ids=None, int seed=0, "
-      "Tensor(b!)? progress=None, float temperature=0.0, int[] suppress_tokens=[], int[] "
-      "proposal_exclude=[], "
-      "int[] confidence_exclude=[], float confidence_temperature=1.0, bool float64=False, "
-      "float? top_p=None, int? top_k=None) -> Tensor accepted");
+      "entropy, " DLLM_COMMIT_OPTIONS
+      ", int seed=0, Tensor? divergence=None, Tensor(c!)? state=None) -> Tensor accepted");
+  m.def("unmask_(Tensor(a!) canvas, Tensor logits, Tensor block_start, " DLLM_COMMIT_OPTIONS
+        ", " DLLM_STATS_OPTIONS ", " DLLM_TOKEN_FILTER_OPTIONS ") -> Tensor accepted");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dllm_kernels, CompositeExplicitAutograd, m) {
@@ -140,6 +122,6 @@ STABLE_TORCH_LIBRARY_IMPL(dllm_kernels, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dllm_kernels, CPU, m) {
-  m.impl("commit_", TORCH_BOX(&dllm::commit_));
-  m.impl("unmask_", TORCH_BOX(&dllm::unmask_));
+  m.impl("commit_", DLLM_BOX(dllm::commit_));
+  m.impl("unmask_", DLLM_BOX(dllm::unmask_));
 }

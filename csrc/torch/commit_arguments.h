@@ -33,12 +33,41 @@ int checked_place(const char* op, const char* argument, int64_t place, const Tab
 
 inline const RuleSignature& signature(const Rule& rule) { return kRules[static_cast<int>(rule.name)]; }
 
-inline Rule make_rule(const char* op, int64_t place, const std::vector<double>& parameters, bool strict,
-                      int64_t confidence, double alg_temp) {
+// What commit_ and unmask_ have in common, as callers give it.
+struct CommitOptions {
+  int64_t rule;
+  std::vector<double> parameters;
+  bool strict;
+  int64_t confidence;
+  double alg_temp;
+  int64_t mask_id;
+  std::optional<Tensor> quota, step, sequence_ids, progress;
+
+  static CommitOptions from(ArgumentStack& stack) {
+    return {.rule = stack.take<int64_t>(),
+            .parameters = stack.take<std::vector<double>>(),
+            .strict = stack.take<bool>(),
+            .confidence = stack.take<int64_t>(),
+            .alg_temp = stack.take<double>(),
+            .mask_id = stack.take<int64_t>(),
+            .quota = stack.take<std::optional<Tensor>>(),
+            .step = stack.take<std::optional<Tensor>>(),
+            .sequence_ids = stack.take<std::optional<Tensor>>(),
+            .progress = stack.take<std::optional<Tensor>>()};
+  }
+};
+#define DLLM_COMMIT_OPTIONS                                              \
+  "int rule, float[] parameters, bool strict, int confidence, "          \
+  "float alg_temp, int mask_id, Tensor? quota=None, Tensor? step=None, " \
+  "Tensor? sequence_ids=None, Tensor(b!)? progress=None"
+
+inline Rule make_rule(const char* op, const CommitOptions& options) {
+  const std::vector<double>& parameters = options.parameters;
+  const double alg_temp = options.alg_temp;
   const int rule_place =
-      checked_place(op, "rule", place, kRules, [](const RuleSignature& r) { return r.name; });
-  const int kind = checked_place(op, "confidence", confidence, kConfidenceNames, std::identity());
-  Rule rule{static_cast<RuleName>(rule_place), {}, strict, static_cast<Confidence>(kind), alg_temp};
+      checked_place(op, "rule", options.rule, kRules, [](const RuleSignature& r) { return r.name; });
+  const int kind = checked_place(op, "confidence", options.confidence, kConfidenceNames, std::identity());
+  Rule rule{static_cast<RuleName>(rule_place), {}, options.strict, static_cast<Confidence>(kind), alg_temp};
   const char* name = signature(rule).name;
 
   const RuleParameter* expected = signature(rule).parameters;
@@ -119,11 +148,11 @@ inline Tensor checked_starts(const char* op, const Tensor& canvas, const Tensor&
 
 // The mask token is never a candidate: out of argmax and softmax, or, if a caller bars it from the
 // proposal himself (parity with references that leave it in the softmax), out of the argmax only.
-inline void bar_mask(const char* op, int64_t mask_id, int32_t vocabulary,
-                     std::vector<int64_t>& suppress_tokens, const std::vector<int64_t>& proposal_exclude) {
+inline void bar_mask(const char* op, int64_t mask_id, int32_t vocabulary, StatsOptions& options) {
+  const std::vector<int64_t>& barred = options.proposal_exclude;
   check(mask_id < vocabulary, op, ": mask_id must lie between 0 and ", vocabulary - 1, ", got ", mask_id);
-  if (std::find(proposal_exclude.begin(), proposal_exclude.end(), mask_id) == proposal_exclude.end())
-    suppress_tokens.push_back(mask_id);
+  if (std::find(barred.begin(), barred.end(), mask_id) == barred.end())
+    options.suppress_tokens.push_back(mask_id);
 }
 
 // Rows of a canvas, or of what lies beside it.
@@ -146,20 +175,22 @@ struct CommitArguments {
   uint64_t seed;
   std::optional<Tensor> quota, step, sequence_ids, progress, state;
 
-  CommitArguments(const char* op, const Tensor& canvas, const Rule& rule, int64_t mask_id,
-                  const std::optional<Tensor>& quota, const std::optional<Tensor>& step,
-                  const std::optional<Tensor>& sequence_ids, int64_t seed,
-                  const std::optional<Tensor>& progress, const std::optional<Tensor>& state)
-      : rule(rule), mask_id(mask_id), seed(static_cast<uint64_t>(seed)), progress(progress), state(state) {
+  CommitArguments(const char* op, const Tensor& canvas, const Rule& rule, const CommitOptions& options,
+                  int64_t seed, const std::optional<Tensor>& state)
+      : rule(rule),
+        mask_id(options.mask_id),
+        seed(static_cast<uint64_t>(seed)),
+        progress(options.progress),
+        state(state) {
     check_dims(op, "canvas", canvas, 2, "[batch, length]");
     check_dtype(op, "canvas", canvas, {ScalarType::Long, ScalarType::Int});
     check_int(op, "the rows of canvas", canvas.size(0));
     check_int(op, "the length of canvas", canvas.size(1));
     check_contiguous_rows(op, "canvas", canvas);
     check_int(op, "mask_id", mask_id);
-    this->quota = per_row(op, "quota", quota, canvas);
-    this->step = per_row(op, "step", step, canvas);
-    this->sequence_ids = per_row(op, "sequence_ids", sequence_ids, canvas);
+    quota = per_row(op, "quota", options.quota, canvas);
+    step = per_row(op, "step", options.step, canvas);
+    sequence_ids = per_row(op, "sequence_ids", options.sequence_ids, canvas);
     const auto& [name, needs, parameters] = signature(rule);
     const bool needs_quota = needs == Needs::quota, needs_state = needs == Needs::stability;
     check(quota.has_value() == needs_quota, op, ": rule '", name,
@@ -186,12 +217,11 @@ struct CommitArguments {
 };
 
 // Of commit_ and unmask_; `others` is what one of them reads besides.
-inline void check_commit_memory(const char* op, const Tensor& canvas, const std::optional<Tensor>& progress,
-                                const std::optional<Tensor>& state, const std::optional<Tensor>& quota,
-                                const std::optional<Tensor>& step, const std::optional<Tensor>& sequence_ids,
-                                std::vector<Argument> others) {
-  others.insert(others.end(), {{"quota", quota}, {"step", step}, {"sequence_ids", sequence_ids}});
-  check_written(op, {{"canvas", canvas}, {"progress", progress}, {"state", state}}, others);
+inline void check_commit_memory(const char* op, const Tensor& canvas, const CommitOptions& options,
+                                const std::optional<Tensor>& state, std::vector<Argument> others) {
+  others.insert(others.end(),
+                {{"quota", options.quota}, {"step", options.step}, {"sequence_ids", options.sequence_ids}});
+  check_written(op, {{"canvas", canvas}, {"progress", options.progress}, {"state", state}}, others);
 }
 
 // For the kernels of either device; the caller adds where the candidates are.

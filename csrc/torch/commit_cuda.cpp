@@ -23,17 +23,14 @@ Tensor commit_rows(const char* op, const OnDeviceOf& device, const CommitArgumen
 }
 
 Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tensor margin, Tensor entropy,
-               int64_t rule, std::vector<double> parameters, bool strict, int64_t confidence, double alg_temp,
-               int64_t mask_id, std::optional<Tensor> quota, std::optional<Tensor> step,
-               std::optional<Tensor> sequence_ids, int64_t seed, std::optional<Tensor> progress,
-               std::optional<Tensor> divergence, std::optional<Tensor> state) {
+               CommitOptions options, int64_t seed, std::optional<Tensor> divergence,
+               std::optional<Tensor> state) {
   constexpr const char* op = "commit_";
-  const CommitArguments arguments(op, canvas, make_rule(op, rule, parameters, strict, confidence, alg_temp),
-                                  mask_id, quota, step, sequence_ids, seed, progress, state);
+  const CommitArguments arguments(op, canvas, make_rule(op, options), options, seed, state);
   const CommitStats stats =
       checked_stats(op, arguments.rule, canvas, positions, token, prob, margin, entropy, divergence);
   const OnDeviceOf device(canvas);
-  check_commit_memory(op, canvas, progress, state, quota, step, sequence_ids,
+  check_commit_memory(op, canvas, options, state,
                       {{"positions", positions},
                        {"stats.token", token},
                        {"stats.prob", prob},
@@ -50,26 +47,19 @@ Tensor commit_(Tensor canvas, Tensor positions, Tensor token, Tensor prob, Tenso
                      positions.size(1), stats);
 }
 
-Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, int64_t rule, std::vector<double> parameters,
-               bool strict, int64_t confidence, double alg_temp, int64_t mask_id, std::optional<Tensor> quota,
-               std::optional<Tensor> step, std::optional<Tensor> sequence_ids, int64_t seed,
-               std::optional<Tensor> progress, double temperature, std::vector<int64_t> suppress_tokens,
-               std::vector<int64_t> proposal_exclude, std::vector<int64_t> confidence_exclude,
-               double confidence_temperature, bool float64, std::optional<double> top_p,
-               std::optional<int64_t> top_k) {
+Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, CommitOptions options,
+               StatsOptions stats_options, TokenFilterOptions filter) {
   constexpr const char* op = "unmask_";
-  const Rule acceptance = make_rule(op, rule, parameters, strict, confidence, alg_temp);
-  check_block_rule(op, acceptance);
-  const CommitArguments arguments(op, canvas, acceptance, mask_id, quota, step, sequence_ids, seed, progress,
-                                  std::nullopt);
+  const Rule rule = make_rule(op, options);
+  check_block_rule(op, rule);
+  const CommitArguments arguments(op, canvas, rule, options, stats_options.seed, std::nullopt);
   const Tensor starts = checked_starts(op, canvas, logits, block_start);
   const OnDeviceOf device(canvas);
-  check_commit_memory(op, canvas, progress, std::nullopt, quota, step, sequence_ids,
-                      {{"logits", logits}, {"block_start", block_start}});
+  check_commit_memory(op, canvas, options, std::nullopt, {{"logits", logits}, {"block_start", block_start}});
   const LogitsRows rows(op, logits);
-  bar_mask(op, mask_id, rows.vocabulary, suppress_tokens, proposal_exclude);
-  const TokenStatsOptions options(op, rows.vocabulary, temperature, seed, suppress_tokens, proposal_exclude,
-                                  confidence_exclude, confidence_temperature, float64);
+  bar_mask(op, arguments.mask_id, rows.vocabulary, stats_options);
+  const CheckedStatsOptions checked(op, rows.vocabulary, stats_options);
+  filter.check_range(op);
   const int64_t batch = canvas.size(0), block = logits.size(1);
   const auto* start = static_cast<const int32_t*>(starts.data_ptr());
   if (debugging()) {
@@ -81,13 +71,13 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, int64_t rule, s
                                   canvas.scalar_type() == ScalarType::Long,
                                   canvas.stride(0),
                                   canvas.size(1),
-                                  mask_id,
+                                  arguments.mask_id,
                                   start,
                                   static_cast<int32_t>(block),
                                   int32_data(arguments.step),
                                   int32_data(arguments.sequence_ids)};
   const auto [token, prob, margin, entropy, logsumexp] =
-      launch_token_stats(op, device, rows, {batch, block}, blocks, nullptr, options, {op, top_p, top_k});
+      launch_token_stats(op, device, rows, {batch, block}, blocks, nullptr, checked, filter);
   return commit_rows(op, device, arguments, canvas, nullptr, start, block,
                      {token, prob, margin, entropy, {}});
 }
@@ -96,6 +86,6 @@ Tensor unmask_(Tensor canvas, Tensor logits, Tensor block_start, int64_t rule, s
 }  // namespace dllm
 
 DLLM_CUDA_OPERATORS(m) {
-  m.impl("commit_", TORCH_BOX(&dllm::commit_));
-  m.impl("unmask_", TORCH_BOX(&dllm::unmask_));
+  m.impl("commit_", DLLM_BOX(dllm::commit_));
+  m.impl("unmask_", DLLM_BOX(dllm::unmask_));
 }

@@ -8,10 +8,20 @@ namespace dllm {
 namespace {
 
 // The operator chunked_linear_token_stats, implemented in Python.
-template <class... Arguments>
-TokenStatsTensors chunked(const Arguments&... arguments) {
+TokenStatsTensors chunked(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                          const StatsOptions& options, const std::optional<Tensor>& noise_ids) {
   using torch::stable::detail::from;
-  std::array<StableIValue, sizeof...(arguments)> stack{from(arguments)...};
+  std::array stack{from(hidden),
+                   from(weight),
+                   from(bias),
+                   from(options.temperature),
+                   from(options.seed),
+                   from(options.suppress_tokens),
+                   from(options.proposal_exclude),
+                   from(options.confidence_exclude),
+                   from(options.confidence_temperature),
+                   from(options.float64),
+                   from(noise_ids)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("dllm_kernels::chunked_linear_token_stats", "", stack.data(), TORCH_ABI_VERSION));
   const auto result = [&](int i) { return torch::stable::detail::to<Tensor>(stack[i]); };
@@ -19,39 +29,32 @@ TokenStatsTensors chunked(const Arguments&... arguments) {
 }
 
 TokenStatsTensors linear_token_stats(Tensor hidden, Tensor weight, std::optional<Tensor> bias,
-                                     double temperature, int64_t seed, std::optional<Tensor> noise_ids,
-                                     std::vector<int64_t> suppress_tokens,
-                                     std::vector<int64_t> proposal_exclude,
-                                     std::vector<int64_t> confidence_exclude, double confidence_temperature,
-                                     bool float64) {
+                                     StatsOptions options, std::optional<Tensor> noise_ids) {
   constexpr const char* op = "linear_token_stats";
   check_product(op, hidden, weight, bias);
   const auto vocabulary = static_cast<int32_t>(weight.size(0));
   const int64_t rows = check_int(op, "the rows of hidden", hidden.numel() / hidden.size(-1));
   const auto ids = checked_noise_ids(op, noise_ids, "hidden", hidden, rows);
   const OnDeviceOf device(hidden);
-  const TokenStatsOptions options(op, vocabulary, temperature, seed, suppress_tokens, proposal_exclude,
-                                  confidence_exclude, confidence_temperature, float64);
+  const CheckedStatsOptions checked(op, vocabulary, options);
   const Tensor dense_hidden = torch::stable::contiguous(hidden);
 
   cuda::LinearTokenStatsParams p{};
   p.stats.rows = rows;
   p.stats.noise_ids = int32_data(ids);
-  p.stats.suppress = listed_on_cuda(op, "suppress_tokens", options.suppress);
-  p.stats.proposal_exclude = listed_on_cuda(op, "proposal_exclude", options.proposal_exclude);
-  p.stats.confidence_exclude = listed_on_cuda(op, "confidence_exclude", options.confidence_exclude);
-  p.stats.float64 = options.float64;
+  p.stats.suppress = listed_on_cuda(op, "suppress_tokens", checked.suppress);
+  p.stats.proposal_exclude = listed_on_cuda(op, "proposal_exclude", checked.proposal_exclude);
+  p.stats.confidence_exclude = listed_on_cuda(op, "confidence_exclude", checked.confidence_exclude);
+  p.stats.float64 = checked.float64;
   Projection& product = p.projection;
   product.hidden = dense_hidden.data_ptr(), product.hidden_type = storage_type(hidden);
   product.hidden_size = static_cast<int32_t>(hidden.size(-1));
   product.weight = weight.data_ptr(), product.weight_type = storage_type(weight);
   product.weight_stride = weight.stride(1) > 1 ? 0 : vocabulary == 1 ? product.hidden_size : weight.stride(0);
-  if (!cuda::serves_linear_token_stats(p))
-    return chunked(hidden, weight, bias, temperature, seed, noise_ids, suppress_tokens, proposal_exclude,
-                   confidence_exclude, confidence_temperature, float64);
+  if (!cuda::serves_linear_token_stats(p)) return chunked(hidden, weight, bias, options, noise_ids);
 
-  const TokenStatsTensors stats = new_stats(hidden, leading_shape(hidden), options.real());
-  fill(p.stats, options, vocabulary, stats);
+  const TokenStatsTensors stats = new_stats(hidden, leading_shape(hidden), checked.real());
+  fill(p.stats, checked, vocabulary, stats);
   std::optional<Tensor> dense_bias;
   if (bias) {
     dense_bias = torch::stable::contiguous(*bias);
@@ -71,4 +74,4 @@ TokenStatsTensors linear_token_stats(Tensor hidden, Tensor weight, std::optional
 }  // namespace
 }  // namespace dllm
 
-DLLM_CUDA_OPERATORS(m) { m.impl("linear_token_stats", TORCH_BOX(&dllm::linear_token_stats)); }
+DLLM_CUDA_OPERATORS(m) { m.impl("linear_token_stats", DLLM_BOX(dllm::linear_token_stats)); }

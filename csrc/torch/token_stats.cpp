@@ -14,7 +14,7 @@ namespace {
 // Per logit, for the decision how many threads are worth waking.
 constexpr double kOperations = 16, kNoiseOperations = 128;
 
-void fill_lists(cpu::PartedStatsParams& p, const TokenStatsOptions& options) {
+void fill_lists(cpu::PartedStatsParams& p, const CheckedStatsOptions& options) {
   p.suppress = listed(options.suppress);
   p.proposal_exclude = listed(options.proposal_exclude);
   p.confidence_exclude = listed(options.confidence_exclude);
@@ -49,7 +49,7 @@ void find_cuts(const cpu::PartedStatsParams& p, int64_t visited) {
 
 TokenStatsTensors row_stats(const LogitsRows& logits, const std::vector<int64_t>& shape,
                             const std::vector<int64_t>* visited, const int32_t* noise_ids,
-                            const TokenStatsOptions& options, const TokenFilterOptions& filter) {
+                            const CheckedStatsOptions& options, const TokenFilterOptions& filter) {
   const TokenStatsTensors stats = new_stats(logits.tensor, shape, options.real());
   const int64_t rows = visited ? static_cast<int64_t>(visited->size()) : logits.rows;
   cpu::PartedStatsParams p{};
@@ -74,17 +74,14 @@ TokenStatsTensors row_stats(const LogitsRows& logits, const std::vector<int64_t>
 
 namespace {
 
-TokenStatsTensors token_stats(Tensor logits, double temperature, int64_t seed,
-                              std::optional<Tensor> noise_ids, std::vector<int64_t> suppress_tokens,
-                              std::vector<int64_t> proposal_exclude, std::vector<int64_t> confidence_exclude,
-                              double confidence_temperature, bool float64, std::optional<double> top_p,
-                              std::optional<int64_t> top_k) {
+TokenStatsTensors token_stats(Tensor logits, StatsOptions options, std::optional<Tensor> noise_ids,
+                              TokenFilterOptions filter) {
   constexpr const char* op = "token_stats";
   const LogitsRows rows(op, logits);
   const auto ids = checked_noise_ids(op, noise_ids, "logits", logits, rows.rows);
-  const TokenStatsOptions options(op, rows.vocabulary, temperature, seed, suppress_tokens, proposal_exclude,
-                                  confidence_exclude, confidence_temperature, float64);
-  return row_stats(rows, leading_shape(logits), nullptr, int32_data(ids), options, {op, top_p, top_k});
+  const CheckedStatsOptions checked(op, rows.vocabulary, options);
+  filter.check_range(op);
+  return row_stats(rows, leading_shape(logits), nullptr, int32_data(ids), checked, filter);
 }
 
 Tensor token_divergence(Tensor logits, Tensor previous, std::vector<int64_t> suppress_tokens,
@@ -106,25 +103,20 @@ Tensor token_divergence(Tensor logits, Tensor previous, std::vector<int64_t> sup
 }
 
 TokenStatsTensors linear_token_stats(Tensor hidden, Tensor weight, std::optional<Tensor> bias,
-                                     double temperature, int64_t seed, std::optional<Tensor> noise_ids,
-                                     std::vector<int64_t> suppress_tokens,
-                                     std::vector<int64_t> proposal_exclude,
-                                     std::vector<int64_t> confidence_exclude, double confidence_temperature,
-                                     bool float64) {
+                                     StatsOptions options, std::optional<Tensor> noise_ids) {
   constexpr const char* op = "linear_token_stats";
   check_product(op, hidden, weight, bias);
   const auto vocabulary = static_cast<int32_t>(weight.size(0));
   const int64_t rows = hidden.numel() / hidden.size(-1);
   const auto ids = checked_noise_ids(op, noise_ids, "hidden", hidden, rows);
-  const TokenStatsOptions options(op, vocabulary, temperature, seed, suppress_tokens, proposal_exclude,
-                                  confidence_exclude, confidence_temperature, float64);
-  const TokenStatsTensors stats = new_stats(hidden, leading_shape(hidden), options.real());
+  const CheckedStatsOptions checked(op, vocabulary, options);
+  const TokenStatsTensors stats = new_stats(hidden, leading_shape(hidden), checked.real());
   const Tensor dense_hidden = torch::stable::contiguous(hidden);
   const Tensor dense_weight = weight.stride(1) == 1 ? weight : torch::stable::contiguous(weight);
 
   cpu::LinearStatsParams p{};
-  fill(p, options, vocabulary, stats);
-  fill_lists(p, options);
+  fill(p, checked, vocabulary, stats);
+  fill_lists(p, checked);
   p.noise_ids = int32_data(ids);
   p.parts = (vocabulary - 1) / cpu::LinearStatsParams::kPart + 1;
   const Tensor states = new_states(p, rows, hidden);
@@ -153,31 +145,22 @@ TokenStatsTensors linear_token_stats(Tensor hidden, Tensor weight, std::optional
 }  // namespace dllm
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dllm_kernels, m) {
+#define DLLM_STATS_RESULTS "(Tensor token, Tensor prob, Tensor margin, Tensor entropy, Tensor logsumexp)"
+  m.def("token_stats(Tensor logits, " DLLM_STATS_OPTIONS
+        ", Tensor? noise_ids=None, " DLLM_TOKEN_FILTER_OPTIONS ") -> " DLLM_STATS_RESULTS);
   m.def(
-      "token_stats(Tensor logits, float temperature=0.0, int seed=0, Tensor? noise_ids=None, "
-      "int[] suppress_tokens=[], int[] proposal_exclude=[], int[] confidence_exclude=[], "
-      "float confidence_temperature=1.0, bool float64=False, float? top_p=None, int? top_k=None) -> "
-      "(Tensor token, Tensor prob, Tensor margin, Tensor entropy, Tensor logsumexp)");
-  m.def(
-      "token_divergence(Tensor logits, Tensor previous, int[] suppress_tokens=[], "
-      "int[] confidence_exclude=[], float confidence_temperature=1.0, bool float64=False) -> "
-      "Tensor divergence");
-  m.def(
-      "linear_token_stats(Tensor hidden, Tensor weight, Tensor? bias=None, float temperature=0.0, int "
-      "seed=0, "
-      "Tensor? noise_ids=None, int[] suppress_tokens=[], int[] proposal_exclude=[], "
-      "int[] confidence_exclude=[], float confidence_temperature=1.0, bool float64=False) -> "
-      "(Tensor token, Tensor prob, Tensor margin, Tensor entropy, Tensor logsumexp)");
+      "token_divergence(Tensor logits, Tensor previous, int[] suppress_tokens=[], int[] "
+      "confidence_exclude=[], "
+      "float confidence_temperature=1.0, bool float64=False) -> Tensor divergence");
+  m.def("linear_token_stats(Tensor hidden, Tensor weight, Tensor? bias=None, " DLLM_STATS_OPTIONS
+        ", Tensor? noise_ids=None) -> " DLLM_STATS_RESULTS);
   // The same through a library's product, for what no kernel of ours takes; implemented in Python.
-  m.def(
-      "chunked_linear_token_stats(Tensor hidden, Tensor weight, Tensor? bias, float temperature, int seed, "
-      "Tensor? noise_ids, int[] suppress_tokens, int[] proposal_exclude, int[] confidence_exclude, "
-      "float confidence_temperature, bool float64) -> "
-      "(Tensor token, Tensor prob, Tensor margin, Tensor entropy, Tensor logsumexp)");
+  m.def("chunked_linear_token_stats(Tensor hidden, Tensor weight, Tensor? bias, " DLLM_STATS_OPTIONS
+        ", Tensor? noise_ids=None) -> " DLLM_STATS_RESULTS);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dllm_kernels, CPU, m) {
-  m.impl("token_stats", TORCH_BOX(&dllm::token_stats));
+  m.impl("token_stats", DLLM_BOX(dllm::token_stats));
   m.impl("token_divergence", TORCH_BOX(&dllm::token_divergence));
-  m.impl("linear_token_stats", TORCH_BOX(&dllm::linear_token_stats));
+  m.impl("linear_token_stats", DLLM_BOX(dllm::linear_token_stats));
 }

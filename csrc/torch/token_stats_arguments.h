@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "torch/boxing.h"
 #include "torch/logits_arguments.h"
 
 namespace dllm {
@@ -34,8 +35,31 @@ inline double confidence_scale(const char* op, double confidence_temperature) {
   return 1 / confidence_temperature;
 }
 
-// What is asked of every row.
-struct TokenStatsOptions {
+// The options that token_stats, linear_token_stats and unmask_ have in common, as callers give them.
+struct StatsOptions {
+  double temperature;
+  int64_t seed;
+  std::vector<int64_t> suppress_tokens, proposal_exclude, confidence_exclude;
+  double confidence_temperature;
+  bool float64;
+
+  static StatsOptions from(ArgumentStack& stack) {
+    return {.temperature = stack.take<double>(),
+            .seed = stack.take<int64_t>(),
+            .suppress_tokens = stack.take<std::vector<int64_t>>(),
+            .proposal_exclude = stack.take<std::vector<int64_t>>(),
+            .confidence_exclude = stack.take<std::vector<int64_t>>(),
+            .confidence_temperature = stack.take<double>(),
+            .float64 = stack.take<bool>()};
+  }
+};
+#define DLLM_STATS_OPTIONS                                        \
+  "float temperature=0.0, int seed=0, int[] suppress_tokens=[], " \
+  "int[] proposal_exclude=[], int[] confidence_exclude=[], "      \
+  "float confidence_temperature=1.0, bool float64=False"
+
+// The same, checked for a vocabulary; lists of ids are ascending and distinct.
+struct CheckedStatsOptions {
   float temperature;
   double confidence_scale;
   uint64_t seed;
@@ -43,20 +67,17 @@ struct TokenStatsOptions {
   int32_t fallback;
   bool float64;
 
-  TokenStatsOptions(const char* op, int32_t vocabulary, double temperature, int64_t seed,
-                    const std::vector<int64_t>& suppress_tokens, const std::vector<int64_t>& proposal_exclude,
-                    const std::vector<int64_t>& confidence_exclude, double confidence_temperature,
-                    bool float64)
-      : temperature(static_cast<float>(temperature)),
-        confidence_scale(dllm::confidence_scale(op, confidence_temperature)),
-        seed(static_cast<uint64_t>(seed)),
-        suppress(token_ids(op, "suppress_tokens", suppress_tokens, vocabulary)),
-        proposal_exclude(token_ids(op, "proposal_exclude", proposal_exclude, vocabulary)),
-        confidence_exclude(token_ids(op, "confidence_exclude", confidence_exclude, vocabulary)),
-        fallback(lowest_allowed(op, suppress, this->proposal_exclude, vocabulary)),
-        float64(float64) {
-    check(std::isfinite(this->temperature) && temperature >= 0, op,
-          ": temperature must be a finite number >= 0, got ", temperature);
+  CheckedStatsOptions(const char* op, int32_t vocabulary, const StatsOptions& options)
+      : temperature(static_cast<float>(options.temperature)),
+        confidence_scale(dllm::confidence_scale(op, options.confidence_temperature)),
+        seed(static_cast<uint64_t>(options.seed)),
+        suppress(token_ids(op, "suppress_tokens", options.suppress_tokens, vocabulary)),
+        proposal_exclude(token_ids(op, "proposal_exclude", options.proposal_exclude, vocabulary)),
+        confidence_exclude(token_ids(op, "confidence_exclude", options.confidence_exclude, vocabulary)),
+        fallback(lowest_allowed(op, suppress, proposal_exclude, vocabulary)),
+        float64(options.float64) {
+    check(std::isfinite(temperature) && options.temperature >= 0, op,
+          ": temperature must be a finite number >= 0, got ", options.temperature);
   }
 
   ScalarType real() const { return float64 ? ScalarType::Double : ScalarType::Float; }
@@ -72,7 +93,7 @@ inline TokenStatsTensors new_stats(const Tensor& like, const std::vector<int64_t
 
 // Into the parameters of a kernel, on CPU or CUDA; the lists of ids are left to the caller.
 template <class Params>
-void fill(Params& p, const TokenStatsOptions& options, int32_t vocabulary, const TokenStatsTensors& stats) {
+void fill(Params& p, const CheckedStatsOptions& options, int32_t vocabulary, const TokenStatsTensors& stats) {
   const auto& [token, prob, margin, entropy, logsumexp] = stats;
   p.vocabulary = vocabulary;
   p.float64 = options.float64;
@@ -126,14 +147,19 @@ struct TokenFilterOptions {
   std::optional<double> top_p;
   std::optional<int64_t> top_k;
 
-  TokenFilterOptions(const char* op, std::optional<double> p, std::optional<int64_t> k) : top_p(p), top_k(k) {
-    check(!p || (*p >= 0 && *p <= 1), op, ": top_p must be None or lie between 0 and 1, got ", p.value_or(0));
-    check(!k || *k >= 1, op, ": top_k must be None or >= 1, got ", k.value_or(0));
+  static TokenFilterOptions from(ArgumentStack& stack) {
+    return {.top_p = stack.take<std::optional<double>>(), .top_k = stack.take<std::optional<int64_t>>()};
+  }
+  void check_range(const char* op) const {
+    check(!top_p || (*top_p >= 0 && *top_p <= 1), op, ": top_p must be None or lie between 0 and 1, got ",
+          top_p.value_or(0));
+    check(!top_k || *top_k >= 1, op, ": top_k must be None or >= 1, got ", top_k.value_or(0));
   }
   bool keeps_all(int32_t vocabulary) const {
     return top_p.value_or(1) == 1 && top_k.value_or(vocabulary) >= vocabulary;
   }
 };
+#define DLLM_TOKEN_FILTER_OPTIONS "float? top_p=None, int? top_k=None"
 
 // cuts: the workspace that the filters need.
 template <class Params>
@@ -181,6 +207,6 @@ struct TokenDivergenceArguments {
 // Statistics on the CPU of the rows listed in `visited` (null: of all); the outputs of others stay unwritten.
 TokenStatsTensors row_stats(const LogitsRows& logits, const std::vector<int64_t>& shape,
                             const std::vector<int64_t>* visited, const int32_t* noise_ids,
-                            const TokenStatsOptions& options, const TokenFilterOptions& filter);
+                            const CheckedStatsOptions& options, const TokenFilterOptions& filter);
 
 }  // namespace dllm

@@ -7,7 +7,7 @@ namespace dllm {
 
 TokenStatsTensors launch_token_stats(const char* op, const OnDeviceOf& device, const LogitsRows& logits,
                                      const std::vector<int64_t>& shape, const cuda::MaskedBlocks& blocks,
-                                     const int32_t* noise_ids, const TokenStatsOptions& options,
+                                     const int32_t* noise_ids, const CheckedStatsOptions& options,
                                      const TokenFilterOptions& filter) {
   const TokenStatsTensors stats = new_stats(logits.tensor, shape, options.real());
   const auto bytes =
@@ -36,19 +36,15 @@ TokenStatsTensors launch_token_stats(const char* op, const OnDeviceOf& device, c
 
 namespace {
 
-TokenStatsTensors token_stats(Tensor logits, double temperature, int64_t seed,
-                              std::optional<Tensor> noise_ids, std::vector<int64_t> suppress_tokens,
-                              std::vector<int64_t> proposal_exclude, std::vector<int64_t> confidence_exclude,
-                              double confidence_temperature, bool float64, std::optional<double> top_p,
-                              std::optional<int64_t> top_k) {
+TokenStatsTensors token_stats(Tensor logits, StatsOptions options, std::optional<Tensor> noise_ids,
+                              TokenFilterOptions filter) {
   constexpr const char* op = "token_stats";
   const LogitsRows rows(op, logits);
   const auto ids = checked_noise_ids(op, noise_ids, "logits", logits, rows.rows);
   const OnDeviceOf device(logits);
-  const TokenStatsOptions options(op, rows.vocabulary, temperature, seed, suppress_tokens, proposal_exclude,
-                                  confidence_exclude, confidence_temperature, float64);
-  return launch_token_stats(op, device, rows, leading_shape(logits), {}, int32_data(ids), options,
-                            {op, top_p, top_k});
+  const CheckedStatsOptions checked(op, rows.vocabulary, options);
+  filter.check_range(op);
+  return launch_token_stats(op, device, rows, leading_shape(logits), {}, int32_data(ids), checked, filter);
 }
 
 Tensor token_divergence(Tensor logits, Tensor previous, std::vector<int64_t> suppress_tokens,
@@ -72,6 +68,6 @@ Tensor token_divergence(Tensor logits, Tensor previous, std::vector<int64_t> sup
 }  // namespace dllm
 
 DLLM_CUDA_OPERATORS(m) {
-  m.impl("token_stats", TORCH_BOX(&dllm::token_stats));
+  m.impl("token_stats", DLLM_BOX(dllm::token_stats));
   m.impl("token_divergence", TORCH_BOX(&dllm::token_divergence));
 }

@@ -10,7 +10,7 @@ namespace dllm {
 // Statistics of the rows of logits; with a canvas in `blocks`, of those whose position holds a mask.
 TokenStatsTensors launch_token_stats(const char* op, const OnDeviceOf& device, const LogitsRows& logits,
                                      const std::vector<int64_t>& shape, const cuda::MaskedBlocks& blocks,
-                                     const int32_t* noise_ids, const TokenStatsOptions& options,
+                                     const int32_t* noise_ids, const CheckedStatsOptions& options,
                                      const TokenFilterOptions& filter);
 
 }  // namespace dllm

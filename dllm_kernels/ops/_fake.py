@@ -14,7 +14,8 @@ from .. import _library  # noqa: F401  (loads the operators)
 def register_fake(name: str) -> Callable[[Callable], Callable]:
     """Register a fake kernel of dllm_kernels::`name` that also requires all tensors on one device.
 
-    Compiled kernels check that themselves, but a call with one meta tensor among others comes here.
+    Compiled kernels check that themselves, but a call with one meta tensor among others comes here. The
+    fake gets its arguments by name; those left at the schema's default may be missing.
     """
     arguments = getattr(torch.ops.dllm_kernels, name).default._schema.arguments
 
@@ -27,7 +28,7 @@ def register_fake(name: str) -> Callable[[Callable], Callable]:
                 if value.device != like.device:
                     wanted = f"{other} must be on the device of {first} ({like.device})"
                     raise ValueError(f"{name}: {wanted}, got {value.device}")
-            return fake(*args, **kwargs)
+            return fake(**named)
 
         torch.library.register_fake(f"dllm_kernels::{name}")(checked)
         return checked

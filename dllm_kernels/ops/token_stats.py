@@ -5,20 +5,26 @@ projection instead, and never stores the logits. Bad arguments raise ValueError,
 from torch.ops.dllm_kernels alike.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dllm_kernels import _library  # noqa: F401
-from dllm_kernels._arguments import check_optional_tensors, check_tensors, integer, integers, number
+from dllm_kernels._arguments import check_optional_tensors, check_tensors
 from dllm_kernels.ops._autograd import register_no_derivative
 from dllm_kernels.ops._fake import register_fake
+from dllm_kernels.ops.stats_options import StatsOptions, checked_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _ops = torch.ops.dllm_kernels
 
+_OF_THE_SOFTMAX = ("suppress_tokens", "confidence_exclude", "confidence_temperature", "float64")
 CHUNK_LOGITS = 1 << 26  # logits in memory at once if the projection is a library's product
 
 
@@ -44,19 +50,15 @@ class TokenStats(NamedTuple):
 def token_stats(
     logits: Tensor,
     *,
-    temperature: float = 0.0,
-    seed: int = 0,
     noise_ids: Tensor | None = None,
-    suppress_tokens: Sequence[int] | None = None,
-    proposal_exclude: Sequence[int] | None = None,
-    confidence_exclude: Sequence[int] | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    confidence_temperature: float = 1.0,
     previous: Tensor | None = None,
-    precision: str = "float32",
+    **options: Unpack[StatsOptions],
 ) -> TokenStats:
     """Return proposal and confidence of every row of logits, in one pass over them.
+
+    Options (`StatsOptions`) and their defaults: temperature=0.0, seed=0, suppress_tokens=None,
+    proposal_exclude=None, confidence_exclude=None, top_p=None, top_k=None, confidence_temperature=1.0,
+    precision="float32".
 
     logits: [..., V] float32, bfloat16 or float16. The proposal is the argmax (ties to the lowest id) of
     logits + temperature · g, with Gumbel noise g = −ln(−ln(1 − w)) from Philox4x32-10 [Salmon et al.
@@ -85,31 +87,12 @@ def token_stats(
     """
     check_tensors(logits=logits)
     check_optional_tensors(noise_ids=noise_ids, previous=previous)
-    float64 = is_float64("token_stats", precision)
-    stats = _ops.token_stats(
-        logits,
-        number("temperature", temperature),
-        integer("seed", seed, high=2**63 - 1),
-        noise_ids,
-        integers("suppress_tokens", suppress_tokens),
-        integers("proposal_exclude", proposal_exclude),
-        integers("confidence_exclude", confidence_exclude),
-        number("confidence_temperature", confidence_temperature),
-        float64,
-        None if top_p is None else number("top_p", top_p),
-        None if top_k is None else integer("top_k", top_k, high=2**63 - 1),
-    )
+    checked = checked_options("token_stats", options)
+    stats = _ops.token_stats(logits, noise_ids=noise_ids, **checked)
     if previous is None:
         return TokenStats(*stats)
-    divergence = _ops.token_divergence(
-        logits,
-        previous,
-        integers("suppress_tokens", suppress_tokens),
-        integers("confidence_exclude", confidence_exclude),
-        number("confidence_temperature", confidence_temperature),
-        float64,
-    )
-    return TokenStats(*stats, divergence)
+    of_softmax = {name: checked[name] for name in _OF_THE_SOFTMAX if name in checked}
+    return TokenStats(*stats, _ops.token_divergence(logits, previous, **of_softmax))
 
 
 def linear_token_stats(
@@ -117,17 +100,9 @@ def linear_token_stats(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    temperature: float = 0.0,
-    seed: int = 0,
     noise_ids: Tensor | None = None,
-    suppress_tokens: Sequence[int] | None = None,
-    proposal_exclude: Sequence[int] | None = None,
-    confidence_exclude: Sequence[int] | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    confidence_temperature: float = 1.0,
     previous: Tensor | None = None,
-    precision: str = "float32",
+    **options: Unpack[StatsOptions],
 ) -> TokenStats:
     """Return `token_stats` of hidden · weightᵀ + bias, without storing these logits.
 
@@ -138,48 +113,31 @@ def linear_token_stats(
     Otherwise the projection on CUDA is the library's, in the dtype of weight and in chunks of rows. The
     other arguments are those of `token_stats`; top_p, top_k and previous need stored logits and are refused.
     """
-    for name, value in (("top_p", top_p), ("top_k", top_k), ("previous", previous)):
+    needs_logits = {name: options.pop(name, None) for name in ("top_p", "top_k")} | {"previous": previous}
+    for name, value in needs_logits.items():
         if value is not None:
             raise ValueError(
                 f"linear_token_stats: {name} needs stored logits; leave it None, or call token_stats on them"
             )
     check_tensors(hidden=hidden, weight=weight)
     check_optional_tensors(bias=bias, noise_ids=noise_ids)
-    return TokenStats(
-        *_ops.linear_token_stats(
-            hidden,
-            weight,
-            bias,
-            number("temperature", temperature),
-            integer("seed", seed, high=2**63 - 1),
-            noise_ids,
-            integers("suppress_tokens", suppress_tokens),
-            integers("proposal_exclude", proposal_exclude),
-            integers("confidence_exclude", confidence_exclude),
-            number("confidence_temperature", confidence_temperature),
-            is_float64("linear_token_stats", precision),
-        )
-    )
+    checked = checked_options("linear_token_stats", options)
+    return TokenStats(*_ops.linear_token_stats(hidden, weight, bias, noise_ids=noise_ids, **checked))
 
 
-def is_float64(name: str, precision: str) -> bool:
-    if precision not in ("float32", "float64"):
-        raise ValueError(f"{name}: precision is {precision!r}; allowed: float32, float64")
-    return precision == "float64"
-
-
-def chunked_linear_token_stats(
-    hidden, weight, bias=None, temperature=0.0, seed=0, noise_ids=None, *options
-) -> tuple[Tensor, ...]:
+def chunked_linear_token_stats(hidden, weight, bias=None, *options) -> tuple[Tensor, ...]:
     """Compute linear_token_stats by the library's product, a chunk of rows at a time."""
     shape = hidden.shape[:-1]
     hidden = hidden.reshape(-1, hidden.shape[-1]).to(weight.dtype)
+    schema = _ops.chunked_linear_token_stats.default._schema
+    named = {argument.name: value for argument, value in zip(schema.arguments[3:], options, strict=False)}
+    noise_ids = named.pop("noise_ids", None)
     if noise_ids is None:
         noise_ids = torch.zeros(len(hidden), 3, dtype=torch.int32, device=hidden.device)
         noise_ids[:, 1] = torch.arange(len(hidden), device=hidden.device)
     rows = max(1, CHUNK_LOGITS // weight.shape[0])
     chunks = [
-        _ops.token_stats(F.linear(some, weight, bias), temperature, seed, ids, *options)
+        _ops.token_stats(F.linear(some, weight, bias), noise_ids=ids, **named)
         for some, ids in zip(hidden.split(rows), noise_ids.reshape(-1, 3).split(rows), strict=True)
     ]
     return tuple(torch.cat(field).reshape(shape) for field in zip(*chunks, strict=True))
@@ -197,42 +155,18 @@ def _new_stats(rows: Tensor, float64: bool) -> tuple[Tensor, ...]:
 
 
 @register_fake("token_stats")
-def _(
-    logits,
-    temperature=0.0,
-    seed=0,
-    noise_ids=None,
-    suppress_tokens=(),
-    proposal_exclude=(),
-    confidence_exclude=(),
-    confidence_temperature=1.0,
-    float64=False,
-    top_p=None,
-    top_k=None,
-):
+def _(logits, float64=False, **options):
     return _new_stats(logits, float64)
 
 
 @register_fake("token_divergence")
-def _(logits, previous, suppress_tokens=(), confidence_exclude=(), confidence_temperature=1.0, float64=False):
+def _(logits, float64=False, **options):
     return logits.new_empty(logits.shape[:-1], dtype=torch.float64 if float64 else torch.float32)
 
 
 @register_fake("chunked_linear_token_stats")
 @register_fake("linear_token_stats")
-def _(
-    hidden,
-    weight,
-    bias=None,
-    temperature=0.0,
-    seed=0,
-    noise_ids=None,
-    suppress_tokens=(),
-    proposal_exclude=(),
-    confidence_exclude=(),
-    confidence_temperature=1.0,
-    float64=False,
-):
+def _(hidden, float64=False, **options):
     return _new_stats(hidden, float64)
 
 

@@ -5,7 +5,9 @@ in place; `unmask_` is both. Bad arguments raise ValueError, from these function
 torch.ops.dllm_kernels alike.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,14 +17,16 @@ from dllm_kernels._arguments import (
     check_optional_tensors,
     check_tensors,
     integer,
-    integers,
     kind,
-    number,
 )
 from dllm_kernels.ops._autograd import register_in_place
 from dllm_kernels.ops._fake import register_fake
-from dllm_kernels.ops.token_stats import TokenStats, is_float64
+from dllm_kernels.ops.stats_options import StatsOptions, checked_options
+from dllm_kernels.ops.token_stats import TokenStats
 from dllm_kernels.rule import Rule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _ops = torch.ops.dllm_kernels
 
@@ -71,13 +75,13 @@ def commit_(
         stats.entropy,
         *rule.code,
         integer("mask_id", mask_id, high=_INT64),
-        _per_row("quota", quota, canvas),
-        _per_row("step", step, canvas),
-        sequence_ids,
-        integer("seed", seed, high=_INT64),
-        progress,
-        stats.divergence if rule.needs_state else None,
-        state,
+        quota=_per_row("quota", quota, canvas),
+        step=_per_row("step", step, canvas),
+        sequence_ids=sequence_ids,
+        progress=progress,
+        seed=integer("seed", seed, high=_INT64),
+        divergence=stats.divergence if rule.needs_state else None,
+        state=state,
     )
 
 
@@ -92,24 +96,16 @@ def unmask_(
     quota: Tensor | int | None = None,
     step: Tensor | int | None = None,
     sequence_ids: Tensor | None = None,
-    seed: int = 0,
     progress: Tensor | None = None,
-    temperature: float = 0.0,
-    suppress_tokens: Sequence[int] | None = None,
-    proposal_exclude: Sequence[int] | None = None,
-    confidence_exclude: Sequence[int] | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    confidence_temperature: float = 1.0,
-    precision: str = "float32",
+    **options: Unpack[StatsOptions],
 ) -> Tensor:
     """Run one denoising step of a block: `token_stats` of its masked positions, then `commit_`.
 
     logits: [B, block_size, V], row i of b predicts canvas position block_start[b] + i; block_start: int
     or int32 [B]. `mask_id` is barred from proposal and softmax; listed in `proposal_exclude` it stays
     in the softmax (as in references that leave it there). Noise is keyed by (sequence, position, step).
-    Returns accepted, bool [B, block_size]. Everything else as in `token_stats` and `commit_`, which
-    `Rule.confident_stable` and `Rule.edit` need separately.
+    Returns accepted, bool [B, block_size]. The other options are those of `token_stats`, whose `seed` keys
+    the draws of both, and of `commit_`; `Rule.confident_stable` and `Rule.edit` need the two separately.
     """
     check_tensors(canvas=canvas, logits=logits)
     check_optional_tensors(sequence_ids=sequence_ids, progress=progress)
@@ -122,19 +118,11 @@ def unmask_(
         _per_row("block_start", block_start, canvas),
         *rule.code,
         integer("mask_id", mask_id, high=_INT64),
-        _per_row("quota", quota, canvas),
-        _per_row("step", step, canvas),
-        sequence_ids,
-        integer("seed", seed, high=_INT64),
-        progress,
-        number("temperature", temperature),
-        integers("suppress_tokens", suppress_tokens),
-        integers("proposal_exclude", proposal_exclude),
-        integers("confidence_exclude", confidence_exclude),
-        number("confidence_temperature", confidence_temperature),
-        is_float64("unmask_", precision),
-        None if top_p is None else number("top_p", top_p),
-        None if top_k is None else integer("top_k", top_k, high=_INT64),
+        quota=_per_row("quota", quota, canvas),
+        step=_per_row("step", step, canvas),
+        sequence_ids=sequence_ids,
+        progress=progress,
+        **checked_options("unmask_", options),
     )
 
 

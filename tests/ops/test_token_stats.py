@@ -247,7 +247,10 @@ OPCHECK_CASES = [
     ((random_logits(0, 2, 3, 50).transpose(0, 1),), {"temperature": 1.0, "seed": 3, "float64": True}),
     ((random_logits(0, 0, 50, dtype=torch.bfloat16),), {"suppress_tokens": [1]}),
     ((random_logits(0, 3, 50),), {"top_p": 0.8, "top_k": 5}),
-    ((random_logits(0, 2, 50), 0.5, 1, torch.ones(2, 3, dtype=torch.int32)), {"confidence_exclude": [3]}),
+    (
+        (random_logits(0, 2, 50), 0.5, 1, [2]),
+        {"confidence_exclude": [3], "noise_ids": torch.ones(2, 3, dtype=torch.int32)},
+    ),
 ]
 
 
