@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
+from typing import Any
 
 from dllm_kernels._arguments import integer
 from dllm_kernels.rule import CONFIDENCES, Rule
@@ -101,7 +102,7 @@ def _given(config, name: str) -> bool:
 
 
 # ---- checks of options ------------------------------------------------------------------------------------
-# One check per option of SampleConfig: (name, value) -> the value to keep, or TypeError, or ValueError.
+# One check per option of SampleConfig, see `_option`.
 
 CACHES = ("auto", "none", "prefix", "dual", "block")
 _MOST_STEPS = 10**6  # a schedule goes through every one
@@ -167,46 +168,10 @@ def _optional(check):
     return lambda name, value: None if value is None else check(name, value)
 
 
-CHECKS = {
-    "max_new_tokens": _integer(1),
-    "block_size": _integer(1),
-    "steps": _optional(_integer(1, _MOST_STEPS)),
-    "steps_per_block": _optional(_integer(1, _MOST_STEPS)),
-    "temperature": _temperature,
-    "seed": _integer(0, 2**63 - 1),
-    "rule": _optional(_rule),
-    "threshold": _optional(_number(-math.inf)),
-    "factor": _optional(_number(0.0)),
-    "entropy_bound": _optional(_number(0.0)),
-    "strict": _flag,
-    "confidence": _one_of(*CONFIDENCES),
-    "schedule": _one_of(*SCHEDULES),
-    "eps": _number(0.0),
-    "stochastic": _flag,
-    "alg_temp": _temperature,
-    "top_p": _optional(_number(0.0, 1.0)),
-    "top_k": _optional(_integer(1)),
-    "edit_threshold": _optional(_number(-math.inf)),
-    "max_post_steps": _integer(0, _MOST_STEPS),
-    "kl_threshold": _optional(_number(0.0)),
-    "stable_steps": _optional(_integer(1)),
-    "cache": _one_of(*CACHES),
-    "refresh_every": _optional(_integer(1)),
-    "suffix_window": _optional(_integer(0)),
-    "cfg_scale": _number(0.0, _LARGEST),
-    "cfg_keep_tokens": _ids,
-    "shift": _optional(_flag),
-    "suppress_tokens": _ids,
-    "begin_suppress_tokens": _ids,
-    "mask_id": _optional(_integer(0)),
-    "eos_ids": _optional(_ids),
-    "stop_on_eos": _flag,
-    "chat": _flag,
-    "max_batch": _optional(_integer(1)),
-    "compile": _flag,
-    "history": _flag,
-    "parity": _optional(_one_of(*PARITY)),
-}
+def _option(default, check, *, host_only: bool = False) -> Any:
+    """An option of SampleConfig. check: (name, value) -> the value to keep, or TypeError, or ValueError.
+    host_only: launches do not depend on it: what follows from it is in tensors, or is compared itself."""
+    return field(default=default, metadata=dict(check=check, host_only=host_only))
 
 
 # ---- presets ----------------------------------------------------------------------------------------------
@@ -267,48 +232,49 @@ class SampleConfig:
     parity: do as a reference implementation does, see docs/sampling.md.
     """
 
-    max_new_tokens: int = 128
-    block_size: int = 32
-    steps: int | None = None
-    steps_per_block: int | None = None
-    temperature: float = 0.0
-    seed: int = 0
-    rule: Rule | str | None = None
-    threshold: float | None = None
-    factor: float | None = None
-    entropy_bound: float | None = None
-    strict: bool = False
-    confidence: str = "prob"
-    schedule: str = "llada"
-    stochastic: bool = False
-    alg_temp: float = 0.0
-    eps: float = 1e-3
-    top_p: float | None = None
-    top_k: int | None = None
-    edit_threshold: float | None = None
-    max_post_steps: int = 16
-    kl_threshold: float | None = None
-    stable_steps: int | None = None
-    cache: str = "auto"
-    refresh_every: int | None = None
-    suffix_window: int | None = None
-    cfg_scale: float = 0.0
-    cfg_keep_tokens: tuple[int, ...] = ()
-    shift: bool | None = None
-    suppress_tokens: tuple[int, ...] = ()
-    begin_suppress_tokens: tuple[int, ...] = ()
-    mask_id: int | None = None
-    eos_ids: tuple[int, ...] | None = None
-    stop_on_eos: bool = True
-    chat: bool = False
-    max_batch: int | None = None
-    compile: bool = False
-    history: bool = False
-    parity: str | None = None
+    max_new_tokens: int = _option(128, _integer(1), host_only=True)
+    block_size: int = _option(32, _integer(1))
+    steps: int | None = _option(None, _optional(_integer(1, _MOST_STEPS)), host_only=True)
+    steps_per_block: int | None = _option(None, _optional(_integer(1, _MOST_STEPS)), host_only=True)
+    temperature: float = _option(0.0, _temperature)
+    seed: int = _option(0, _integer(0, 2**63 - 1), host_only=True)
+    rule: Rule | str | None = _option(None, _optional(_rule), host_only=True)
+    threshold: float | None = _option(None, _optional(_number(-math.inf)), host_only=True)
+    factor: float | None = _option(None, _optional(_number(0.0)), host_only=True)
+    entropy_bound: float | None = _option(None, _optional(_number(0.0)), host_only=True)
+    strict: bool = _option(False, _flag, host_only=True)
+    confidence: str = _option("prob", _one_of(*CONFIDENCES), host_only=True)
+    schedule: str = _option("llada", _one_of(*SCHEDULES), host_only=True)
+    stochastic: bool = _option(False, _flag, host_only=True)
+    alg_temp: float = _option(0.0, _temperature, host_only=True)
+    eps: float = _option(1e-3, _number(0.0), host_only=True)
+    top_p: float | None = _option(None, _optional(_number(0.0, 1.0)))
+    top_k: int | None = _option(None, _optional(_integer(1)))
+    edit_threshold: float | None = _option(None, _optional(_number(-math.inf)))
+    max_post_steps: int = _option(16, _integer(0, _MOST_STEPS))
+    kl_threshold: float | None = _option(None, _optional(_number(0.0)))
+    stable_steps: int | None = _option(None, _optional(_integer(1)))
+    cache: str = _option("auto", _one_of(*CACHES), host_only=True)
+    refresh_every: int | None = _option(None, _optional(_integer(1)), host_only=True)
+    suffix_window: int | None = _option(None, _optional(_integer(0)), host_only=True)
+    cfg_scale: float = _option(0.0, _number(0.0, _LARGEST))
+    cfg_keep_tokens: tuple[int, ...] = _option((), _ids, host_only=True)
+    shift: bool | None = _option(None, _optional(_flag), host_only=True)
+    suppress_tokens: tuple[int, ...] = _option((), _ids)
+    begin_suppress_tokens: tuple[int, ...] = _option((), _ids)
+    mask_id: int | None = _option(None, _optional(_integer(0)), host_only=True)
+    eos_ids: tuple[int, ...] | None = _option(None, _optional(_ids), host_only=True)
+    stop_on_eos: bool = _option(True, _flag, host_only=True)
+    chat: bool = _option(False, _flag, host_only=True)
+    max_batch: int | None = _option(None, _optional(_integer(1)), host_only=True)
+    compile: bool = _option(False, _flag)
+    history: bool = _option(False, _flag)
+    parity: str | None = _option(None, _optional(_one_of(*PARITY)))
 
     def __post_init__(self) -> None:
-        for name, check in CHECKS.items():
-            object.__setattr__(self, name, check(name, getattr(self, name)))
+        for option in fields(self):
+            value = option.metadata["check"](option.name, getattr(self, option.name))
+            object.__setattr__(self, option.name, value)
         if self.parity is not None:
             self._settle(PARITY[self.parity])
         refuse_contradictions(self)

@@ -226,13 +226,6 @@ class RowPages:
 
 KEPT_ON = ("cuda",)  # devices; elsewhere nothing is recorded, so that there is nothing to keep
 
-# Options that only the host reads: what follows from them is in tensors, or is compared itself.
-_OF_THE_HOST = {
-    "max_new_tokens", "steps", "steps_per_block", "seed", "rule", "threshold", "factor", "entropy_bound",
-    "strict", "confidence", "schedule", "stochastic", "alg_temp", "eps", "cache", "refresh_every",
-    "suffix_window", "cfg_keep_tokens", "shift", "mask_id", "eos_ids", "stop_on_eos", "chat", "max_batch",
-}  # fmt: skip
-
 
 class _Kept(NamedTuple):
     key: tuple
@@ -268,7 +261,7 @@ def recorded_with(plan: Plan, rule: Rule, *shapes) -> tuple:
     """All that launches depend on beside their tensors; equal tuples come to the same launches."""
     config, kind = plan.config, plan.device.type
     draws = config.temperature > 0 or rule.confidence == "random" or rule.alg_temp > 0
-    options = [field.name for field in fields(SampleConfig) if field.name not in _OF_THE_HOST]
+    options = [option.name for option in fields(SampleConfig) if not option.metadata["host_only"]]
     return (
         *(getattr(config, name) for name in options),
         *(rule, config.seed if draws else None, plan.scheme, plan.mask_id, plan.shift, *shapes),
