@@ -7,9 +7,12 @@
 
 namespace dllm::cuda::sm90 {
 
-// The first of the two rows that this thread holds values of, among the 64 of its warpgroup; the other one is
-// accumulator_row() + 8.
+// The first of the two rows of its warpgroup's 64 that this thread holds values of; the other one is 8 below.
 __device__ inline int accumulator_row() { return threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4; }
+// The same among the rows of all warpgroups, 64 for each.
+__device__ inline int accumulator_row(int group) {
+  return 64 * group + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
+}
 
 // Columns of scores as the left operand of the next product.
 template <class T, int kSteps>
@@ -35,7 +38,7 @@ __device__ inline void transpose_among_four(uint32_t (&words)[4]) {
   }
 }
 
-// Row accumulator_row() (half 0) or the one 8 below (half 1) of `sums`, times `factor`, to `row`, where
+// The first of a thread's two rows (half 0) or the second (half 1) of `sums`, times `factor`, to `row`, where
 // `live`; by all lanes. Four lanes hold a row, two columns of every 8 each: they transpose among themselves,
 // so that each stores 16 bytes.
 template <class T, int kTiles>

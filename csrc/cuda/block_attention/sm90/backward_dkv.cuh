@@ -209,7 +209,7 @@ struct BackwardDkv {
       shared.queries[stage].release();
     }
 
-    const int row = 64 * group + accumulator_row();
+    const int row = accumulator_row(group);
     const HeadsLayout& layout = p.backward.grad_kv_layout;
     T* to_k =
         head_pointer<T>(p.backward.grad_k, layout, item.batch, item.head) + first() * layout.position_stride;

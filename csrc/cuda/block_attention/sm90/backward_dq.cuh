@@ -102,7 +102,7 @@ struct BackwardDq {
   __device__ void take_in(int group) const {
     const BlockAttentionParams& f = p.attention();
     const int pair = threadIdx.x % 4;
-    const int row = 64 * group + accumulator_row();  // and row + 8
+    const int row = accumulator_row(group);  // and row + 8
     const float factor = f.scale * 1.44269504f;
     const SequenceSpans seen_by = spans();
     const QuerySpans query_spans[2] = {QuerySpans(seen_by, first() + row, row < live()),

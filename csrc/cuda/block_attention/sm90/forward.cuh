@@ -145,7 +145,7 @@ struct Forward {
 
   __device__ void attend(int group) const {
     const int pair = threadIdx.x % 4;
-    const int row = 64 * group + accumulator_row();  // and row + 8
+    const int row = accumulator_row(group);  // and row + 8
     const float scale = p.attention.scale;
     RingPosition<kStages> key_ring, value_ring;
     RingPosition<1> query_ring;
