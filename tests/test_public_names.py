@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,14 @@ def test_the_stub_imports_the_objects_that_users_get():
 @pytest.mark.parametrize("package", [dllm_kernels, dllm_train])
 def test_the_packages_are_marked_as_typed(package):
     assert (Path(package.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", ["token_stats", "linear_token_stats", "unmask_"])
+def test_signatures_show_the_options_of_statistics(name):
+    parameters = inspect.signature(getattr(dllm_kernels, name)).parameters
+    assert not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    shown = {
+        option: parameters[option].default
+        for option in ("temperature", "top_k", "precision", "suppress_tokens")
+    }
+    assert shown == {"temperature": 0.0, "top_k": None, "precision": "float32", "suppress_tokens": None}

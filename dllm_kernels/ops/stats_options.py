@@ -3,10 +3,14 @@
 Defaults are those of the operators' schema (csrc/torch/token_stats_arguments.h).
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Literal, TypedDict, get_type_hints
 
+import torch
+
+from dllm_kernels import _library  # noqa: F401  (loads the operators)
 from dllm_kernels._arguments import integer, integers, number
 
 _integer64 = partial(integer, high=2**63 - 1)
@@ -57,3 +61,18 @@ def checked_options(function: str, options: StatsOptions) -> dict[str, object]:
     if "precision" in options:
         checked["float64"] = _precision(f"{function}: precision", options["precision"])
     return checked
+
+
+def with_options(function: Callable) -> Callable:
+    """Show every option, with its default, in the signature of a function that takes **options."""
+    schema = torch.ops.dllm_kernels.token_stats.default._schema.arguments
+    defaults = {argument.name: argument.default_value or None for argument in schema}
+    defaults |= dict(temperature=0.0, seed=0, precision="float32")
+    signature = inspect.signature(function)
+    named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hint)
+        for name, hint in get_type_hints(StatsOptions).items()
+    ]
+    function.__signature__ = signature.replace(parameters=[*named, *options])
+    return function

@@ -17,7 +17,7 @@ from dllm_kernels import _library  # noqa: F401
 from dllm_kernels._arguments import check_optional_tensors, check_tensors
 from dllm_kernels.ops._autograd import register_no_derivative
 from dllm_kernels.ops._fake import register_fake
-from dllm_kernels.ops.stats_options import StatsOptions, checked_options
+from dllm_kernels.ops.stats_options import StatsOptions, checked_options, with_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,6 +47,7 @@ class TokenStats(NamedTuple):
     divergence: Tensor | None = None
 
 
+@with_options
 def token_stats(
     logits: Tensor,
     *,
@@ -95,6 +96,7 @@ def token_stats(
     return TokenStats(*stats, _ops.token_divergence(logits, previous, **of_softmax))
 
 
+@with_options
 def linear_token_stats(
     hidden: Tensor,
     weight: Tensor,

@@ -21,7 +21,7 @@ from dllm_kernels._arguments import (
 )
 from dllm_kernels.ops._autograd import register_in_place
 from dllm_kernels.ops._fake import register_fake
-from dllm_kernels.ops.stats_options import StatsOptions, checked_options
+from dllm_kernels.ops.stats_options import StatsOptions, checked_options, with_options
 from dllm_kernels.ops.token_stats import TokenStats
 from dllm_kernels.rule import Rule
 
@@ -85,6 +85,7 @@ def commit_(
     )
 
 
+@with_options
 def unmask_(
     canvas: Tensor,
     logits: Tensor,
