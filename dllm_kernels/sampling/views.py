@@ -27,7 +27,7 @@ from dllm_kernels.kv_cache import BlockKVCache
 from dllm_kernels.models.attention import within_window
 from dllm_kernels.ops.attention import block_attention, cached_block_attention
 from dllm_kernels.ops.kv_write import kv_write_
-from dllm_kernels.span_mask import SpanMask
+from dllm_kernels.span_mask import SpanMask, trusted_mask
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class StepView:
             else:
                 index = torch.arange(len(self.packing.row), device=self.packing.row.device)[None]
                 spans = within_window(self.mask().spans, index, index, window)
-            self._masks[window] = SpanMask(spans, len(self.packing.row))
+            self._masks[window] = trusted_mask(spans, len(self.packing.row))
         return self._masks[window]
 
     def _spans(self) -> Tensor:
@@ -364,7 +364,7 @@ class DeviceView:
         spans, positions = self._own_row(), self.position_ids
         if window is not None:
             spans = within_window(spans, positions, positions, window)
-        return SpanMask(spans, positions.shape[1])
+        return trusted_mask(spans, positions.shape[1])
 
     def _spans(self, window: int | None) -> tuple[Tensor, Tensor | None]:
         """Cached and fresh spans, cut to a layer's sliding window."""
