@@ -12,14 +12,14 @@ extern "C" {
 
 int offset_in_panel(int row, int byte) { return swizzled_offset(row, byte); }
 
-// Addresses of one product's operand: elements [size][kMatrixDepth] of a matrix in panels of `rows` rows from
+// Addresses of one product's operand: elements [size][kWgmmaDepth] of a matrix in panels of `rows` rows from
 // shared address `panels` on, `step` products along the sum.
 void operand_addresses(bool mn_major, int panels, int rows, int step, int size, int* addresses) {
   const uint64_t descriptor = mn_major ? mn_major_step(mn_major_descriptor(panels, panel_bytes(rows)), step)
                                        : k_major_step(k_major_descriptor(panels), step, panel_bytes(rows));
   for (int i = 0; i < size; i++)
-    for (int k = 0; k < kMatrixDepth; k++)
-      addresses[i * kMatrixDepth + k] =
+    for (int k = 0; k < kWgmmaDepth; k++)
+      addresses[i * kWgmmaDepth + k] =
           static_cast<int>(element_address(descriptor, mn_major ? Major::mn : Major::k, i, k));
 }
 
