@@ -337,7 +337,7 @@ def _generate(operation: str, text: str, name: str, attention: str | None, view:
     from rich.console import Console
 
     import dllm_kernels as dk
-    from dllm_kernels.viewer import TerminalView
+    from dllm_kernels.viewer.terminal import TerminalView
 
     console = Console(stderr=True)
     try:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dllm_kernels as dk
 from dllm_kernels.sampling.output import SampleOutput
-from dllm_kernels.viewer import TerminalView, canvas_text
+from dllm_kernels.viewer.terminal import TerminalView, canvas_text
 
 ADDITIONS = ((14, 79), (26, 91), (35, 47), (46, 97), (53, 96), (67, 25), (78, 72), (92, 50))  # held out
 SHEET = "".join(f"assert {a} + {b} ==<mask:{len(str(a + b)) + 1}>\n" for a, b in ADDITIONS)

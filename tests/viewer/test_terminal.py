@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from dllm_kernels.viewer import MASK_CELL, STYLES, TerminalView, canvas_text
+from dllm_kernels.viewer.terminal import MASK_CELL, STYLES, TerminalView, canvas_text
 from tests.sampling.tokenizer_zoo import tokenizer_of
 
 MASK = 99
