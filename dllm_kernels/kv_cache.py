@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -141,7 +142,7 @@ class BlockKVCache:
         self._check_writable(sequences, positions)
         kv_write_(self.keys(layer), self.values(layer), k, v, self.page_table(sequences), positions)
 
-    def __reduce_ex__(self, protocol: int) -> str:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str:
         raise TypeError(
             "a BlockKVCache is not copied or pickled: ids of sequences and pages are its own; make another "
             "one and write to it what keys() and values() hold"

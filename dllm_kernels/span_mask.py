@@ -10,6 +10,7 @@ import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -214,12 +215,11 @@ class _Rows:
 
     def span(self, start: Tensor | int, end: Tensor | int, shift: int = 0) -> Tensor:
         """Return int32 [B, S, 2]: [start, end) cut to the document, as key indices moved by `shift`."""
-        start, end = torch.broadcast_tensors(
-            *(torch.as_tensor(bound, device=self.start.device) for bound in (start, end)), self.position
-        )[:2]
-        start, end = start.clamp(min=0), torch.minimum(end, self.length)
-        visible = (start < end) & (self.position >= 0) & (self.position < self.length)
-        span = torch.stack([start, end], dim=-1) + (self.start + shift)[..., None]
+        bounds = (torch.as_tensor(bound, device=self.start.device) for bound in (start, end))
+        first, last = torch.broadcast_tensors(*bounds, self.position)[:2]
+        first, last = first.clamp(min=0), torch.minimum(last, self.length)
+        visible = (first < last) & (self.position >= 0) & (self.position < self.length)
+        span = torch.stack([first, last], dim=-1) + (self.start + shift)[..., None]
         return torch.where(visible[..., None], span, 0).to(torch.int32)
 
     def to(self, device: torch.device) -> _Rows:
@@ -240,6 +240,7 @@ def _mask(
         return trusted_mask(rows.span(0, rows.length)[:, :, None], seq_len)
     if inner == "causal":
         return trusted_mask(rows.span(0, position + 1 + reach)[:, :, None], seq_len)
+    assert block_size is not None, inner
     block_start = (position + offset) // block_size * block_size - offset
     block_end = block_start + block_size
     if inner == "block_causal":
@@ -299,7 +300,7 @@ def _pads_left(padding_side: str) -> bool:
     return padding_side == "left"
 
 
-def _document_table(document_lengths: object) -> Tensor:
+def _document_table(document_lengths: Any) -> Tensor:
     """Return int64 [B, N], shorter rows padded with 0."""
     allowed = "must be ints [N], lists of ints [B][N], or an int32 or int64 Tensor [N] or [B, N]"
     if isinstance(document_lengths, Tensor):

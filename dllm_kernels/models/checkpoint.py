@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +23,9 @@ from dllm_kernels.models.safetensors_io import fill_weights, own_storages, plan_
 from dllm_kernels.models.savable import refuse_unsavable
 from dllm_kernels.models.staging import CONFIG, interrupted_save, recover, staged
 from dllm_kernels.models.tokenizer_files import FILES, read_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EMBEDDED = {"tiny-python": Path(__file__).parents[1] / "assets" / "tiny-python"}
 
@@ -42,7 +46,7 @@ def load(
     attention: str | None = None,
     merge_projections: bool = False,
     base: str | Path | None = None,
-):
+) -> tuple[PreTrainedModel, Any]:
     """Return (model, tokenizer) of a checkpoint; the tokenizer is None if the checkpoint has none.
 
     name: "tiny-python", a folder with config.json and safetensors weights, or a hub name "owner/name". A

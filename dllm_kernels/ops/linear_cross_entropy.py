@@ -144,7 +144,7 @@ def _check(hidden, weight, targets, weights, bias, suppress_tokens, needs_grad) 
     _require(hidden.dim() > 0 and hidden.dtype in _FLOATS, "hidden", "float [..., H]", hidden)
     vocabulary, rows = weight.shape[:1], hidden.shape[:-1]
     dtype = str(hidden.dtype).removeprefix("torch.")
-    fits = weight.dim() == 2 and len(weight) and weight.shape[1:] == hidden.shape[-1:]
+    fits = weight.dim() == 2 and len(weight) > 0 and weight.shape[1:] == hidden.shape[-1:]
     _require(fits and weight.dtype == hidden.dtype, "weight", f"{dtype} [V, {hidden.shape[-1]}]", weight)
     if bias is not None:
         fits = bias.shape == vocabulary and bias.dtype == hidden.dtype

@@ -74,5 +74,5 @@ def with_options(function: Callable) -> Callable:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hint)
         for name, hint in get_type_hints(StatsOptions).items()
     ]
-    function.__signature__ = signature.replace(parameters=[*named, *options])
+    function.__signature__ = signature.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
     return function

@@ -90,10 +90,10 @@ def token_stats(
     check_optional_tensors(noise_ids=noise_ids, previous=previous)
     checked = checked_options("token_stats", options)
     stats = _ops.token_stats(logits, noise_ids=noise_ids, **checked)
-    if previous is None:
-        return TokenStats(*stats)
-    of_softmax = {name: checked[name] for name in _OF_THE_SOFTMAX if name in checked}
-    return TokenStats(*stats, _ops.token_divergence(logits, previous, **of_softmax))
+    if previous is not None:
+        of_softmax = {name: checked[name] for name in _OF_THE_SOFTMAX if name in checked}
+        stats = (*stats, _ops.token_divergence(logits, previous, **of_softmax))
+    return TokenStats(*stats)
 
 
 @with_options
@@ -115,7 +115,8 @@ def linear_token_stats(
     Otherwise the projection on CUDA is the library's, in the dtype of weight and in chunks of rows. The
     other arguments are those of `token_stats`; top_p, top_k and previous need stored logits and are refused.
     """
-    needs_logits = {name: options.pop(name, None) for name in ("top_p", "top_k")} | {"previous": previous}
+    top_p, top_k = options.pop("top_p", None), options.pop("top_k", None)
+    needs_logits = dict(top_p=top_p, top_k=top_k, previous=previous)
     for name, value in needs_logits.items():
         if value is not None:
             raise ValueError(

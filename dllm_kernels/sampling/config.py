@@ -19,7 +19,7 @@ class RuleOptions:
     """make: the rule of a SampleConfig for rows of so many steps a block. needs: options it cannot do
     without; takes: those it has a use for."""
 
-    make: Callable[[object, int | None], Rule]
+    make: Callable[[Any, int | None], Rule]
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
 
@@ -177,7 +177,7 @@ def _option(default, check, *, host_only: bool = False) -> Any:
 # ---- presets ----------------------------------------------------------------------------------------------
 # The settings that systems publish, one row each.
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     # generate.py's defaults
     "llada": dict(max_new_tokens=128, block_size=128, steps=128, cache="none"),
     # the evaluation that its speeds are quoted from: GSM8K, 256 tokens
@@ -309,7 +309,7 @@ class SampleConfig:
             masks = self.block_size
         steps = self.steps_of_block(blocks) or masks
         alpha = "cosine" if self.schedule == "dllm_cosine" else "linear"
-        parity = PARITY.get(self.parity, NONE)
+        parity = PARITY.get(self.parity or "", NONE)
         even = self.schedule == "dream" and rule_name(self) == "threshold" and not self.approximate
         if self.schedule == "llada" or even:
             quotas = llada_schedule(masks, steps)

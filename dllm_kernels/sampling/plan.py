@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ PAGE_SIZE = 32
 class Plan:
     """A model with the options it is sampled with, all of them checked."""
 
-    model: object
+    model: Any
     runner: ModelRunner | CallableRunner
     diffusion: Diffusion
     config: SampleConfig
