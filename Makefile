@@ -10,6 +10,7 @@ TORCH_FITS  := from importlib.metadata import version; \
                assert tuple(map(int, version('torch').split('.')[:2])) >= (2, 11)
 BUILD_NEEDS := $(shell sed -n '/^\[build-system\]/,/^$$/s/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 DEV_NEEDS   := $(shell sed -n 's/^dev = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
+DOCS_NEEDS  := $(shell sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 
 ifneq ($(words $(VENV)),1)
 $(error VENV is '$(VENV)'; allowed: a path without spaces)
@@ -20,9 +21,10 @@ CLANG_FILES := 'csrc/*' 'tools/*.cpp' 'simt/*.cpp' 'simt/*.h' 'simt/*.cuh' 'simt
 ifeq ($(PYTHON),$(VENV)/bin/python)
 INSTALLED := $(VENV)/.installed
 DEV_TOOLS := $(VENV)/.dev-tools
+DOCS_TOOLS := $(VENV)/.docs-tools
 endif
 
-.PHONY: help demo test fuzz lint format figures bench cuda gpu-check gpu-sanitize asan build clean
+.PHONY: help demo test fuzz lint types format docs figures bench cuda gpu-check gpu-sanitize asan build clean
 .DEFAULT_GOAL := help
 
 help:       ## this list
@@ -42,10 +44,16 @@ lint: $(DEV_TOOLS) ## ruff and clang-format, in the versions that pyproject.toml
 	"$(PYTHON)" -m ruff format --check .
 	git ls-files $(CLANG_FILES) | xargs "$$(dirname "$(PYTHON)")/clang-format" --dry-run -Werror
 
+types: $(DEV_TOOLS) $(INSTALLED) ## mypy on the public modules, which pyproject.toml lists
+	"$(PYTHON)" -m mypy
+
 format: $(DEV_TOOLS) ## what lint checks, applied
 	"$(PYTHON)" -m ruff check --fix .
 	"$(PYTHON)" -m ruff format .
 	git ls-files $(CLANG_FILES) | xargs "$$(dirname "$(PYTHON)")/clang-format" -i
+
+docs: $(DOCS_TOOLS) ## the documentation site into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 "$(PYTHON)" -m mkdocs build --strict --quiet
 
 figures: $(INSTALLED) ## measured figures into README.md, docs and plots; ARGS=--check says which are out of date
 	"$(PYTHON)" tools/figures.py $(ARGS)
@@ -70,7 +78,7 @@ build: $(INSTALLED) ## compile what changed into dllm_kernels/lib
 	"$(PYTHON)" setup.py -q build_ext --inplace
 
 clean:             ## everything that was built, but not .venv
-	rm -rf build dist dllm_kernels/lib *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist site dllm_kernels/lib *.egg-info .*_cache .hypothesis .benchmarks
 
 $(VENV)/bin/pip:
 	$(BASE_PYTHON) -m venv $(VENV)
@@ -86,4 +94,8 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py MANIFEST.in
 
 $(VENV)/.dev-tools: pyproject.toml | $(VENV)/bin/pip
 	$(PIP) install -q $(DEV_NEEDS)
+	touch $@
+
+$(VENV)/.docs-tools: pyproject.toml | $(VENV)/bin/pip
+	$(PIP) install -q $(DOCS_NEEDS)
 	touch $@

@@ -5,7 +5,7 @@ Public names are imported on first use, so that `import dllm_kernels` costs next
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULE_OF = {
     "SpanMask": "span_mask",

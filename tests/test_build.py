@@ -54,7 +54,15 @@ def sdist(source) -> Path:
 
 def test_sdist_holds_what_a_build_needs_and_no_tests(source, sdist):
     packed = files_under(sdist)
-    needed = {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "CHANGELOG.md"}
+    needed = {
+        "CMakeLists.txt",
+        "setup.py",
+        "pyproject.toml",
+        "LICENSE",
+        "NOTICE",
+        "CHANGELOG.md",
+        "CITATION.cff",
+    }
     for folder in ("cmake", "csrc", "dllm_kernels", "dllm_train"):
         needed |= {f"{folder}/{path}" for path in files_under(source / folder)}
     assert needed <= packed, sorted(needed - packed)
@@ -83,9 +91,11 @@ def test_metadata_names_license_authors_and_source(source):
     metadata = message_from_string((folder / "METADATA").read_text())
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Author"] == "The dllm_kernels authors"
-    assert {"Documentation", "Source", "Changelog"} <= {
+    assert {"train", "eval", "docs", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"Homepage", "Documentation", "Source", "Issues", "Changelog"} <= {
         link.split(",")[0] for link in metadata.get_all("Project-URL")
     }
+    assert (folder / "licenses" / "NOTICE").read_text() == (ROOT / "NOTICE").read_text()
     text = (folder / "licenses" / "LICENSE").read_text()
     assert text == (ROOT / "LICENSE").read_text()
     assert "Apache License" in text and "Copyright 2026 The dllm_kernels authors" in text
@@ -112,9 +122,22 @@ def test_makefile_reads_its_requirements_from_pyproject():
     for name, wanted in (
         ("BUILD_NEEDS", project["build-system"]["requires"]),
         ("DEV_NEEDS", project["project"]["optional-dependencies"]["dev"]),
+        ("DOCS_NEEDS", project["project"]["optional-dependencies"]["docs"]),
     ):
         (value,) = re.findall(rf"^{name} := (.*)$", variables, re.MULTILINE)
         assert shlex.split(value) == wanted
+
+
+def test_pinned_versions_agree():
+    """Hooks before a commit check by the versions of pyproject.toml; the citation names this version."""
+    project = (ROOT / "pyproject.toml").read_text()
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    for tool, repository in (("ruff", "ruff-pre-commit"), ("clang-format", "mirrors-clang-format")):
+        (revision,) = re.findall(rf"{repository}\n +rev: v(\S+)", hooks)
+        assert set(re.findall(rf'"{tool}==([\d.]+)"', project)) == {revision}
+    (version,) = re.findall(r'__version__ = "(.*)"', (ROOT / "dllm_kernels" / "__init__.py").read_text())
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## \[(.*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
 
 
 # ---- the path of the source tree ----------------------------------------------------------------------
@@ -129,6 +152,7 @@ def moved(source: Path, folder: Path) -> Path:
         "pyproject.toml",
         "README.md",
         "LICENSE",
+        "NOTICE",
         "dllm_kernels/__init__.py",
     ):
         shutil.copy(source / name, folder / name)
