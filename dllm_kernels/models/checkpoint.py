@@ -176,6 +176,15 @@ def load_tokenizer(name: str | Path):
     return read_tokenizer(folder, config, family.tokenizer)
 
 
+def attentions(name: str | Path) -> list[str]:
+    """Return the kinds of attention that a checkpoint was trained for, its own choice first."""
+    folder = checkpoint_folder(name)
+    if is_adapter(folder):
+        return attentions(base_name(folder))
+    with _named(folder):
+        return [*_read_config(folder)[2].diffusion["attention"]]
+
+
 def _read_config(folder: Path):
     """Return config.json's entries, their family, the stock config and the layout."""
     entries = read_json(folder / CONFIG)

@@ -1,0 +1,127 @@
+"""The group of commands: what their standard streams may be, and how each of them ends.
+
+Exit codes: 0 done; 1 failed; 2 bad input; 130 interrupted by Ctrl-C; 141 the reader of standard output left.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from dllm_kernels.viewer.control_characters import harmless
+
+FAILED, BAD_INPUT, INTERRUPTED, READER_LEFT = 1, 2, 130, 141
+_MISTAKES = (ValueError, TypeError, OSError, ImportError)
+
+
+class Commands(TyperGroup):
+    """Commands whose errors are one line each, and whose standard streams may be closed, full, or a pipe
+    whose reader has left."""
+
+    debug = False
+
+    def main(self, *arguments, standalone_mode: bool = True, **options):
+        if sys.stderr is None:
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open to the end, as standard error is
+        try:
+            code = super().main(*arguments, standalone_mode=False, **options)
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        except Exception as error:
+            if not hasattr(error, "format_message"):
+                raise
+            code = _usage_error(error)
+        if standalone_mode:
+            sys.exit(code or 0)
+        return code
+
+    def make_context(self, *arguments, **options):
+        with _standard_output():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, context):
+        try:
+            with _standard_output():
+                result = super().invoke(context)
+                sys.stdout.flush()
+                return result
+        except KeyboardInterrupt:
+            fail("interrupted", INTERRUPTED)
+        except _MISTAKES as error:
+            self._traceback()
+            fail(error, BAD_INPUT)
+        except Exception as error:
+            if hasattr(error, "format_message") or isinstance(error, typer.Exit | typer.Abort):
+                raise
+            self._traceback()
+            fail(f"{type(error).__name__}: {error}; `dllm --debug ...` shows where", FAILED)
+
+    def _traceback(self) -> None:
+        if self.debug:
+            traceback.print_exc()
+
+
+@contextmanager
+def _standard_output() -> Iterator[None]:
+    """Turn a failure of standard output into a one-line error; a reader that left is no error."""
+    if sys.stdout is None:
+        fail("standard output is closed", FAILED)
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail at exit
+        if isinstance(error, BrokenPipeError):
+            raise typer.Exit(READER_LEFT) from None  # as if SIGPIPE had ended it
+        fail(f"standard output cannot be written: {error.strerror}", FAILED)
+
+
+def fail(reason: object, code: int = BAD_INPUT) -> NoReturn:
+    """Print a one-line error and end the command."""
+    from rich.console import Console
+
+    line = harmless(f"dllm: {' '.join(str(reason).split())}")
+    Console(stderr=True).print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _usage_error(error) -> int:
+    """Print what is wrong with the command line, and where its help is; return the exit code."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return BAD_INPUT  # the help has been printed already
+    where = "dllm" if context is None else context.command_path
+    message = error.format_message().rstrip(".")
+    message = message[:1].lower() + message[1:]
+    try:
+        fail(f"{message}; see {where} --help", error.exit_code)
+    except typer.Exit as ended:
+        return ended.exit_code
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Sample from, train and measure diffusion language models.",
+    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted, 141 the reader of the output left.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def main(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    context.command.debug = debug
+    sys.stdout.reconfigure(errors="backslashreplace")
