@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dllm_kernels.models.chat import chat_ids
 from dllm_kernels.models.text import text_ids
-from dllm_kernels.sampling.config import SampleConfig
+from dllm_kernels.sampling.canvas_control import Allowed, Pinned, allowed_tokens, draft_of
+from dllm_kernels.sampling.config import SampleConfig, rule_name
 from dllm_kernels.sampling.graph_loop import graph_loop_of
 from dllm_kernels.sampling.graphs import NotRecorded
 from dllm_kernels.sampling.loop import Finished, HostLoop, Round
@@ -70,6 +71,8 @@ def infill(
     on_round: Callable[[Round], None] | None = None,
     attention_mask: Tensor | None = None,
     row_ids: Sequence[int] | None = None,
+    pinned: Pinned = True,
+    allowed: Allowed | None = None,
     **overrides,
 ) -> SampleOutput:
     """Fill the mask tokens of every canvas; what is given stays as it is.
@@ -77,6 +80,10 @@ def infill(
     canvases: as `prompts` of `sample`, with mask tokens where text is to come; in text, `<mask:24>` stands
     for 24 of them. A text is tokenized as a whole, and comes back in `texts` with its gaps filled. Blocks
     count from position 0; those without masks cost nothing. No token ends a row. row_ids: as of `sample`.
+    pinned: which given tokens must stay, bool [B, T] or a list of bools for each canvas; the others are a
+    draft that rule "edit" may change, so that a canvas may start from any text. False: all are a draft.
+    allowed: the only tokens that may fill a mask: ids (or texts of one token each, with `tokenizer`) for
+    every mask, or a mapping from positions to them for each canvas.
     """
     if "max_new_tokens" in overrides:
         raise ValueError("max_new_tokens has no meaning for infill: what is masked gets filled")
@@ -91,7 +98,13 @@ def infill(
 
     rows = token_lists("canvases", canvases, attention_mask, None if tokenizer is None else ids_of_text)
     check_ids("canvases", rows, plan.diffusion.vocab_size)
-    filled = gaps(rows, plan.fill, row_ids)
+    draft = draft_of(pinned, rows, plan.mask_id, rule_name(plan.config))
+    if allowed is not None:
+        allowed = allowed_tokens(
+            allowed, rows, mask_id=plan.mask_id, barred=plan.config.suppress_tokens,
+            vocab_size=plan.diffusion.vocab_size, tokenizer=tokenizer,
+        )  # fmt: skip
+    filled = gaps(rows, plan.fill, row_ids, draft, allowed)
     masked = filled.ids == plan.mask_id
     return infill_output(filled, masked, run(plan, filled, on_round), tokenizer, gapped)
 
@@ -119,9 +132,12 @@ _NOT_RECORDED: weakref.WeakSet = weakref.WeakSet()
 
 def _may_record(plan: Plan, canvases: Canvases) -> bool:
     """Not where weights are gathered from several processes in each forward, nor with DLLM_DEBUG=1, when
-    every call waits for the device, nor where positions depend on the length of a row."""
+    every call waits for the device, nor where positions depend on the length of a row, nor under a caller's
+    control of single positions."""
     checked = os.environ.get("DLLM_DEBUG") == "1"
     if plan.device.type != "cuda" or checked or plan.model in _NOT_RECORDED:
+        return False
+    if canvases.draft is not None or canvases.allowed is not None:
         return False
     scaling_of = plan.runner.scaling_of
     if any(scaling_of(end) != scaling_of(1) for end in canvases.end.tolist()):

@@ -228,6 +228,7 @@ class SampleConfig:
     confidence 0. mask_id, eos_ids: in place of the checkpoint's.
     stop_on_eos: end a row at its first end token. chat: prompts are messages, put through the chat template.
     max_batch: rows in flight; the others wait. history: keep the canvas after every round.
+    logprobs: record the log-probability of every committed token, and of so many likeliest ones in its place.
     compile: run the model's body under torch.compile, which takes seconds once and saves time in every step.
     parity: do as a reference implementation does, see docs/sampling.md.
     """
@@ -269,6 +270,7 @@ class SampleConfig:
     max_batch: int | None = _option(None, _optional(_integer(1)), host_only=True)
     compile: bool = _option(False, _flag)
     history: bool = _option(False, _flag)
+    logprobs: int | None = _option(None, _optional(_integer(0, 1000)))
     parity: str | None = _option(None, _optional(_one_of(*PARITY)))
 
     def __post_init__(self) -> None:

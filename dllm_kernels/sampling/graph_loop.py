@@ -61,6 +61,7 @@ class GraphLoop(Loop):
         return (
             isinstance(plan.runner, ModelRunner)
             and not (plan.config.history or plan.config.parity)
+            and plan.config.logprobs is None
             and plan.config.acceptance(1).name not in ("bernoulli", "confident_stable", "edit")
         )
 

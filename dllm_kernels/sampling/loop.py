@@ -26,6 +26,7 @@ from dllm_kernels.sampling.step import (
     Acceptance,
     Frame,
     LiveRow,
+    Logprobs,
     Predictions,
     Statistics,
     block_flags,
@@ -42,12 +43,14 @@ class Round:
     """The result of one step of all live rows, as `on_round` gets it.
 
     rows, positions, tokens: int64 [n], what was committed: index of the prompt, position, token id.
+    probabilities: float32 [n], those of the tokens, by the softmax that the rule's confidences come from.
     canvas: int64 [B, T], a copy of all canvases as they stand. forwards: forward passes so far.
     """
 
     rows: Tensor
     positions: Tensor
     tokens: Tensor
+    probabilities: Tensor
     canvas: Tensor
     forwards: int
 
@@ -82,6 +85,7 @@ class Loop(ABC):
         self.slot_count = min(plan.config.max_batch or count, count)
         self.live: dict[int, LiveRow] = {}
         self.row_forwards, self.forwards, self.history = [0] * count, 0, None
+        self.logprobs: Logprobs | None = None
         longest = int((canvases.stop - canvases.origin).max())
         self.blocks_of = [self._count_blocks(row, longest) for row in range(count)]
         self.rule = rule_of(plan.config, self.blocks_of)
@@ -90,7 +94,7 @@ class Loop(ABC):
 
     def run(self) -> Finished:
         """Take every row to its end."""
-        waiting = deque(row for row in range(len(self.ids)) if self.masks(row))
+        waiting = deque(row for row in range(len(self.ids)) if self.open(row))
         with self.prepared():
             while waiting or self.live:
                 # 1. Rows that wait take free slots, and pages where there is a cache.
@@ -99,7 +103,7 @@ class Loop(ABC):
                     self.step()
         return Finished(
             self.ids, self.unmask_step, self.forwards, torch.tensor(self.row_forwards, device="cpu"),
-            not self.plan.config.approximate, self.history,
+            not self.plan.config.approximate, self.history, self.logprobs,
         )  # fmt: skip
 
     @contextmanager
@@ -135,15 +139,15 @@ class Loop(ABC):
         """Move a row to its next block with a mask; return False when nothing is left to fill."""
         live, config = self.live[slot], self.plan.config
         row = live.row
-        masks = self.masks(row, live.end)
-        if not masks or masks[0] >= self.stop[row]:
+        places = self.open(row, live.end)
+        if not places or places[0] >= self.stop[row]:
             return False
-        start = masks[0] - (masks[0] - self.origin[row]) % config.block_size
+        start = places[0] - (places[0] - self.origin[row]) % config.block_size
         end = reach = min(start + config.block_size, self.end[row])
         if not self.plan.block_causal:
             window = config.suffix_window
             reach = self.end[row] if window is None else min(end + window, self.end[row])
-        masks = [position for position in masks if position < end]
+        masks = [position for position in self.masks(row, start) if position < end]
         quotas = ()
         if self.needs_quota:
             quotas = config.quotas(len(masks), self.blocks_of[row], (self.numbers[row], start))
@@ -178,10 +182,17 @@ class Loop(ABC):
         masked = self.ids[row, first : self.end[row]] == self.plan.mask_id
         return (masked.nonzero()[:, 0] + first).tolist()
 
+    def open(self, row: int, first: int = 0) -> list[int]:
+        """Return the positions of a row's canvas from `first` on that steps may write: masks and drafts."""
+        if self.canvases.draft is None:
+            return self.masks(row, first)
+        masked = self.ids[row, first : self.end[row]].cpu() == self.plan.mask_id
+        return ((masked | self.canvases.draft[row, first : self.end[row]]).nonzero()[:, 0] + first).tolist()
+
     def _count_blocks(self, row: int, longest: int) -> int:
         """Return the number of blocks that a row's steps are spread over: those with masks."""
         size, origin = self.plan.config.block_size, self.origin[row]
-        blocks = {(position - origin) // size for position in self.masks(row)}
+        blocks = {(position - origin) // size for position in self.open(row)}
         return self.plan.parity.blocks_counted(len(blocks), longest, size)
 
     def _fill_after_end(self, row: int) -> None:
@@ -202,7 +213,7 @@ class HostLoop(Loop):
     """The loop whose rows the host moves, for whatever `plan` asks.
 
     ids: on the model's device. cached: for each row, how many leading positions have final keys and values in
-    pages. blank: bool [B, T], what was masked at first: all else is prompt.
+    pages. blank: bool [B, T], what was masked or a draft at first: all else is prompt.
     """
 
     def __init__(
@@ -216,13 +227,17 @@ class HostLoop(Loop):
         self.on_round = on_round
         self.block_size = plan.config.block_size if plan.block_causal else None
         self.blank = self.ids == plan.mask_id
+        if canvases.draft is not None:
+            self.blank |= canvases.draft.to(plan.device)
         kept = torch.tensor(plan.config.cfg_keep_tokens, dtype=torch.int64, device=plan.device)
         self.hidden = ~self.blank & ~torch.isin(self.ids, kept) if plan.streams == 2 else None
         self.stops = torch.tensor(stop_ids, dtype=torch.int64, device=plan.device)
         self.acceptance = Acceptance(plan, self.rule, self.blank, canvases.end.to(plan.device))
         self.width = min(plan.config.block_size, self.ids.shape[1])
         self.predictions = Predictions(plan, self.slot_count)
-        self.statistics = Statistics(plan, self.rule, self.slot_count, self.width)
+        self.statistics = Statistics(plan, self.rule, self.slot_count, self.width, canvases.allowed)
+        if plan.config.logprobs is not None:
+            self.logprobs = Logprobs.of_nothing(self.ids, 0)
         self.scaling = [plan.runner.scaling_of(end) for end in self.end]
         self.cached = [0] * len(self.ids)
         self.frame: Frame | None = None
@@ -281,11 +296,11 @@ class HostLoop(Loop):
             canvas, None if self.hidden is None else self.hidden[rows], frame.view,
             frame.view.packing.first[: len(rows)], frame.start, window, frame.slots, wanted,
         )  # fmt: skip
-        column = wanted % window.shape[1]
+        row, column = wanted // window.shape[1], wanted % window.shape[1]
+        places = rows[row], window[row, column]
         stats = self.statistics.of(
-            output, None if noise is None else noise[wanted],
-            frame.slots[wanted // window.shape[1]] * self.width + column,
-        )  # fmt: skip
+            output, None if noise is None else noise[wanted], frame.slots[row] * self.width + column, places
+        )
 
         # 5. The rule writes what it accepts into the canvas.
         stats = _spread(stats, wanted, listed.numel())
@@ -296,6 +311,8 @@ class HostLoop(Loop):
         at, position = rows[row], window[row, column]
         self.ids[rows] = canvas
         self.unmask_step[at, position] = step[row]
+        if self.logprobs is not None:
+            self.record_logprobs(output[accepted.flatten()[wanted]], at, position)
         self.forwards += forwards
 
         # 6. What the forward left in the cache is final up to the active block.
@@ -315,7 +332,7 @@ class HostLoop(Loop):
         if self.history is not None:
             self.history.append(self.ids.clone())
         if self.on_round is not None:
-            self.on_round(self.event(at, position))
+            self.on_round(self.event(at, position, stats.prob[accepted.flatten()]))
 
     def editing(self, before: Tensor, after: Tensor, accepted: Tensor) -> set[int]:
         """Return the slots of rows that go on in their blocks because what stands may still be edited.
@@ -332,14 +349,24 @@ class HostLoop(Loop):
             if has_masks or not live.is_edited(had_masks, changed, most)
         }
 
-    def event(self, row: Tensor, position: Tensor) -> Round:
+    def record_logprobs(self, output: Tensor, row: Tensor, position: Tensor) -> None:
+        """Record those of the tokens at positions [n] of canvases [n], from their output rows [n, H]."""
+        if len(output):
+            tokens, count = self.ids[row, position], self.plan.config.logprobs
+            found = self.statistics.log_probabilities(output, tokens, count, (row, position))
+            if self.logprobs.top.shape[2] != found.top.shape[1]:  # the first ones, of at most V tokens
+                self.logprobs = Logprobs.of_nothing(self.ids, found.top.shape[1])
+            for record, values in zip(self.logprobs, found, strict=True):
+                record[row, position] = values
+
+    def event(self, row: Tensor, position: Tensor, probabilities: Tensor) -> Round:
         """Return what `on_round` is told, without what lies beyond a row's completion."""
         stop = self.canvases.stop.to(self.ids.device)
         kept = position < stop[row]
-        row, position = row[kept], position[kept]
+        row, position, probabilities = row[kept], position[kept], probabilities[kept]
         place = torch.arange(max(self.stop), device=self.ids.device)
         canvas = self.ids[:, : len(place)].masked_fill(place >= stop[:, None], self.plan.fill)
-        return Round(row, position, canvas[row, position], canvas, self.forwards)
+        return Round(row, position, canvas[row, position], probabilities, canvas, self.forwards)
 
     def frame_of_live(self) -> Frame:
         """Return where the blocks of the live rows are, and what the next forward computes and sees."""

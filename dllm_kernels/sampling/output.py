@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dllm_kernels.models.text import added_text
 from dllm_kernels.sampling.prompts import Canvases, GappedText
+from dllm_kernels.sampling.step import Logprobs
+
+
+class TopLogprobs(NamedTuple):
+    """The k likeliest tokens of each position, int64 [B, T, k], the likeliest first, -1 where nothing was
+    written; their log-probabilities, float32 [B, T, k]."""
+
+    tokens: Tensor
+    logprobs: Tensor
 
 
 @dataclass
@@ -26,6 +36,10 @@ class SampleOutput:
     exact: whether every step saw what a forward over the whole canvas would have seen.
     unmask_step: int64 [B, T], the row's forward, from 0, that wrote a token; -1 for given and filled-up ones.
     history: int64 [B, T] at the start and after every round, if asked for.
+    logprobs: float32 [B, T], the log-probability of each token in the step that wrote it, by the softmax over
+    the logits, without the tokens that may not stand there; 0 for given and filled-up ones. None unless asked
+    for.
+    top_logprobs: the likeliest tokens of each position in that step.
     filled: infill only: for each row the spans [start, end) that were masked.
     """
 
@@ -38,6 +52,8 @@ class SampleOutput:
     exact: bool
     unmask_step: Tensor
     history: list[Tensor] | None = None
+    logprobs: Tensor | None = None
+    top_logprobs: TopLogprobs | None = None
     filled: list[list[tuple[int, int]]] | None = None
 
 
@@ -48,7 +64,7 @@ class Finished:
     ids: int64 [B, T], the canvases. unmask_step: int64 [B, T], the row's step that wrote a token, -1: none.
     forwards: of the model, in all; row_forwards: int64 [B], those that each row took part in. exact: whether
     every step saw what a forward over the whole canvas would have. history: the canvases after every round,
-    if they were asked for.
+    if they were asked for. logprobs: [B, T] and [B, T, k] in place of its N and k, or None.
     """
 
     ids: Tensor
@@ -57,6 +73,18 @@ class Finished:
     row_forwards: Tensor
     exact: bool
     history: list[Tensor] | None
+    logprobs: Logprobs | None = None
+
+    def logprobs_where(self, written: Tensor) -> dict:
+        """Return the fields of SampleOutput that hold them, for bool [B, T'] of tokens that steps wrote."""
+        if self.logprobs is None:
+            return {}
+        chosen, tokens, top = (record[:, : written.shape[1]].cpu() for record in self.logprobs)
+        chosen = chosen.masked_fill(~written, 0.0)
+        if not top.shape[2]:
+            return {"logprobs": chosen}
+        tokens, top = tokens.masked_fill(~written[..., None], -1), top.masked_fill(~written[..., None], 0.0)
+        return {"logprobs": chosen, "top_logprobs": TopLogprobs(tokens, top)}
 
 
 def completion_output(
@@ -92,6 +120,7 @@ def completion_output(
         unmask_step=unmask_step,
         tokens_per_forward=_tokens_per_forward(completion & (position <= first_end[:, None]), unmask_step),
         history=history,
+        **finished.logprobs_where(unmask_step >= 0),
     )
 
 
@@ -121,6 +150,7 @@ def infill_output(
         history=finished.history,
         tokens_per_forward=_tokens_per_forward(masked, unmask_step),
         filled=[_spans(row) for row in masked],
+        **finished.logprobs_where(unmask_step >= 0),
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dllm_kernels._arguments import integer, kind
 from dllm_kernels.models.text import added_text, check_text, check_token_count, encode
+from dllm_kernels.sampling.canvas_control import AllowedTokens
 
 _ALLOWED = "give a str, a list of str, a list of id lists, or a Tensor [B, S]"
 
@@ -22,7 +23,8 @@ class Canvases:
     ids: int64 [B, T], filled up with `fill`; all others int64 [B], on the CPU.
     given: length of the prompt (infill: 0), where the completion starts. origin: where blocks count from.
     stop: end of what is returned. end: end of the canvas, which may be later. numbers: what noise knows the
-    rows by.
+    rows by. draft: bool [B, T], given tokens that the rule may change; None: none. allowed: the tokens that
+    may stand at some positions; None: everywhere all.
     """
 
     ids: Tensor
@@ -32,6 +34,8 @@ class Canvases:
     end: Tensor
     numbers: Tensor
     fill: int
+    draft: Tensor | None = None
+    allowed: AllowedTokens | None = None
 
 
 def completions(rows: list[list[int]], plan, new_tokens=None, row_ids=None) -> Canvases:
@@ -57,14 +61,14 @@ def completions(rows: list[list[int]], plan, new_tokens=None, row_ids=None) -> C
     return Canvases(ids, given, origin, stop, end, _numbers(row_ids, len(rows)), plan.fill)
 
 
-def gaps(canvases: list[list[int]], fill: int, row_ids=None) -> Canvases:
+def gaps(canvases: list[list[int]], fill: int, row_ids=None, draft=None, allowed=None) -> Canvases:
     """Canvases that hold their masks already; row_ids: in place of 0, 1, …."""
     stop = torch.tensor([len(canvas) for canvas in canvases], device="cpu")
     ids = torch.full((len(canvases), int(stop.max())), fill, device="cpu")
     for row, canvas in enumerate(canvases):
         ids[row, : len(canvas)] = torch.tensor(canvas, device="cpu")
     zero = torch.zeros_like(stop)
-    return Canvases(ids, zero, zero, stop, stop, _numbers(row_ids, len(canvases)), fill)
+    return Canvases(ids, zero, zero, stop, stop, _numbers(row_ids, len(canvases)), fill, draft, allowed)
 
 
 def token_lists(

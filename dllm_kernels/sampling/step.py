@@ -11,8 +11,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from dllm_kernels.ops.token_stats import CHUNK_LOGITS, TokenStats, token_stats
 from dllm_kernels.ops.unmask import commit_
 from dllm_kernels.rule import Rule
+from dllm_kernels.sampling.canvas_control import AllowedTokens
 from dllm_kernels.sampling.config import SampleConfig
 from dllm_kernels.sampling.plan import Plan
 from dllm_kernels.sampling.views import DeviceView, StepView
@@ -97,17 +99,35 @@ class Predictions:
 # ---- statistics of output rows ----------------------------------------------------------------------------
 
 
+class Logprobs(NamedTuple):
+    """Log-probabilities of N tokens, float32 [N]; the k likeliest tokens in their places, int64 [N, k], and
+    theirs, float32 [N, k]."""
+
+    chosen: Tensor
+    top_tokens: Tensor
+    top: Tensor
+
+    @staticmethod
+    def of_nothing(ids: Tensor, count: int) -> Logprobs:
+        """Return records for canvases like `ids` [B, T] where nothing is committed yet: 0, and tokens -1."""
+        top = ids.new_full((*ids.shape, count), -1)
+        return Logprobs(
+            torch.zeros_like(ids, dtype=torch.float32), top, torch.zeros_like(top, dtype=torch.float32)
+        )
+
+
 class Statistics:
     """The statistics that one call asks of output rows.
 
-    Logits are stored, in chunks of rows, only for filters and for rules that compare with the step before.
+    Logits are stored, in chunks of rows, only for filters, for rules that compare with the step before, and
+    where some tokens are allowed alone.
 
     last: [slots · width, V], the logits of the step before; width is the most positions that a block has.
     """
 
-    def __init__(self, plan: Plan, rule: Rule, slots: int, width: int):
+    def __init__(self, plan: Plan, rule: Rule, slots: int, width: int, allowed: AllowedTokens | None = None):
         config = plan.config
-        self.plan, self.slots, self.width = plan, slots, width
+        self.plan, self.slots, self.width, self.allowed = plan, slots, width, allowed
         self.options = dict(
             temperature=config.temperature, seed=config.seed,
             confidence_exclude=config.begin_suppress_tokens,
@@ -125,23 +145,54 @@ class Statistics:
         if self.last is not None:
             self.last.view(self.slots, -1, self.last.shape[-1])[slot] = -torch.inf
 
-    def of(self, output: Tensor, noise_ids: Tensor | None, place: Tensor | None = None) -> TokenStats:
-        """Return those of output rows [N, H]. noise_ids: int32 [N, 3]. place: int64 [N], where their logits
-        of the step before lie in `last`, for rules that compare."""
-        runner = self.plan.runner
-        if not (self.filters or self.remembers):
-            return runner.statistics(output, noise_ids=noise_ids, **self.options)
-        size = max(1, CHUNK_LOGITS // (self.plan.diffusion.vocab_size or 1 << 16))
+    def of(
+        self,
+        output: Tensor,
+        noise_ids: Tensor | None,
+        place: Tensor | None = None,
+        at: tuple[Tensor, Tensor] | None = None,
+    ) -> TokenStats:
+        """Return those of output rows [N, H].
+
+        noise_ids: int32 [N, 3]. place: int64 [N], where their logits of the step before lie in `last`, for
+        rules that compare. at: int64 [N] twice, canvas and position, where some tokens are allowed alone.
+        """
+        if not (self.filters or self.remembers or self.allowed):
+            return self.plan.runner.statistics(output, noise_ids=noise_ids, **self.options)
         chunks, options = [], self.options | self.filters
-        for first in range(0, max(len(output), 1), size):
-            some = slice(first, first + size)
-            logits = runner.logits(output[some])
+        for some, logits in self._logits(output, at):
             before = self._last(logits, place[some]) if self.remembers else None
             noise = None if noise_ids is None else noise_ids[some]
             chunks.append(token_stats(logits, previous=before, noise_ids=noise, **options))
         return TokenStats(
             *(None if field[0] is None else torch.cat(field) for field in zip(*chunks, strict=True))
         )
+
+    def log_probabilities(
+        self, output: Tensor, tokens: Tensor, count: int = 0, at: tuple[Tensor, Tensor] | None = None
+    ) -> Logprobs:
+        """Return those of `tokens`, int64 [N], and of the `count` likeliest tokens, from output rows [N, H].
+
+        They are those of softmax(logits) over the tokens that may be proposed, before any filter.
+        """
+        barred = [self.plan.mask_id, *self.plan.config.suppress_tokens]
+        chunks = []
+        for some, logits in self._logits(output, at):
+            logits = logits.float().index_fill(1, torch.tensor(barred, device=logits.device), -torch.inf)
+            every = logits.log_softmax(-1)
+            top = every.topk(min(count, every.shape[1]), dim=-1)
+            chunks.append((every.gather(1, tokens[some, None])[:, 0], top.indices, top.values))
+        return Logprobs(*map(torch.cat, zip(*chunks, strict=True)))
+
+    def _logits(self, output: Tensor, at: tuple[Tensor, Tensor] | None) -> Iterator[tuple[slice, Tensor]]:
+        """Yield slices of the N output rows and their logits [n, V], -inf for tokens not allowed there."""
+        size = max(1, CHUNK_LOGITS // (self.plan.diffusion.vocab_size or 1 << 16))
+        for first in range(0, max(len(output), 1), size):
+            some = slice(first, first + size)
+            logits = self.plan.runner.logits(output[some])
+            if self.allowed is not None:
+                logits = self.allowed.bar(logits, *(index[some] for index in at))
+            yield some, logits
 
     def _last(self, logits: Tensor, place: Tensor) -> Tensor:
         """Return the logits of the step before, in whose place these are put."""

@@ -79,7 +79,7 @@ def test_a_model_that_cannot_be_recorded_is_left_to_the_host(cache, as_on_a_gpu,
     assert len(refused) == 1
 
 
-CANVASES = SimpleNamespace(end=torch.tensor([5, 9]))
+CANVASES = SimpleNamespace(end=torch.tensor([5, 9]), draft=None, allowed=None)
 
 
 def plan_on_a_gpu(scaling_of=lambda length: ()) -> SimpleNamespace:
@@ -96,6 +96,12 @@ def test_nothing_is_recorded_on_a_cpu_or_while_calls_are_checked(monkeypatch):
     monkeypatch.delenv("DLLM_DEBUG")
     plan.device = torch.device("cpu")
     assert not api._may_record(plan, CANVASES)
+
+
+@pytest.mark.parametrize("control", ["draft", "allowed"])
+def test_nothing_is_recorded_where_a_caller_controls_single_positions(control):
+    canvases = SimpleNamespace(**{**vars(CANVASES), control: "given"})
+    assert not api._may_record(plan_on_a_gpu(), canvases)
 
 
 def test_nothing_is_recorded_of_a_model_in_several_processes():
