@@ -27,6 +27,8 @@ _MODULE_OF = {
     "enable_attention": "models.attention",
     "sample": "sampling.api",
     "infill": "sampling.api",
+    "choose": "sampling.choose",
+    "Choices": "sampling.choose",
     "SampleConfig": "sampling.config",
     "SampleOutput": "sampling.output",
     "Rule": "rule",

@@ -21,6 +21,8 @@ from dllm_kernels.ops.unmask import unmask_ as unmask_
 from dllm_kernels.rule import Rule as Rule
 from dllm_kernels.sampling.api import infill as infill
 from dllm_kernels.sampling.api import sample as sample
+from dllm_kernels.sampling.choose import Choices as Choices
+from dllm_kernels.sampling.choose import choose as choose
 from dllm_kernels.sampling.config import SampleConfig as SampleConfig
 from dllm_kernels.sampling.output import SampleOutput as SampleOutput
 from dllm_kernels.sampling.views import StepView as StepView

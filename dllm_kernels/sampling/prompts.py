@@ -267,7 +267,7 @@ def gapped_text(name: str, text: str, tokenizer, mask_id: int, limit: int | None
         read = piece[:-1] if strips and piece.endswith(" ") and index + 1 < len(pieces) else piece
         ids = _continuation(tokenizer, read, mask) if index else encode(name, read, tokenizer, False)
         parts.append(Part(ids, None if mask_id in ids else piece))
-    prefix, suffix = _special_tokens(tokenizer, [piece for piece in pieces if isinstance(piece, str)])
+    prefix, suffix = special_tokens_around(tokenizer, [piece for piece in pieces if isinstance(piece, str)])
     return GappedText(tokenizer, prefix, parts, suffix)
 
 
@@ -310,7 +310,7 @@ def _mask_in_text(tokenizer, mask_id: int) -> str | None:
     return str(token) if token is not None and _inner(tokenizer, str(token)) == [mask_id] else None
 
 
-def _special_tokens(tokenizer, pieces: list[str]) -> tuple[list[int], list[int]]:
+def special_tokens_around(tokenizer, pieces: list[str]) -> tuple[list[int], list[int]]:
     """Return the special tokens before and after a text."""
     special = {*getattr(tokenizer, "all_special_ids", ())}
     for piece in (*pieces, "a"):
