@@ -30,8 +30,8 @@ endif
 help:       ## this list
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: build        ## add numbers, complete and infill code with the embedded model
-	$(DLLM) demo
+demo: build        ## write, add and fill gaps with the embedded model, beside the plain loop
+	@$(DLLM) demo
 
 test: build        ## the test suite (without a GPU, CUDA kernels run on the emulator); ARGS="-m slow": the slow sweeps
 	"$(PYTHON)" -m pytest -q -n logical --dist loadfile $(ARGS)
@@ -75,27 +75,36 @@ asan: $(INSTALLED) ## CPU operators under address and undefined-behaviour saniti
 	bash tools/asan.sh "$(PYTHON)" $(ARGS)
 
 build: $(INSTALLED) ## compile what changed into dllm_kernels/lib
-	"$(PYTHON)" setup.py -q build_ext --inplace
+	@"$(PYTHON)" setup.py -q build_ext --inplace
 
 clean:             ## everything that was built, but not .venv
 	rm -rf build dist site dllm_kernels/lib *.egg-info .*_cache .hypothesis .benchmarks
 
+# One line says what a step of the set-up does, before the minutes that it may take. The kernels are compiled
+# before pip installs the package, since pip would show nothing of it.
 $(VENV)/bin/pip:
-	$(BASE_PYTHON) -m venv $(VENV)
+	@echo "set-up 1 of 4: a virtual environment in $(VENV)"
+	@$(BASE_PYTHON) -m venv $(VENV)
 
 $(VENV)/.torch: | $(VENV)/bin/pip
-	"$(PYTHON)" -c "$(TORCH_FITS)" 2>/dev/null || $(PIP) install -q "$(TORCH)"
-	touch $@
+	@echo "set-up 2 of 4: $(TORCH), a large download unless it is there"
+	@"$(PYTHON)" -c "$(TORCH_FITS)" 2>/dev/null || $(PIP) install -q "$(TORCH)"
+	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py MANIFEST.in
-	$(PIP) install -q $(BUILD_NEEDS)
-	$(PIP) install -q --no-build-isolation -e '.[test]'
-	touch $@
+	@echo "set-up 3 of 4: compiling the kernels, a few minutes the first time"
+	@$(PIP) install -q $(BUILD_NEEDS)
+	@"$(PYTHON)" setup.py -q build_ext --inplace
+	@echo "set-up 4 of 4: the package and what its tests and recipes need"
+	@$(PIP) install -q --no-build-isolation -e '.[test]'
+	@touch $@
 
 $(VENV)/.dev-tools: pyproject.toml | $(VENV)/bin/pip
-	$(PIP) install -q $(DEV_NEEDS)
-	touch $@
+	@echo "set-up: linters"
+	@$(PIP) install -q $(DEV_NEEDS)
+	@touch $@
 
 $(VENV)/.docs-tools: pyproject.toml | $(VENV)/bin/pip
-	$(PIP) install -q $(DOCS_NEEDS)
-	touch $@
+	@echo "set-up: what builds the pages of docs/"
+	@$(PIP) install -q $(DOCS_NEEDS)
+	@touch $@

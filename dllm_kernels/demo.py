@@ -1,91 +1,179 @@
-"""`dllm demo`: the embedded model adds numbers, completes a method and fills a gap, beside the plain loop."""
+"""`dllm demo`: the embedded model writes half a file, adds numbers in parallel, fills gaps from both sides.
+
+The last table compares the same texts by the loop that everyone starts from. All is computed on the spot.
+"""
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 import dllm_kernels as dk
 from dllm_kernels.sampling.output import SampleOutput
-from dllm_kernels.viewer.terminal import TerminalView, canvas_text
+from dllm_kernels.viewer.terminal import TerminalView
 
-ADDITIONS = ((14, 79), (26, 91), (35, 47), (46, 97), (53, 96), (67, 25), (78, 72), (92, 50))  # held out
-SHEET = "".join(f"assert {a} + {b} ==<mask:{len(str(a + b)) + 1}>\n" for a, b in ADDITIONS)
-PROMPT = """def find(self, key):
-    for name, value in self.items():
-"""
-GAP = """class Point:
-    def __init__(self, x, y):
-        self.x = x
-        self.y = y
-
-<mask:6>
-        return 'Point(%r, %r)' % (self.x, self.y)
-"""
 THRESHOLD = 0.9
 REPEATS = 3
+HIDDEN = re.compile("[⟦⟧]")
+
+# What stands in ⟦ ⟧ is hidden from the model. tools/pick_gaps.py chooses the places.
+FILE = """class Stack:
+⟦    def⟧ __init__⟦(self):
+        self.⟧items⟦ =⟧ []⟦
+
+    def⟧ push⟦(self,⟧ item⟦):
+        self.items.⟧append⟦(⟧item⟦)
+
+    def⟧ pop⟦(self):
+        return⟧ self⟦.⟧items⟦.⟧pop⟦()
+
+    def⟧ __len__⟦(self):
+        return⟧ len⟦(⟧self⟦.⟧items)
+
+
+⟦def⟧ read_lines⟦(⟧path⟦):
+    ⟧with open⟦(⟧path⟦)⟧ as handle⟦:
+        ⟧for line⟦ in⟧ handle⟦:
+            if⟧ not line⟦.⟧startswith('#⟦'):
+⟧                yield line
+"""
+ADDITIONS = ((14, 79), (26, 91), (35, 47), (46, 97), (53, 96), (67, 25), (78, 72), (92, 50))  # held out
+SHEET = "".join(f"assert {a} + {b} ==⟦ {a + b}⟧\n" for a, b in ADDITIONS)
+# Each gap can be told only from the text after it.
+GAPS = (
+    "with open(path) as⟦ handle⟧:\n    for line in handle:\n        print(line)\n",
+    "def __init__(self,⟦ key⟧):\n    self.key = key\n",
+    "def size(self,⟦ text⟧):\n    return len(text)\n",
+    "def add(a,⟦ b⟧):\n    return a + b\n",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one loop took for a text, and whether the text equals that of the live view."""
+
+    forwards: int
+    seconds: float
+    equal: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A text and the results of several loops by their names; the first is the baseline."""
+
+    name: str
+    results: dict[str, Result]
 
 
 def run(console: Console) -> None:
     """Print everything that `make demo` shows."""
     both_ways, tokenizer = dk.load("tiny-python", device="cpu", attention="bidirectional")
-    block_causal, _ = dk.load("tiny-python", device="cpu", attention="block_causal")
-
-    def fill(text: str) -> Callable:
-        return lambda **more: dk.infill(both_ways, text, tokenizer=tokenizer, threshold=THRESHOLD, **more)
-
-    def complete(**more) -> SampleOutput:
-        whole_blocks = 2 * block_causal.config.diffusion["block_size"] - len(tokenizer(PROMPT)["input_ids"])
-        options = dict(max_new_tokens=whole_blocks, stop_on_eos=False, threshold=THRESHOLD)
-        return dk.sample(block_causal, PROMPT, tokenizer=tokenizer, **options, **more)
-
-    console.rule("additions that were held out of training: several tokens per forward")
-    show(console, fill(SHEET), both_ways, tokenizer, pause=0.5)
-    console.rule("completion: block_causal attention, an exact cache of finished blocks")
-    show(console, complete, block_causal, tokenizer, pause=0.05)
-    console.rule("infilling: bidirectional attention, the text after the gap counts too")
-    show(console, fill(GAP), both_ways, tokenizer, pause=0.2)
+    left_to_right, _ = dk.load("tiny-python", device="cpu", attention="block_causal")
+    file, sheet = hidden_ids(FILE, tokenizer), hidden_ids(SHEET, tokenizer)
+    masks = file.count(both_ways.config.mask_token_id)
+    console.rule(f"writing {masks} of {len(file)} tokens, the surest ones first", align="left")
+    compared = [fill(console, "the file", file, both_ways, tokenizer, pause=0.18)]
+    console.rule(f"adding {len(ADDITIONS)} pairs of numbers that training never showed", align="left")
+    compared.append(fill(console, "the sums", sheet, both_ways, tokenizer, pause=1.0))
+    console.rule("filling gaps that only the text after them explains", align="left")
+    gaps(console, both_ways, left_to_right, tokenizer)
+    console.rule("the same by LLaDA's loop: a forward over the whole text in each step", align="left")
+    closing_table(console, compared)
 
 
-def show(console: Console, generate: Callable, model, tokenizer, *, pause: float) -> None:
-    """Run `generate` in the live view, `pause` seconds a round, then time it beside the plain loop."""
-    mask_id = model.config.mask_token_id
-    with TerminalView(tokenizer, mask_id, pause=pause, console=console) as view:
-        output = generate(on_round=view)
-    filled = set((output.unmask_step[0] >= 0).nonzero().flatten().tolist())
-    text = canvas_text(output.sequences[0].tolist(), tokenizer, mask_id, set(), filled)
-    text.rstrip()
-    console.print(text, end="\n\n")
-    canvas, visible = start_of(output, model)
-    ways = {
-        "dllm_kernels": lambda: (generate().sequences, output.forwards),
-        "plain loop, same rule": lambda: plain_loop(model, canvas, visible, THRESHOLD),
-        "plain, one token/step": lambda: plain_loop(model, canvas, visible),
+def hidden_ids(text: str, tokenizer) -> list[int]:
+    """Return the ids of `text` with the mask token in place of those that lie in ⟦ ⟧."""
+    parts = HIDDEN.split(text)
+    encoding = tokenizer("".join(parts), return_offsets_mapping=True)
+    ends = torch.tensor([len(part) for part in parts]).cumsum(0).tolist()
+    spans = list(zip(ends[::2], ends[1::2], strict=False))
+    return [
+        tokenizer.mask_token_id if any(first < end and start < last for first, last in spans) else token
+        for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+    ]
+
+
+def fill(console: Console, name: str, ids: list[int], model, tokenizer, pause: float) -> Comparison:
+    """Fill the masks of `ids` in the live view, `pause` seconds a round; time it beside the plain loop."""
+    options = dict(block_size=len(ids), threshold=THRESHOLD)
+    with TerminalView(tokenizer, model.config.mask_token_id, pause=pause, console=console) as view:
+        output = dk.infill(model, [ids], on_round=view, **options)
+    console.print(Padding(filled_text(output, tokenizer), (0, 2)))
+    committed = output.unmask_step[output.unmask_step >= 0]
+    counts = " ".join(map(str, committed.bincount().tolist()))
+    console.print(f"  [dim]tokens committed by each forward:[/] [bold]{counts}[/]\n", highlight=False)
+    canvas = torch.tensor([ids])
+    loops = {
+        "plain loop": lambda: plain_loop(model, canvas),
+        f"plain loop, threshold {THRESHOLD}": lambda: plain_loop(model, canvas, THRESHOLD),
+        "dllm_kernels": lambda: (dk.infill(model, [ids], **options).sequences, output.forwards),
     }
-    table = Table("", box=None)
-    for column in ("tokens/s", "forwards", "tokens/forward", "seconds", "same text"):
+    results = {}
+    for loop, function in loops.items():
+        (filled, forwards), seconds = median_time(function)
+        results[loop] = Result(forwards, seconds, torch.equal(filled, output.sequences))
+    return Comparison(f"{name}, {len(committed)} tokens", results)
+
+
+def filled_text(output: SampleOutput, tokenizer, row: int = 0) -> Text:
+    """Return a filled canvas with what was written in colour."""
+    text, ids, start = Text(), output.sequences[row].tolist(), 0
+    while ids[-1] == tokenizer.eos_token_id:  # shorter rows of a batch are filled up
+        ids.pop()
+    written = (output.unmask_step[row] >= 0).tolist()
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or written[end] != written[start]:
+            text.append(tokenizer.decode(ids[start:end]), style="bold cyan" if written[start] else "dim")
+            start = end
+    text.rstrip()
+    return text
+
+
+def gaps(console: Console, both_ways, left_to_right, tokenizer) -> None:
+    """Fill all GAPS in one batch, and beside each show the token that follows when the rest is not seen."""
+    filled = dk.infill(both_ways, [hidden_ids(text, tokenizer) for text in GAPS])
+    before = [text.partition("⟦")[0] for text in GAPS]
+    unseeing = dk.sample(left_to_right, before, tokenizer=tokenizer, max_new_tokens=1)
+    forwards = "one forward" if filled.forwards == 1 else f"{filled.forwards} forwards"
+    table = Table(box=None, padding=(0, 4, 1, 2), header_style="")
+    table.add_column("from the left alone")
+    table.add_column(f"both ways, {len(GAPS)} texts in {forwards}")
+    for row, text in enumerate(GAPS):
+        guess = Text(before[row], "dim").append(unseeing.texts[row], "bold yellow")
+        guess.append(text.partition("⟧")[2].rstrip("\n"), "dim")
+        table.add_row(guess, filled_text(filled, tokenizer, row))
+    console.print(table)
+
+
+def closing_table(console: Console, compared: list[Comparison]) -> None:
+    """Print forwards, seconds and speedup of every loop, whichever wins."""
+    table = Table(box=None, padding=(0, 2))
+    table.add_column("", no_wrap=True)
+    for column in ("forwards", "seconds", "speedup", "same text"):
         table.add_column(column, justify="right")
-    for name, way in ways.items():
-        (ids, forwards), seconds = median_time(way)
-        same = torch.equal(ids[:, : output.sequences.shape[1]], output.sequences)
-        tokens = len(filled)
-        figures = f"{tokens / seconds:.0f}", str(forwards), f"{tokens / forwards:.2f}", f"{seconds:.3f}"
-        table.add_row(name, *figures, "yes" if same else "no")
-    console.print(table, end="\n\n")
-
-
-def start_of(output: SampleOutput, model) -> tuple[Tensor, Tensor]:
-    """Return the masked canvas of `output`, int64 [1, T], and what its queries see, bool [T, T]."""
-    canvas = output.sequences.masked_fill(output.unmask_step >= 0, model.config.mask_token_id)
-    bidirectional = model.config.diffusion["attention"][0] == "bidirectional"
-    block = torch.arange(canvas.shape[1]) // model.config.diffusion["block_size"]
-    return canvas, (block[:, None] >= block) | bidirectional
+    for text in compared:
+        table.add_row(text.name)
+        baseline = next(iter(text.results.values()))
+        for name, result in text.results.items():
+            table.add_row(
+                f"  {name}",
+                str(result.forwards),
+                f"{result.seconds:.3f}",
+                f"{baseline.seconds / result.seconds:.1f}×",
+                "yes" if result.equal else "no",
+                style="" if name.startswith("plain") else "bold",
+            )
+    console.print(table)
 
 
 def median_time(function: Callable) -> tuple[object, float]:
@@ -99,26 +187,23 @@ def median_time(function: Callable) -> tuple[object, float]:
 
 
 @torch.no_grad()
-def plain_loop(model, canvas: Tensor, visible: Tensor, threshold: float | None = None) -> tuple[Tensor, int]:
+def plain_loop(model, canvas: Tensor, threshold: float | None = None) -> tuple[Tensor, int]:
     """Run the loop everyone starts from [LLaDA generate.py]: each step is a forward over the whole canvas.
 
-    canvas: int64 [1, T]; visible: bool [T, T], what each query sees. Blocks are filled from left to right.
-    threshold: accept every p >= threshold, at least the highest; None: one token per step.
-    Return the filled canvas and the number of forwards.
+    canvas: int64 [1, T], its masks one block. threshold: accept every p >= threshold, at least the highest;
+    None: one token per step. Return the filled canvas and the number of forwards.
     """
-    mask_id, size = model.config.mask_token_id, model.config.diffusion["block_size"]
-    canvas, forwards = canvas.clone(), 0
-    for start in range(0, canvas.shape[1], size):
-        block = canvas[:, start : start + size]
-        while (masked := block == mask_id).any():
-            logits = model(input_ids=canvas, attention_mask=visible[None, None], use_cache=False).logits
-            logits[..., mask_id] = -torch.inf
-            confidence, token = logits.softmax(-1)[:, start : start + size].max(-1)
-            confidence = confidence.masked_fill(~masked, -1)
-            accepted = torch.zeros_like(masked)
-            accepted[0, confidence.argmax()] = True
-            if threshold is not None:
-                accepted |= confidence >= threshold
-            block[accepted] = token[accepted]
-            forwards += 1
+    mask_id, canvas, forwards = model.config.mask_token_id, canvas.clone(), 0
+    seen = torch.ones(1, 1, canvas.shape[1], canvas.shape[1], dtype=torch.bool)
+    while (masked := canvas == mask_id).any():
+        logits = model(input_ids=canvas, attention_mask=seen, use_cache=False).logits
+        logits[..., mask_id] = -torch.inf
+        confidence, token = logits.softmax(-1).max(-1)
+        confidence = confidence.masked_fill(~masked, -1)
+        accepted = torch.zeros_like(masked)
+        accepted[0, confidence.argmax()] = True
+        if threshold is not None:
+            accepted |= confidence >= threshold
+        canvas[accepted] = token[accepted]
+        forwards += 1
     return canvas, forwards

@@ -123,11 +123,11 @@ def _recorded(name: str, output: SampleOutput, row: int, tokenizer, mask_id: int
         return texts[visible(decode(_written(tokens[:position], mask_id), [token]))]
 
     probabilities = alternatives = None
-    if getattr(output, "logprobs", None) is not None:
+    if output.logprobs is not None:
         given = (output.unmask_step[row, :end] < 0).tolist()
         logprobs = output.logprobs[row, :end].tolist()
         probabilities = [None if kept else _probability(x) for kept, x in zip(given, logprobs, strict=True)]
-    if getattr(output, "top_logprobs", None) is not None:
+    if output.top_logprobs is not None:
         ids, logprobs = (values[row, :end].tolist() for values in output.top_logprobs)
         alternatives = [
             [] if kept else [[number(position, i), _probability(x)] for i, x in zip(*top, strict=True)]

@@ -51,7 +51,7 @@ LETTERS = Words([chr(ord("a") + index) for index in range(26)])
 def output_of(sequences, unmask_step, *, filled=True, history=None, logprobs=None, top=None) -> SampleOutput:
     """An output of `dk.infill`, or of `dk.sample` with filled=False, with what the page reads."""
     step = torch.tensor(unmask_step)
-    output = SampleOutput(
+    return SampleOutput(
         sequences=torch.tensor(sequences),
         texts=None,
         lengths=(step >= 0).sum(1),
@@ -62,9 +62,9 @@ def output_of(sequences, unmask_step, *, filled=True, history=None, logprobs=Non
         unmask_step=step,
         history=None if history is None else [torch.tensor(canvas) for canvas in history],
         filled=[[(0, 1)]] * len(sequences) if filled else None,
+        logprobs=logprobs,
+        top_logprobs=top,
     )
-    output.logprobs, output.top_logprobs = logprobs, top
-    return output
 
 
 def hostile_output() -> tuple[SampleOutput, Words]:
@@ -174,7 +174,7 @@ def test_words_keep_the_spaces_before_them():
 def test_a_real_run_is_recorded_whole():
     model, tokenizer = dk.load("tiny-python", attention="bidirectional")
     text = "assert 14 + 79 ==<mask:3>\nassert 26 + 91 ==<mask:4>\n"
-    output = dk.infill(model, text, tokenizer=tokenizer, threshold=0.9)
+    output = dk.infill(model, text, tokenizer=tokenizer, threshold=0.9, logprobs=3)
     read = recording(replay_page({"sums": output}, tokenizer, mask_id=model.config.mask_token_id))
     (run,) = read["runs"]
     final = run["initial"]
@@ -183,6 +183,9 @@ def test_a_real_run_is_recorded_whole():
             final[position] = number
     assert "".join(read["texts"][number] for number in final) == output.texts[0]
     assert len(run["writes"]) == output.forwards
+    written = [position for step in run["writes"] for position, _ in step]
+    assert all(len(run["alternatives"][position]) == 3 for position in written)
+    assert all(run["alternatives"][position][0][0] == final[position] for position in written)
 
 
 # ---- text that would break a page -------------------------------------------------------------------------
