@@ -130,7 +130,9 @@ def _recorded(name: str, output: SampleOutput, row: int, tokenizer, mask_id: int
     if output.top_logprobs is not None:
         ids, logprobs = (values[row, :end].tolist() for values in output.top_logprobs)
         alternatives = [
-            [] if kept else [[number(position, i), _probability(x)] for i, x in zip(*top, strict=True)]
+            []
+            if kept
+            else [[number(position, i), _probability(x)] for i, x in zip(*top, strict=True) if i >= 0]
             for position, (kept, *top) in enumerate(zip(given, ids, logprobs, strict=True))
         ]
     return {

@@ -3,19 +3,17 @@
 import json
 import os
 import re
-from collections import namedtuple
 
 import pytest
 import torch
 
 import dllm_kernels as dk
-from dllm_kernels.sampling.output import SampleOutput
+from dllm_kernels.sampling.output import SampleOutput, TopLogprobs
 from dllm_kernels.viewer.replay import replay_page, visible, write_replay
 from tests.sampling.tokenizer_zoo import tokenizer_of
 from tools import chromium
 
 MASK = 99
-TopTokens = namedtuple("TopTokens", "tokens logprobs")
 
 HOSTILE = [
     "</script><script>document.title='broken'</script>",
@@ -70,7 +68,7 @@ def output_of(sequences, unmask_step, *, filled=True, history=None, logprobs=Non
 def hostile_output() -> tuple[SampleOutput, Words]:
     count = len(HOSTILE)
     tokens = torch.arange(count)
-    top = TopTokens(torch.stack([tokens, tokens.flip(0)], -1)[None], torch.full((1, count, 2), -0.7))
+    top = TopLogprobs(torch.stack([tokens, tokens.flip(0)], -1)[None], torch.full((1, count, 2), -0.7))
     steps = [[-1, *range(count - 1)]]
     return output_of([tokens.tolist()], steps, logprobs=torch.full((1, count), -0.7), top=top), Words(HOSTILE)
 
@@ -142,7 +140,7 @@ def test_a_draft_that_was_given_and_replaced_is_shown_at_first():
 
 def test_probabilities_and_alternatives_belong_to_written_tokens():
     logprobs = torch.tensor([[0.0, -0.5]])
-    top = TopTokens(torch.tensor([[[0, 0], [1, 7]]]), torch.tensor([[[0.0, 0.0], [-0.5, float("-inf")]]]))
+    top = TopLogprobs(torch.tensor([[[0, 0], [1, 7]]]), torch.tensor([[[0.0, 0.0], [-0.5, float("-inf")]]]))
     run = run_of(output_of([[0, 1]], [[-1, 0]], logprobs=logprobs, top=top))
     assert run["probabilities"] == [None, pytest.approx(0.6065)]
     assert run["alternatives"] == [{}, {"b": pytest.approx(0.6065), "h": 0.0}]
@@ -347,7 +345,7 @@ def test_space_plays_to_the_end_and_stops(opened):
 
 
 def test_a_token_tells_its_step_probability_and_alternatives(opened):
-    top = TopTokens(torch.tensor([[[0, 0], [1, 7]]]), torch.tensor([[[0.0, 0.0], [-0.105, -2.5]]]))
+    top = TopLogprobs(torch.tensor([[[0, 0], [1, 7]]]), torch.tensor([[[0.0, 0.0], [-0.105, -2.5]]]))
     output = output_of([[0, 1]], [[-1, 0]], logprobs=torch.tensor([[0.0, -0.105]]), top=top)
     page = opened({"run": output})
     told = "document.getElementById('token').innerText.replace(/\\s+/g, ' ')"
