@@ -162,6 +162,10 @@ def infill(
 def choose(
     prompt: Annotated[str, typer.Argument(help="Text before the choices; - reads standard input.")],
     choice: Annotated[list[str], typer.Option("--choice", "-c", help="A continuation; give several.")],
+    normalize: Annotated[str, typer.Option(help="sum, or mean: compare the choices per token.")] = "sum",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message, the choices replies.")
+    ] = False,
     model: Model = "tiny-python",
     attention: Attention = None,
     device: Device = None,
@@ -174,11 +178,16 @@ def choose(
     loaded, tokenizer = load(model, attention, device, dtype)
     import dllm_kernels as dk
 
-    probabilities = [float(value) for value in dk.choose(loaded, text, choice, tokenizer=tokenizer)]
+    found = dk.choose(loaded, text, choice, tokenizer=tokenizer, normalize=normalize, chat=chat)
+    rows = list(zip(choice, found.probabilities.tolist(), found.logprobs.tolist(), strict=True))
     if json:
-        print_json({"prompt": text, "choices": dict(zip(choice, probabilities, strict=True))})
+        choices = [
+            {"text": name, "probability": round(probability, 6), "logprob": round(logprob, 6)}
+            for name, probability, logprob in rows
+        ]
+        print_json({"prompt": text, "choices": choices})
         return
-    for probability, name in sorted(zip(probabilities, choice, strict=True), reverse=True):
+    for name, probability, _ in sorted(rows, key=lambda row: -row[1]):
         write_text(f"{probability:.4f}  {name}\n")
 
 
@@ -262,18 +271,11 @@ def _run_one(operation: str, text: str, load_model, options: dict, where: Where)
 def _watched(operation: str, model, text: str, tokenizer, options: dict, where: Where, console):
     """Return the SampleOutput and the seconds of a run, which is shown while it goes on if it can be."""
     import dllm_kernels as dk
-    from dllm_kernels.viewer.terminal import TerminalView
 
     generate = getattr(dk, operation)
-    view = None
-    if where.view and console.is_terminal:
-        kinds = model.config.diffusion["attention"]
-        size = _option(options, "block_size") or model.config.diffusion.get("block_size")
-        view = TerminalView(
-            tokenizer, _mask_id(model, tokenizer, options), console=console, colour=where.colour,
-            pause=where.pause, block_size=size,
-            origin=None if operation == "sample" and kinds[0] == "bidirectional" else 0,
-        )  # fmt: skip
+    view = live_view(operation, model, tokenizer, options, console, where.colour, where.pause)
+    if not where.view:
+        view = None
     start = time.perf_counter()
     if view is None:
         output = generate(model, text, tokenizer=tokenizer, **options)
@@ -281,6 +283,20 @@ def _watched(operation: str, model, text: str, tokenizer, options: dict, where: 
         with view:
             output = generate(model, text, tokenizer=tokenizer, on_round=view, **options)
     return output, time.perf_counter() - start
+
+
+def live_view(operation: str, model, tokenizer, options: dict, console, colour: str, pause: float):
+    """Return a view of a run of `operation` on the console; None if it cannot be drawn on."""
+    from dllm_kernels.viewer.terminal import TerminalView
+
+    if not console.is_terminal or console.is_dumb_terminal:
+        return None
+    kinds = model.config.diffusion["attention"]
+    return TerminalView(
+        tokenizer, _mask_id(model, tokenizer, options), console=console, colour=colour, pause=pause,
+        block_size=_option(options, "block_size") or model.config.diffusion.get("block_size"),
+        origin=None if operation == "sample" and kinds[0] == "bidirectional" else 0,
+    )  # fmt: skip
 
 
 def figures(output, seconds: float) -> str:
