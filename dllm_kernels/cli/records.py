@@ -97,10 +97,10 @@ def record(output, row: int, prompt: str | list, id: object = None) -> dict:
         "forwards": int(output.row_forwards[row]),
         "exact": output.exact,
     }
-    if (logprobs := getattr(output, "logprobs", None)) is not None:
-        fields["logprobs"] = [round(value, 6) for value in logprobs[row][generated].tolist()]
-    if (top := getattr(output, "top_logprobs", None)) is not None:
-        tokens, values = (part[row][generated].tolist() for part in top)
+    if output.logprobs is not None:
+        fields["logprobs"] = [round(value, 6) for value in output.logprobs[row][generated].tolist()]
+    if output.top_logprobs is not None:
+        tokens, values = (part[row][generated].tolist() for part in output.top_logprobs)
         fields["top_logprobs"] = [
             [[token, round(value, 6)] for token, value in zip(*both, strict=True)]
             for both in zip(tokens, values, strict=True)

@@ -91,9 +91,8 @@ class TerminalView:
     def _note(self, event) -> list[int]:
         """Keep what a round committed in row 0; return its positions."""
         fresh = event.positions_of(0)
-        probabilities = getattr(event, "probabilities", None)
-        if probabilities is not None:
-            self.probability_of.update(zip(fresh, probabilities[event.rows == 0].tolist(), strict=True))
+        probabilities = event.probabilities[event.rows == 0].tolist()
+        self.probability_of.update(zip(fresh, probabilities, strict=True))
         self.step_of.update(dict.fromkeys(fresh, self.rounds))
         self.rounds += 1
         if self.origin is None:
@@ -152,7 +151,7 @@ class TerminalView:
         return _styled(canvas, self.pieces.of(canvas, self.mask_id), styles, self.mask_id, set(borders))
 
     def _style(self, position: int, fresh: bool) -> Style:
-        if self.colour == "confidence" and position in self.probability_of:
+        if self.colour == "confidence":
             colour = _ramp(_UNSURE_TO_SURE, self.probability_of[position])
         else:
             colour = _ramp(_EARLY_TO_LATE, self.step_of[position] / max(self.rounds - 1, 1))
