@@ -52,13 +52,9 @@ def sample(
     by, 0..2**31-1, in place of 0, 1, …, so that a row's tokens do not depend on the rows beside it.
     """
     plan = make_plan(model, tokenizer, config, overrides)
-    rows = _prompt_ids(plan, prompts, attention_mask, tokenizer)
-    check_ids("prompts", rows, plan.diffusion.vocab_size, plan.parity.empty_prompts)
-    for index, row in enumerate(rows):
-        if plan.mask_id in row:
-            raise ValueError(f"prompts[{index}] holds the mask token {plan.mask_id}; dk.infill fills gaps")
+    rows = prompt_rows(plan, prompts, attention_mask, tokenizer)
     canvases = completions(rows, plan, new_tokens, row_ids)
-    finished = run(plan, canvases, on_round, plan.eos_ids if plan.config.stop_on_eos else ())
+    finished = run(plan, canvases, on_round, plan.stop_ids)
     return completion_output(canvases, finished, plan.eos_ids, tokenizer)
 
 
@@ -143,6 +139,16 @@ def _may_record(plan: Plan, canvases: Canvases) -> bool:
     if any(scaling_of(end) != scaling_of(1) for end in canvases.end.tolist()):
         return False
     return not any(hasattr(weight, "device_mesh") for weight in plan.model.parameters())
+
+
+def prompt_rows(plan: Plan, prompts, attention_mask: Tensor | None, tokenizer) -> list[list[int]]:
+    """Return the checked ids of every prompt of `sample`."""
+    rows = _prompt_ids(plan, prompts, attention_mask, tokenizer)
+    check_ids("prompts", rows, plan.diffusion.vocab_size, plan.parity.empty_prompts)
+    for index, row in enumerate(rows):
+        if plan.mask_id in row:
+            raise ValueError(f"prompts[{index}] holds the mask token {plan.mask_id}; dk.infill fills gaps")
+    return rows
 
 
 def _prompt_ids(plan: Plan, prompts, attention_mask: Tensor | None, tokenizer) -> list[list[int]]:

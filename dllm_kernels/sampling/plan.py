@@ -44,6 +44,11 @@ class Plan:
         return self.diffusion.shift if self.config.shift is None else self.config.shift
 
     @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a completion."""
+        return self.eos_ids if self.config.stop_on_eos else ()
+
+    @property
     def parity(self) -> Parity:
         return PARITY.get(self.config.parity, NONE)
 
