@@ -27,6 +27,7 @@ _MODULE_OF = {
     "enable_attention": "models.attention",
     "sample": "sampling.api",
     "infill": "sampling.api",
+    "PrefixCache": "sampling.prefix_cache",
     "choose": "sampling.choose",
     "Choices": "sampling.choose",
     "SampleConfig": "sampling.config",

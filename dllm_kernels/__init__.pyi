@@ -25,6 +25,7 @@ from dllm_kernels.sampling.choose import Choices as Choices
 from dllm_kernels.sampling.choose import choose as choose
 from dllm_kernels.sampling.config import SampleConfig as SampleConfig
 from dllm_kernels.sampling.output import SampleOutput as SampleOutput
+from dllm_kernels.sampling.prefix_cache import PrefixCache as PrefixCache
 from dllm_kernels.sampling.views import StepView as StepView
 from dllm_kernels.span_mask import SpanMask as SpanMask
 

@@ -19,6 +19,7 @@ from dllm_kernels.sampling.graphs import NotRecorded
 from dllm_kernels.sampling.loop import Finished, HostLoop, Round
 from dllm_kernels.sampling.output import SampleOutput, completion_output, infill_output
 from dllm_kernels.sampling.plan import Plan, make_plan
+from dllm_kernels.sampling.prefix_cache import PrefixCache
 from dllm_kernels.sampling.prompts import (
     Canvases,
     GappedText,
@@ -40,6 +41,7 @@ def sample(
     attention_mask: Tensor | None = None,
     new_tokens: Sequence[int] | None = None,
     row_ids: Sequence[int] | None = None,
+    prefix_cache: PrefixCache | None = None,
     **overrides,
 ) -> SampleOutput:
     """Complete every prompt by `max_new_tokens` tokens, or up to its end token.
@@ -50,11 +52,14 @@ def sample(
     place; without a config or block_size, blocks are of the checkpoint's own size. on_round: called after
     every round. new_tokens: of each row, >= 1, in place of max_new_tokens. row_ids: what noise knows each row
     by, 0..2**31-1, in place of 0, 1, …, so that a row's tokens do not depend on the rows beside it.
+    prefix_cache: keys and values that earlier calls left, for block-causal models.
     """
     plan = make_plan(model, tokenizer, config, overrides)
     rows = prompt_rows(plan, prompts, attention_mask, tokenizer)
     canvases = completions(rows, plan, new_tokens, row_ids)
-    finished = run(plan, canvases, on_round, plan.stop_ids)
+    if prefix_cache is not None and not isinstance(prefix_cache, PrefixCache):
+        raise TypeError(f"prefix_cache is a {type(prefix_cache).__name__}; it must be a dk.PrefixCache")
+    finished = run(plan, canvases, on_round, plan.stop_ids, prefix_cache)
     return completion_output(canvases, finished, plan.eos_ids, tokenizer)
 
 
@@ -105,11 +110,18 @@ def infill(
     return infill_output(filled, masked, run(plan, filled, on_round), tokenizer, gapped)
 
 
-def run(plan: Plan, canvases: Canvases, on_round=None, stop_ids: tuple[int, ...] = ()) -> Finished:
+def run(
+    plan: Plan,
+    canvases: Canvases,
+    on_round: Callable[[Round], None] | None = None,
+    stop_ids: tuple[int, ...] = (),
+    prefix_cache: PrefixCache | None = None,
+) -> Finished:
     """Take every row to its end: on a GPU by replayed steps, where that can be."""
     if on_round is not None and not callable(on_round):
         raise TypeError(f"on_round is a {type(on_round).__name__}; it must be a function of a Round")
-    graph_loop = graph_loop_of(plan) if on_round is None and _may_record(plan, canvases) else None
+    watched = on_round is not None or prefix_cache is not None
+    graph_loop = None if watched or not _may_record(plan, canvases) else graph_loop_of(plan)
     if graph_loop is not None:
         try:
             return graph_loop(plan, canvases, stop_ids).run()
@@ -120,7 +132,7 @@ def run(plan: Plan, canvases: Canvases, on_round=None, stop_ids: tuple[int, ...]
                 f"every kernel of its steps: {error}",
                 stacklevel=3,
             )
-    return HostLoop(plan, canvases, on_round, stop_ids).run()
+    return HostLoop(plan, canvases, on_round, stop_ids, prefix_cache).run()
 
 
 _NOT_RECORDED: weakref.WeakSet = weakref.WeakSet()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from dllm_kernels.ops.token_stats import TokenStats
 from dllm_kernels.sampling.output import Finished
 from dllm_kernels.sampling.plan import Plan
+from dllm_kernels.sampling.prefix_cache import PrefixCache
 from dllm_kernels.sampling.prompts import Canvases
 from dllm_kernels.sampling.slots import RowPages
 from dllm_kernels.sampling.step import (
@@ -222,9 +223,10 @@ class HostLoop(Loop):
         canvases: Canvases,
         on_round: Callable[[Round], None] | None = None,
         stop_ids: tuple[int, ...] = (),
+        prefix_cache: PrefixCache | None = None,
     ):
         super().__init__(plan, canvases, stop_ids, plan.device)
-        self.on_round = on_round
+        self.on_round, self.prefix_cache = on_round, prefix_cache
         self.block_size = plan.config.block_size if plan.block_causal else None
         self.blank = self.ids == plan.mask_id
         if canvases.draft is not None:
@@ -245,18 +247,22 @@ class HostLoop(Loop):
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        plan, canvases = self.plan, self.canvases
+        plan, canvases, kept = self.plan, self.canvases, nullcontext()
         with super().prepared():
-            if plan.scheme.keeps is not None:
+            if self.prefix_cache is not None:
+                kept = self.prefix_cache.rows_of(plan, canvases, self.ids.clone(), self.scaling)
+            elif plan.scheme.keeps is not None:
                 cache, shareable = plan.cache_of(plan.pages_for(canvases.end)), plan.shareable(canvases)
                 self.pages = RowPages(
                     cache, plan.streams, self.ids.clone(), shareable, plan.config.block_size
                 )
-            try:
-                yield
-            finally:
-                if self.pages is not None:
-                    self.pages.release_all()
+            with kept as pages:
+                self.pages = pages or self.pages
+                try:
+                    yield
+                finally:
+                    if self.pages is not None:
+                        self.pages.release_all()
 
     def place(self, slot: int, row: int) -> bool:
         if any(self.scaling[row] != self.scaling[live.row] for live in self.live.values()):
@@ -274,6 +280,12 @@ class HostLoop(Loop):
     def begun(self, slot: int, masks: list[int]) -> None:
         self.statistics.begin_block(slot)
         self.frame = None
+
+    def leave(self, slot: int) -> None:
+        row = self.live[slot].row
+        if self.pages is not None:
+            self.pages.keep(row, self.ids[row, : self.cached[row]])
+        super().leave(slot)
 
     def step(self) -> None:
         plan = self.plan

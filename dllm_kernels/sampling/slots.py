@@ -176,11 +176,7 @@ class RowPages:
         cached: int64 [rows], leading positions in pages of each live row. None: a live row is about to
         compute a prefix of this one; nothing was reserved, ask again after the next round.
         """
-        leader, shared = max(
-            ((other, self._common(row, other)) for other in self.sequences),
-            key=lambda pair: pair[1],
-            default=(None, 0),
-        )
+        leader, shared = self.leader(row)
         if not shared:
             self.sequences[row] = []
             for _ in range(self.streams):
@@ -198,6 +194,15 @@ class RowPages:
         return self.cache.page_table(
             [self.sequences[row][stream] for stream in range(self.streams) for row in live]
         )
+
+    def leader(self, row: int) -> tuple[int | None, int]:
+        """Return the live row that has most shareable tokens in common with `row`, and how many."""
+        pairs = ((other, self._common(row, other)) for other in self.sequences)
+        return max(pairs, key=lambda pair: pair[1], default=(None, 0))
+
+    def keep(self, row: int, ids: Tensor) -> None:
+        """Leave the pages of a row that is done to later calls, where those can use them. ids: int64 [n], the
+        leading tokens whose keys and values are final."""
 
     def release(self, row: int) -> None:
         """Free what a row holds."""
@@ -267,14 +272,14 @@ def recorded_with(plan: Plan, rule: Rule, *shapes) -> tuple:
         *(rule, config.seed if draws else None, plan.scheme, plan.mask_id, plan.shift, *shapes),
         *(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
         *(torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()),
-        *map(_state_of, plan.model.modules()),
+        *map(state_of, plan.model.modules()),
     )
 
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 
-def _state_of(module: torch.nn.Module) -> tuple:
+def state_of(module: torch.nn.Module) -> tuple:
     """Return where a module's weights lie, with its parts, hooks and settings. Other attributes are compared
     by identity only."""
     weights = []
