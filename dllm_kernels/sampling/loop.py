@@ -262,6 +262,8 @@ class HostLoop(Loop):
                     yield
                 finally:
                     if self.pages is not None:
+                        for live in self.live.values():  # those of a call that is interrupted
+                            self.keep_pages(live.row)
                         self.pages.release_all()
 
     def place(self, slot: int, row: int) -> bool:
@@ -282,10 +284,13 @@ class HostLoop(Loop):
         self.frame = None
 
     def leave(self, slot: int) -> None:
-        row = self.live[slot].row
         if self.pages is not None:
-            self.pages.keep(row, self.ids[row, : self.cached[row]])
+            self.keep_pages(self.live[slot].row)
         super().leave(slot)
+
+    def keep_pages(self, row: int) -> None:
+        """Leave what is final of a row's keys and values to later calls, where those can use it."""
+        self.pages.keep(row, self.ids[row, : self.cached[row]])
 
     def step(self) -> None:
         plan = self.plan
