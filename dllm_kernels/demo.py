@@ -19,33 +19,34 @@ from rich.text import Text
 from torch import Tensor
 
 import dllm_kernels as dk
+from dllm_kernels.sampling.loop import Round
 from dllm_kernels.sampling.output import SampleOutput
 from dllm_kernels.viewer.terminal import TerminalView
 
-THRESHOLD = 0.9
+THRESHOLD = 0.7
 REPEATS = 3
 HIDDEN = re.compile("[⟦⟧]")
 
 # What stands in ⟦ ⟧ is hidden from the model. tools/pick_gaps.py chooses the places.
-FILE = """class Stack:
-⟦    def⟧ __init__⟦(self):
-        self.⟧items⟦ =⟧ []⟦
+FILE = """class Stack⟦:⟧
+    ⟦def⟧ __init__⟦(self):⟧
+        ⟦self.items =⟧ []
 
-    def⟧ push⟦(self,⟧ item⟦):
-        self.items.⟧append⟦(⟧item⟦)
+    ⟦def⟧ push⟦(self,⟧ item⟦):⟧
+        ⟦self.items.⟧append⟦(⟧item⟦)⟧
 
-    def⟧ pop⟦(self):
-        return⟧ self⟦.⟧items⟦.⟧pop⟦()
+    ⟦def⟧ pop⟦(self):⟧
+        ⟦return⟧ self⟦.items.⟧pop⟦()⟧
 
-    def⟧ __len__⟦(self):
-        return⟧ len⟦(⟧self⟦.⟧items)
+    ⟦def⟧ __len__(⟦self):⟧
+        ⟦return⟧ len⟦(self.⟧items)
 
 
-⟦def⟧ read_lines⟦(⟧path⟦):
-    ⟧with open⟦(⟧path⟦)⟧ as handle⟦:
-        ⟧for line⟦ in⟧ handle⟦:
-            if⟧ not line⟦.⟧startswith('#⟦'):
-⟧                yield line
+⟦def⟧ read_lines⟦(⟧path⟦):⟧
+    with open⟦(⟧path) as handle⟦:⟧
+        for⟦ line in⟧ handle⟦:⟧
+            ⟦if not line.⟧startswith⟦('⟧#⟦'):⟧
+                yield line
 """
 ADDITIONS = ((14, 79), (26, 91), (35, 47), (46, 97), (53, 96), (67, 25), (78, 72), (92, 50))  # held out
 SHEET = "".join(f"assert {a} + {b} ==⟦ {a + b}⟧\n" for a, b in ADDITIONS)
@@ -82,7 +83,7 @@ def run(console: Console) -> None:
     file, sheet = hidden_ids(FILE, tokenizer), hidden_ids(SHEET, tokenizer)
     masks = file.count(both_ways.config.mask_token_id)
     console.rule(f"writing {masks} of {len(file)} tokens, the surest ones first", align="left")
-    compared = [fill(console, "the file", file, both_ways, tokenizer, pause=0.18)]
+    compared = [fill(console, "the file", file, both_ways, tokenizer, pause=0.6)]
     console.rule(f"adding {len(ADDITIONS)} pairs of numbers that training never showed", align="left")
     compared.append(fill(console, "the sums", sheet, both_ways, tokenizer, pause=1.0))
     console.rule("filling gaps that only the text after them explains", align="left")
@@ -106,13 +107,14 @@ def hidden_ids(text: str, tokenizer) -> list[int]:
 def fill(console: Console, name: str, ids: list[int], model, tokenizer, pause: float) -> Comparison:
     """Fill the masks of `ids` in the live view, `pause` seconds a round; time it beside the plain loop."""
     options = dict(block_size=len(ids), threshold=THRESHOLD)
+    canvas, none = torch.tensor([ids]), torch.empty(0, dtype=torch.int64)
     with TerminalView(tokenizer, model.config.mask_token_id, pause=pause, console=console) as view:
+        view(Round(none, none, none, none.float(), canvas, forwards=0))
         output = dk.infill(model, [ids], on_round=view, **options)
     console.print(Padding(filled_text(output, tokenizer), (0, 2)))
     committed = output.unmask_step[output.unmask_step >= 0]
     counts = " ".join(map(str, committed.bincount().tolist()))
     console.print(f"  [dim]tokens committed by each forward:[/] [bold]{counts}[/]\n", highlight=False)
-    canvas = torch.tensor([ids])
     loops = {
         "plain loop": lambda: plain_loop(model, canvas),
         f"plain loop, threshold {THRESHOLD}": lambda: plain_loop(model, canvas, THRESHOLD),
@@ -149,8 +151,8 @@ def gaps(console: Console, both_ways, left_to_right, tokenizer) -> None:
     table.add_column("from the left alone")
     table.add_column(f"both ways, {len(GAPS)} texts in {forwards}")
     for row, text in enumerate(GAPS):
-        guess = Text(before[row], "dim").append(unseeing.texts[row], "bold yellow")
-        guess.append(text.partition("⟧")[2].rstrip("\n"), "dim")
+        rest = text.partition("⟧")[2].rstrip("\n")
+        guess = Text.assemble((before[row], "dim"), (unseeing.texts[row], "bold yellow"), (rest, "dim"))
         table.add_row(guess, filled_text(filled, tokenizer, row))
     console.print(table)
 
