@@ -102,10 +102,12 @@ class Infilling(Sampling):
 def given(context: typer.Context, preset: str | None = None) -> dict:
     """Return the options for `dk.sample` that a command was given, as keywords, `config` of a preset among
     them. A threshold is the rule where nothing names another."""
-    options = {
-        name: parsed(name, value) for name, value in context.meta[__name__].items() if value is not None
-    }
-    return with_rule(options, preset)
+    return with_rule(given_options(context), preset)
+
+
+def given_options(context: typer.Context) -> dict:
+    """Return the options that a command was given, and no others."""
+    return {name: parsed(name, value) for name, value in context.meta[__name__].items() if value is not None}
 
 
 def with_rule(options: dict, preset: str | None = None) -> dict:

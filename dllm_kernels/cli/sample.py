@@ -264,7 +264,7 @@ def _run_one(operation: str, text: str, load_model, options: dict, where: Where)
     if where.replay is not None:
         from dllm_kernels.viewer.replay import write_replay
 
-        write_replay(where.replay, runs, tokenizer, mask_id=_mask_id(model, tokenizer, options))
+        write_replay(where.replay, runs, tokenizer, mask_id=mask_id_of(model, tokenizer, options))
         console.print(f"replay: {where.replay}", style="dim", soft_wrap=True, markup=False, highlight=False)
 
 
@@ -282,20 +282,24 @@ def _watched(operation: str, model, text: str, tokenizer, options: dict, where: 
     else:
         with view:
             output = generate(model, text, tokenizer=tokenizer, on_round=view, **options)
+        start += view.paused
     return output, time.perf_counter() - start
 
 
-def live_view(operation: str, model, tokenizer, options: dict, console, colour: str, pause: float):
-    """Return a view of a run of `operation` on the console; None if it cannot be drawn on."""
+def live_view(
+    operation: str, model, tokenizer, options: dict, console, colour: str, pause: float, start: int = 0
+):
+    """Return a view of a run of `operation` on the console; None if it cannot be drawn on. start: the first
+    position to show."""
     from dllm_kernels.viewer.terminal import TerminalView
 
     if not console.is_terminal or console.is_dumb_terminal:
         return None
     kinds = model.config.diffusion["attention"]
     return TerminalView(
-        tokenizer, _mask_id(model, tokenizer, options), console=console, colour=colour, pause=pause,
+        tokenizer, mask_id_of(model, tokenizer, options), console=console, colour=colour, pause=pause,
         block_size=_option(options, "block_size") or model.config.diffusion.get("block_size"),
-        origin=None if operation == "sample" and kinds[0] == "bidirectional" else 0,
+        origin=None if operation == "sample" and kinds[0] == "bidirectional" else 0, start=start,
     )  # fmt: skip
 
 
@@ -362,7 +366,7 @@ def _option(options: dict, name: str):
     return getattr(options["config"], name) if "config" in options else None
 
 
-def _mask_id(model, tokenizer, options: dict) -> int:
+def mask_id_of(model, tokenizer, options: dict) -> int:
     given_id, own = _option(options, "mask_id"), model.config.mask_token_id
     return next(token for token in (given_id, own, tokenizer.mask_token_id) if token is not None)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import termios
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import IO
 
 import torch
 from rich.cells import cell_len
 from rich.color import Color
 from rich.console import Console, Group, RenderableType
+from rich.control import Control
 from rich.live import Live
 from rich.panel import Panel
 from rich.style import Style
@@ -35,9 +39,10 @@ class TerminalView:
 
     colour: "step", from the first commits to the latest, or "confidence", by the probability that a token was
     committed with. block_size: marks where blocks end; origin: the position that they count from, None: the
-    first mask. The view waits `pause` seconds after every round, so that the eye can follow a small model.
-    It draws nothing if the console is not a terminal that can be drawn on: the caller prints the finished
-    text. A canvas of more lines than the terminal has is scrolled to the active block.
+    first mask. start: the first position to show. The view waits `pause` seconds after every round, so that
+    the eye can follow a small model. It draws nothing if the console is not a terminal that can be drawn on:
+    the caller prints the finished text. A canvas of more lines than the terminal is scrolled to the active
+    block.
     """
 
     def __init__(
@@ -51,29 +56,32 @@ class TerminalView:
         colour: str = "step",
         block_size: int | None = None,
         origin: int | None = 0,
+        start: int = 0,
     ):
         check_tokenizer(tokenizer)
         if colour not in COLOURS:
             raise ValueError(f"colour is {colour!r}; allowed: {', '.join(COLOURS)}")
         self.tokenizer, self.mask_id, self.title, self.pause = tokenizer, mask_id, title, pause
         self.console = console or Console()
-        self.colour, self.block_size, self.origin = colour, block_size, origin
+        self.colour, self.block_size, self.origin, self.start = colour, block_size, origin, start
         self.step_of: dict[int, int] = {}
         self.probability_of: dict[int, float] = {}
-        self.rounds, self.drawn_at = 0, 0.0
+        self.rounds, self.drawn_at, self.paused = 0, 0.0, 0.0
         self.pieces = _Pieces(tokenizer.decode)
-        self.live = Live(console=self.console, auto_refresh=False, transient=True, vertical_overflow="crop")
+        self.live, self.width = self._live(), 0
         self.draws = self.console.is_terminal and not self.console.is_dumb_terminal
 
     def __enter__(self) -> TerminalView:
         self.started = time.perf_counter()
         if self.draws:
+            self.echo = _Echo(self.console.file)
             self.live.start()
         return self
 
     def __exit__(self, *_) -> None:
         if self.draws:
             self.live.stop()
+            self.echo.restore()
 
     def __call__(self, event) -> None:
         """Draw one round (`dllm_kernels.sampling.loop.Round`)."""
@@ -83,10 +91,27 @@ class TerminalView:
         now = time.perf_counter()
         if self.pause or now - self.drawn_at >= _SECONDS_PER_FRAME:
             canvas = event.canvas[0].tolist()
-            self.live.update(self.picture(canvas, fresh, event.forwards, now - self.started), refresh=True)
+            seconds = now - self.started - self.paused
+            self._resized()
+            self.live.update(self.picture(canvas, fresh, event.forwards, seconds), refresh=True)
             self.drawn_at = time.perf_counter()
         if self.pause:
             time.sleep(self.pause)
+            self.paused += self.pause
+
+    def _live(self) -> Live:
+        return Live(console=self.console, auto_refresh=False, transient=True, vertical_overflow="crop")
+
+    def _resized(self) -> None:
+        """Begin anew on an empty screen if lines have another width: those that stand were broken by it."""
+        width, height = self.console.size
+        if self.width not in (0, width):
+            self.live.stop()
+            self.console.print("\n" * height, end="")
+            self.console.control(Control.home())
+            self.live = self._live()
+            self.live.start()
+        self.width = width
 
     def _note(self, event) -> list[int]:
         """Keep what a round committed in row 0; return its positions."""
@@ -106,7 +131,8 @@ class TerminalView:
         framed = width >= _NARROW
         inside = width - 4 if framed else width
         room = max(height - (4 if framed else 2), 1)
-        active = min(fresh, default=next((at for at, token in enumerate(canvas) if token == self.mask_id), 0))
+        masks = (at for at, token in enumerate(canvas) if token == self.mask_id)
+        active = max(min(fresh, default=next(masks, 0)) - self.start, 0)
         text, offsets = self._text(canvas, set(fresh))
         lines, first_of = folded(text, inside)
         top = _scrolled(first_of(offsets[active]) if offsets else 0, len(lines), room)
@@ -141,14 +167,18 @@ class TerminalView:
         return next((line for line in lines if len(line) <= width), "")
 
     def _text(self, canvas: list[int], fresh: set[int]) -> tuple[Text, list[int]]:
-        """Return the canvas as styled text, and where in it each position begins."""
+        """Return what is shown of the canvas as styled text, and where in it each position begins."""
         styles = {at: self._style(at, at in fresh) for at in self.step_of}
         borders = ()
         if self.block_size and self.step_of:
-            start, size = self.origin or 0, self.block_size
+            origin, size = self.origin or 0, self.block_size
             first = min(self.step_of)
-            borders = range(start + (first - start) // size * size, len(canvas), size)
-        return _styled(canvas, self.pieces.of(canvas, self.mask_id), styles, self.mask_id, set(borders))
+            borders = range(origin + (first - origin) // size * size, len(canvas), size)
+        pieces = self.pieces.of(canvas, self.mask_id)
+        start = self.start
+        styles = {at - start: style for at, style in styles.items()}
+        borders = {at - start for at in borders if at > start}
+        return _styled(canvas[start:], pieces[start:], styles, self.mask_id, borders)
 
     def _style(self, position: int, fresh: bool) -> Style:
         if self.colour == "confidence":
@@ -156,6 +186,28 @@ class TerminalView:
         else:
             colour = _ramp(_EARLY_TO_LATE, self.step_of[position] / max(self.rounds - 1, 1))
         return Style(color=colour, bold=fresh, underline=fresh)
+
+
+class _Echo:
+    """The echo of keys on a terminal, turned off: what is typed, ^C too, would move the picture."""
+
+    def __init__(self, file: IO[str]):
+        self.descriptor: int | None = None
+        try:
+            descriptor = file.fileno()
+            if os.tcgetpgrp(descriptor) != os.getpgrp():
+                return  # in the background, where changing the terminal would stop the process
+            self.before = termios.tcgetattr(descriptor)
+            without = [*self.before]
+            without[3] &= ~termios.ECHO
+            termios.tcsetattr(descriptor, termios.TCSANOW, without)
+            self.descriptor = descriptor
+        except (OSError, ValueError, termios.error):
+            return  # not a terminal of its own
+
+    def restore(self) -> None:
+        if self.descriptor is not None:
+            termios.tcsetattr(self.descriptor, termios.TCSANOW, self.before)
 
 
 def canvas_text(
