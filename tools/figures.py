@@ -4,7 +4,7 @@
     python tools/figures.py --check   say which of them are out of date, exit 1 if any is
 
 NAME `cpu` is the benchmark results of that device (benchmarks/results/cpu.json), `headline`,
-`cpu-headlines` and `training` a few of them, `gpu` those of every other device, `thresholds` and
+`first-page` and `training` a few of them, `gpu` those of every other device, `thresholds` and
 `tiny-python` the evaluation of the embedded model (its evaluation.json), `smollm2` that of the recipe
 (docs/smollm2.json). Nobody types a figure into a page.
 """
@@ -45,15 +45,6 @@ def render(page: str) -> str:
 
 
 LLADA = "LLaDA's loop"
-HEADLINES = (
-    "sampling_bidirectional[none]",
-    "sampling_bidirectional[none-compiled]",
-    "sampling_bidirectional[dual]",
-    "sampling_bidirectional[dual-compiled]",
-    "sampling_block_causal",
-    "sampling_tiny_python[eager]",
-    "sampling_tiny_python[compiled]",
-)
 
 
 def on_cpu(suite: str, names: Iterable[str] | None = None) -> tuple[dict[str, dict], dict]:
@@ -85,21 +76,43 @@ def headline() -> str:
     )
 
 
-def cpu_headlines() -> str:
-    """The comparisons of HEADLINES with the machine that they were measured on."""
-    cases, content = on_cpu("sampling", HEADLINES)
-    rows = [
+NOT_MEASURED = "not measured"
+WHAT_OTHERS_DO = (
+    ("unequal prompts in one batch", "yes", "padded by the caller", "one prompt at a time", "padded"),
+    ("runs without a GPU", "kernels for AVX2 and AVX-512", "by PyTorch", "by PyTorch", "by PyTorch"),
+    ("stock transformers models", "yes", "those that see both ways", "own classes", "own classes, or BERT"),
+)
+
+
+def first_page() -> str:
+    """Compare times for the same tokens, as far as they were measured, and what each of the systems does."""
+    names = {cache: f"sampling_bidirectional[{cache}]" for cache in ("none", "dual")}
+    cases, content = on_cpu("sampling", names.values())
+    peers = results.read(RESULTS / "cpu.json")["suites"].get("peers", {})
+
+    def peer(case: str) -> str:
+        if case not in peers:
+            return NOT_MEASURED
+        (theirs,) = peers[case]["baselines"].values()
+        return f"{theirs['speedup']['median']:.1f}× our time"
+
+    def ours(cache: str) -> str:
+        return duration(cases[names[cache]]["ours_seconds"]["median"])
+
+    loop = duration(cases[names["none"]]["baselines"][LLADA]["seconds"]["median"])
+    rows = (
+        ("128 identical tokens", ours("none"), loop, NOT_MEASURED, peer("peer[dllm, MDLMSampler]")),
         (
-            figures["title"],
-            f"{name}, {duration(other['seconds']['median'])}",
-            duration(figures["ours_seconds"]["median"]),
-            f"{other['speedup']['median']:.1f}×",
-        )
-        for figures in cases.values()
-        for name, other in figures["baselines"].items()
-    ]
-    columns = ("sampling on a CPU", "baseline", "ours", "speedup")
-    return f"{grid(columns, rows)}\n\nMedians, {measured_on(content)}\n"
+            "128 tokens, approximate cache",
+            ours("dual"),
+            "has none",
+            peer("peer[fast-dllm, dual cache]"),
+            NOT_MEASURED,
+        ),
+        *WHAT_OTHERS_DO,
+    )
+    table = grid(("", "dllm_kernels", LLADA, "Fast-dLLM", "dLLM"), rows)
+    return f"{table}\n\nTimes: medians of a 60M model, {measured_on(content)}\n"
 
 
 def cpu_table() -> str:
@@ -204,7 +217,7 @@ def smollm2_run() -> str:
 
 SECTIONS = {
     "cpu": cpu_table,
-    "cpu-headlines": cpu_headlines,
+    "first-page": first_page,
     "gpu": gpu_tables,
     "headline": headline,
     "smollm2": smollm2_run,

@@ -158,7 +158,8 @@ for (const run of runs) {
   const bars = element("div", "bars");
   bars.title = `${run.name}: tokens written in each step`;
   const path = run.writes
-    .map(({ length }, index) => `M${index + 0.12} ${highest}v${-length}h0.76v${length}z`)
+    .map(({ length }) => (length ? Math.max(length, highest / 10) : 0))
+    .map((height, index) => `M${index + 0.12} ${highest}v${-height}h0.76v${height}z`)
     .join("");
   run.past = ["", "past"].map((className) => {
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
