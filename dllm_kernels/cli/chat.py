@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dllm_kernels.cli.commands import interrupts
 from dllm_kernels.cli.models import Attention, Device, Dtype, Model, load
 from dllm_kernels.cli.options import Sampling, given_options, with_rule
 from dllm_kernels.cli.sample import Colour, Pause, Preset, View, live_view, mask_id_of
@@ -114,6 +115,7 @@ class Chat:
             try:
                 text = self.inputs.next()
             except KeyboardInterrupt:
+                interrupts.forget()
                 self.say("")
                 continue
             if text is None or text.strip() in ("/quit", "/exit"):
@@ -123,6 +125,7 @@ class Chat:
             try:
                 self.take(text)
             except KeyboardInterrupt:
+                interrupts.forget()
                 conversation.forget_unanswered()
                 self.say("stopped")
             except typer.Exit:  # a file that could not be written, which has been told
@@ -169,6 +172,7 @@ class Chat:
         try:
             output = conversation.sample(prepared=prepared)
         except KeyboardInterrupt:
+            interrupts.forget()
             output, said = None, reply.text()
         except BaseException:
             conversation.forget_unanswered()

@@ -6,7 +6,9 @@ Exit codes: 0 done; 1 failed; 2 bad input; 130 interrupted by Ctrl-C; 141 the re
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +33,8 @@ class Commands(TyperGroup):
         if sys.stderr is None:
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open to the end, as standard error is
         try:
-            code = super().main(*arguments, standalone_mode=False, **options)
+            with interrupts.noted():
+                code = super().main(*arguments, standalone_mode=False, **options)
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
         except Exception as error:
@@ -56,16 +59,56 @@ class Commands(TyperGroup):
             fail("interrupted", INTERRUPTED)
         except _MISTAKES as error:
             self._traceback()
+            self._fail_if_interrupted()
             fail(error, BAD_INPUT)
         except Exception as error:
             if hasattr(error, "format_message") or isinstance(error, typer.Exit | typer.Abort):
                 raise
             self._traceback()
+            self._fail_if_interrupted()
             fail(f"{type(error).__name__}: {error}; `dllm --debug ...` shows where", FAILED)
+
+    @staticmethod
+    def _fail_if_interrupted() -> None:
+        if interrupts.seen:
+            fail("interrupted", INTERRUPTED)
 
     def _traceback(self) -> None:
         if self.debug:
             traceback.print_exc()
+
+
+class Interrupts:
+    """Whether Ctrl-C was pressed. A module that is interrupted while it is imported may answer with an error
+    of its own in place of KeyboardInterrupt."""
+
+    seen = False
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note interrupts within, and raise KeyboardInterrupt as ever."""
+        self.seen = False
+        in_main = threading.current_thread() is threading.main_thread()
+        if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield  # signals are somebody else's
+            return
+
+        def note(number, frame) -> NoReturn:
+            self.seen = True
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def forget(self) -> None:
+        """An interrupt has been answered, and the command goes on."""
+        self.seen = False
+
+
+interrupts = Interrupts()
 
 
 @contextmanager

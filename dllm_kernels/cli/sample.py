@@ -344,7 +344,7 @@ def _run_file(operation: str, jsonl: str, target: Path | None, load_model, optio
                         model, [one.text for one in some], tokenizer=tokenizer, row_ids=numbers, **options
                     )
                 except (ValueError, TypeError) as error:
-                    raise type(error)(f"{by_line(error, some, jsonl)}{lines.kept}") from error
+                    raise ValueError(f"{by_line(error, some, jsonl)}{lines.kept}") from error
                 for row, one in enumerate(some):
                     lines.write(record(output, row, one.text, one.id))
                 tokens += int(output.lengths.sum())
