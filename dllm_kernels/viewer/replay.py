@@ -10,7 +10,7 @@ import math
 import os
 import unicodedata
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from dllm_kernels.sampling.output import SampleOutput
 
 MASK = -1  # in place of the number of a text
 MOST_RUNS = 2
+_CONTEXT = 4  # tokens before one that its spelling depends on: a space, or the bytes of a character
 _LONGEST_CHARACTER = 4  # bytes of UTF-8, so byte-level tokens, of one character
 _SHOWN_AS_IS = "\n\t\u200c\u200d"  # joiners change the shape of letters and emoji, not the order of text
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories without a shape of their own
@@ -111,7 +112,11 @@ def _recorded(name: str, output: SampleOutput, row: int, tokenizer, mask_id: int
     """
     end = _shown(output, row, tokenizer)
     tokens = output.sequences[row, :end].tolist()
-    decode = partial(decoded_behind, tokenizer.decode)
+    spell = cache(lambda before, token_ids: decoded_behind(tokenizer.decode, list(before), list(token_ids)))
+
+    def decode(before: list[int], token_ids: list[int]) -> str:
+        return spell(tuple(before), tuple(token_ids))
+
     final = _pieces(tokens, mask_id, decode)
     initial, writes = _states(output, row, end, mask_id)
 
@@ -120,7 +125,7 @@ def _recorded(name: str, output: SampleOutput, row: int, tokenizer, mask_id: int
             return MASK
         if token == tokens[position]:
             return texts[visible(final[position])]
-        return texts[visible(decode(_written(tokens[:position], mask_id), [token]))]
+        return texts[visible(decode(_behind(tokens, position, mask_id), [token]))]
 
     probabilities = alternatives = None
     if output.logprobs is not None:
@@ -188,14 +193,18 @@ def _pieces(tokens: list[int], mask_id: int, decode: Callable[[list[int], list[i
     """
     pieces, start = [], 0
     for end in range(1, len(tokens) + 1):
-        before = _written(tokens[:start], mask_id)
-        text = decode(before, _written(tokens[start:end], mask_id))
+        text = decode(_behind(tokens, start, mask_id), _written(tokens[start:end], mask_id))
         unfinished = text.endswith("\ufffd") and end - start < _LONGEST_CHARACTER
         if unfinished and end < len(tokens) and tokens[end] != mask_id:
             continue
         pieces += [""] * (end - start - 1) + [text]
         start = end
     return pieces
+
+
+def _behind(tokens: list[int], position: int, mask_id: int) -> list[int]:
+    """Return the tokens before a position that its spelling may depend on."""
+    return _written(tokens[max(position - _CONTEXT, 0) : position], mask_id)
 
 
 def _written(tokens: list[int], mask_id: int) -> list[int]:

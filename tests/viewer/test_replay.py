@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -184,6 +185,24 @@ def test_a_real_run_is_recorded_whole():
     written = [position for step in run["writes"] for position, _ in step]
     assert all(len(run["alternatives"][position]) == 3 for position in written)
     assert all(run["alternatives"][position][0][0] == final[position] for position in written)
+
+
+def test_a_real_run_of_rule_edit_is_replayed_with_what_it_replaced():
+    model, tokenizer = dk.load("tiny-python", attention="bidirectional")
+    text = "assert 14 + 79 ==<mask:3>\ndef find<mask:12>\n"
+    options = dict(threshold=0.2, edit_threshold=0.3, history=True)
+    output = dk.infill(model, text, tokenizer=tokenizer, **options)
+    run = run_of(output, tokenizer, mask_id=model.config.mask_token_id)
+    history = [canvas[0].tolist() for canvas in output.history]
+    changed = [
+        [position for position, token in enumerate(after) if token != before[position]]
+        for before, after in pairwise(history)
+    ]
+    assert [list(step) for step in run["writes"]] == changed
+    final = dict(enumerate(tokenizer.decode([token]) for token in history[0]))
+    for step in run["writes"]:
+        final |= step
+    assert "".join(final.values()) == output.texts[0]
 
 
 # ---- text that would break a page -------------------------------------------------------------------------
@@ -418,13 +437,17 @@ def test_text_can_be_read_on_every_colour_of_a_scale(opened, dark, colour):
 
 @pytest.mark.parametrize("width", [320, 360, 768, 1280])
 def test_no_width_scrolls_sideways(opened, width):
-    words = ["a_name_that_does_not_end" * 8, " short", "\n", "\t\tx"]
-    output = output_of([[0, 1, 2, 3]], [[0, 1, 2, 3]], logprobs=torch.full((1, 4), -0.5))
+    words = ["a_name_that_does_not_end" * 8, " short", "\n", "\t\tx", "y" + 40 * " "]
+    tokens = [[0, 1, 2, 3, 4, 4, 4, 1]]
+    output = output_of(tokens, [list(range(8))], logprobs=torch.full((1, 8), -0.5))
     page = opened(
         {"a name of a run that is rather long": output, "x" * 60: output}, Words(words), width=width
     )
     page.run("document.querySelector('.token').click()")
     assert page.run("document.documentElement.scrollWidth") <= width
+    rights = """(selector => Math.max(...[...document.querySelectorAll(selector)]
+        .flatMap(one => [...one.getClientRects()]).map(box => box.right)))"""
+    assert page.run(f"{rights}('.token')") <= page.run(f"{rights}('.text')")
 
 
 def test_every_control_has_a_name(opened):
