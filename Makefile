@@ -24,7 +24,7 @@ DEV_TOOLS := $(VENV)/.dev-tools
 DOCS_TOOLS := $(VENV)/.docs-tools
 endif
 
-.PHONY: help demo test fuzz lint types format docs figures bench cuda gpu-check gpu-sanitize asan build clean
+.PHONY: help demo test fuzz lint types format docs figures pictures bench cuda gpu-check gpu-sanitize asan build clean
 .DEFAULT_GOAL := help
 
 help:       ## this list
@@ -57,6 +57,9 @@ docs: $(DOCS_TOOLS) ## the documentation site into site/; a broken link is an er
 
 figures: $(INSTALLED) ## measured figures into README.md, docs and plots; ARGS=--check says which are out of date
 	"$(PYTHON)" tools/figures.py $(ARGS)
+
+pictures: build    ## the pictures of README.md and docs, from real runs; needs Chromium; ARGS=live: that one
+	"$(PYTHON)" tools/pictures.py $(ARGS)
 
 bench: build       ## benchmarks against what a user would otherwise run; ARGS="-k attention", ARGS=--smoke
 	"$(PYTHON)" -m pytest -q benchmarks $(ARGS)

@@ -32,6 +32,7 @@ from tools import chromium
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 COLUMNS, LINES = 48, 40  # of a pane; no canvas has so many lines
+RUNS = 5
 SLOWER = 8  # times: a whole run is over in a blink
 BEFORE, AFTER = 1.0, 4.0  # seconds that the first and the last frame stand
 CELL, LINE, SIZE = 7.6, 18.0, 12.6  # pixels: width and height of a character's cell, size of the font
@@ -61,6 +62,9 @@ class Recorder(TerminalView):
 
     def __call__(self, event: Round) -> None:
         self.events.append((time.perf_counter() - self.started, event))
+
+    def seconds(self) -> float:
+        return self.events[-1][0]
 
     def frames(self) -> list[Frame]:
         frames = []
@@ -105,19 +109,22 @@ class Watched:
 
 
 def record(model, tokenizer, ids: list[int]) -> dict[str, list[Frame]]:
-    """Return the frames of the plain loop and of ours, by the name to show."""
+    """Return the frames of the plain loop and of ours, by the name to show: of RUNS in turn, the median one."""
     canvas, mask_id = torch.tensor([ids]), model.config.mask_token_id
     options = dict(block_size=len(ids), threshold=demo.THRESHOLD)
-    demo.plain_loop(model, canvas, demo.THRESHOLD)
-    dk.infill(model, [ids], **options)
-    plain = Recorder(tokenizer, mask_id, canvas)
-    watched = Watched(model, plain)
-    filled, _ = demo.plain_loop(watched, canvas)
-    watched.tell(filled)
-    ours = Recorder(tokenizer, mask_id, canvas)
-    output = dk.infill(model, [ids], on_round=ours, **options)
-    if not torch.equal(output.sequences, filled):
-        raise SystemExit("the two loops wrote different texts: python tools/pick_gaps.py")
+    recorded: tuple[list[Recorder], list[Recorder]] = [], []
+    for _ in range(RUNS):
+        plain = Recorder(tokenizer, mask_id, canvas)
+        watched = Watched(model, plain)
+        filled, _ = demo.plain_loop(watched, canvas)
+        watched.tell(filled)
+        ours = Recorder(tokenizer, mask_id, canvas)
+        output = dk.infill(model, [ids], on_round=ours, **options)
+        if not torch.equal(output.sequences, filled):
+            raise SystemExit("the two loops wrote different texts: python tools/pick_gaps.py")
+        recorded[0].append(plain)
+        recorded[1].append(ours)
+    plain, ours = (sorted(runs, key=Recorder.seconds)[RUNS // 2] for runs in recorded)
     return {
         "LLaDA’s loop, one token per forward": plain.frames(),
         f"dk.infill, threshold={demo.THRESHOLD}": ours.frames(),
