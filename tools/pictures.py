@@ -109,7 +109,7 @@ class Watched:
 
 
 def record(model, tokenizer, ids: list[int]) -> dict[str, list[Frame]]:
-    """Return the frames of the plain loop and of ours, by the name to show: of RUNS in turn, the median one."""
+    """Return the frames of the plain loop and of ours by the name to show: of the median of RUNS each."""
     canvas, mask_id = torch.tensor([ids]), model.config.mask_token_id
     options = dict(block_size=len(ids), threshold=demo.THRESHOLD)
     recorded: tuple[list[Recorder], list[Recorder]] = [], []
