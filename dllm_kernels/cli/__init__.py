@@ -1,6 +1,7 @@
 """The `dllm` command: one file per group of commands.
 
     commands.py   the group, and what ends a command: one line and an exit code
+    narrow_help.py   help where there is no room for tables
     options.py    the options of `dk.SampleConfig`, made from its fields
     streams.py, records.py   text in and out; JSON and JSONL
     models.py     the model of a command

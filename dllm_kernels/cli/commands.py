@@ -15,15 +15,15 @@ from contextlib import contextmanager
 from typing import Annotated, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
+from dllm_kernels.cli.narrow_help import Group
 from dllm_kernels.viewer.control_characters import harmless
 
 FAILED, BAD_INPUT, INTERRUPTED, READER_LEFT = 1, 2, 130, 141
 _MISTAKES = (ValueError, TypeError, OSError, ImportError)
 
 
-class Commands(TyperGroup):
+class Commands(Group):
     """Commands whose errors are one line each, and whose standard streams may be closed, full, or a pipe
     whose reader has left."""
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from dllm_kernels.cli.narrow_help import Command
+
 _INFO = """Print versions, what was built and picked, and what is missing with its remedy.
 
 \b
@@ -25,9 +27,9 @@ _BENCH = """Measure this machine against what you would otherwise run, and print
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command(help=_BENCH, short_help="Measure this machine.")(bench)
-    app.command(help=_INFO, short_help="Print versions, what was built, and what is missing.")(info)
-    app.command(short_help="See what the embedded model does, beside the plain loop.")(demo)
+    app.command(cls=Command, help=_BENCH, short_help="Measure this machine.")(bench)
+    app.command(cls=Command, help=_INFO, short_help="Print versions, what was built, what is missing.")(info)
+    app.command(cls=Command, short_help="See what the embedded model does, beside the plain loop.")(demo)
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:

@@ -12,7 +12,8 @@ import typing
 from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
+
+from dllm_kernels.cli.narrow_help import Command
 
 LENGTH, RULE, NOISE, CACHE, TOKENS, RUN = (
     "Length and blocks", "Acceptance rule", "Noise and filters", "Cache", "Tokens", "The run",
@@ -72,7 +73,7 @@ _NAMES_A_RULE = {
 DEFAULT_THRESHOLD = 0.9
 
 
-class Sampling(TyperCommand):
+class Sampling(Command):
     """A command with every option of SampleConfig. `given(context)` returns those that are given."""
 
     left_out: frozenset[str] = frozenset()

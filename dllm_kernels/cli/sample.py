@@ -13,6 +13,7 @@ import typer
 
 from dllm_kernels.cli.commands import fail
 from dllm_kernels.cli.models import Attention, Device, Dtype, Model, load
+from dllm_kernels.cli.narrow_help import Command
 from dllm_kernels.cli.options import Infilling, Sampling, assignments, given, with_rule
 from dllm_kernels.cli.streams import check_writable, file_text, given_text, write_file, write_text
 
@@ -83,6 +84,8 @@ _INFILL = """Fill the gaps of a text. The text goes to standard output, the figu
   dllm infill gapped.py
   echo "def add(a, b): return <mask:4>" | dllm infill -
   dllm infill gapped.py --steps 4 --json
+  echo "print(1 + 1 == <mask:1>)" | dllm infill - --allow 2 --allow 3
+  dllm infill draft.py --draft --edit-threshold 0.95
   dllm infill --jsonl canvases.jsonl --output filled.jsonl
 """
 _CHOOSE = """Compare given continuations by their probability, from one forward of the model.
@@ -97,7 +100,7 @@ _CHOOSE = """Compare given continuations by their probability, from one forward 
 def add_to(app: typer.Typer) -> None:
     app.command(cls=Sampling, help=_SAMPLE, short_help="Continue a text, or many.")(sample)
     app.command(cls=Infilling, help=_INFILL, short_help="Fill the gaps of a text, or of many.")(infill)
-    app.command(help=_CHOOSE, short_help="Compare continuations by their probability.")(choose)
+    app.command(cls=Command, help=_CHOOSE, short_help="Compare continuations by their probability.")(choose)
 
 
 def sample(
@@ -141,6 +144,12 @@ def infill(
     device: Device = None,
     dtype: Dtype = None,
     preset: Preset = None,
+    draft: Annotated[
+        bool, typer.Option("--draft", help="The given text may change too, by --edit-threshold.")
+    ] = False,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="A token that may fill a gap; give several, and no others may.")
+    ] = None,
     jsonl: Jsonl = None,
     output: Output = None,
     json: Json = False,
@@ -151,6 +160,8 @@ def infill(
     compare: Compare = None,
 ) -> None:
     options = given(context, preset)
+    options |= {"pinned": False} if draft else {}
+    options |= {"allowed": allow} if allow else {}
     where = Where(output, json, view, colour, pause, replay, compare)
     load_model = partial(load, model, attention, device, dtype, infills=True)
     if _is_file_of_prompts(file, "FILE", jsonl, where):

@@ -11,6 +11,7 @@ import typer
 
 from dllm_kernels.cli.commands import fail
 from dllm_kernels.cli.models import busy
+from dllm_kernels.cli.narrow_help import Command, Group
 
 Base = Annotated[str | None, typer.Option(help="Base model of an adapter, unless it is where it was.")]
 SaveDtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as before unless given.")]
@@ -42,9 +43,9 @@ _HANDED_OVER = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command(help=_CONVERT, short_help="Write a language model as a diffusion checkpoint.")(convert)
-    app.command(help=_MERGE, short_help="Write an adapter and its base as one checkpoint.")(merge)
-    train = typer.Typer(help=_TRAIN, short_help="Train a model by a recipe.", no_args_is_help=True)
+    app.command(cls=Command, help=_CONVERT, short_help="Write a model as a diffusion checkpoint.")(convert)
+    app.command(cls=Command, help=_MERGE, short_help="Write an adapter and its base as one.")(merge)
+    train = typer.Typer(cls=Group, help=_TRAIN, short_help="Train a model by a recipe.", no_args_is_help=True)
     train.command(add_help_option=False, context_settings=_HANDED_OVER)(finetune)
     train.command(add_help_option=False, context_settings=_HANDED_OVER)(pretrain)
     app.add_typer(train, name="train")

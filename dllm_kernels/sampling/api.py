@@ -100,13 +100,16 @@ def infill(
     rows = token_lists("canvases", canvases, attention_mask, None if tokenizer is None else ids_of_text)
     check_ids("canvases", rows, plan.diffusion.vocab_size)
     draft = draft_of(pinned, rows, plan.mask_id, rule_name(plan.config))
+    tokens = None
     if allowed is not None:
-        allowed = allowed_tokens(
+        tokens = allowed_tokens(
             allowed, rows, mask_id=plan.mask_id, barred=plan.config.suppress_tokens,
             vocab_size=plan.diffusion.vocab_size, tokenizer=tokenizer,
         )  # fmt: skip
-    filled = gaps(rows, plan.fill, row_ids, draft, allowed)
+    filled = gaps(rows, plan.fill, row_ids, draft, tokens)
     masked = filled.ids == plan.mask_id
+    if draft is not None:
+        gapped = []  # what was given may have changed: the ids say what stands
     return infill_output(filled, masked, run(plan, filled, on_round), tokenizer, gapped)
 
 

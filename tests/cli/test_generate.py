@@ -1,5 +1,6 @@
 """The commands that generate, on the embedded model: where text and figures go, and errors of one line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -140,3 +141,23 @@ def test_streams_that_are_closed(closed, code, reason):
     shell = f'"$0" -m dllm_kernels sample - --cache none --max-new-tokens 0 {closed}'
     result = subprocess.run(["sh", "-c", shell, sys.executable], input=b"x", capture_output=True)
     assert (result.returncode, result.stderr, result.stdout) == (code, reason, b"")
+
+
+def test_only_allowed_tokens_fill_a_gap():
+    given = "assert 12 + 30 == <mask:2>\n"
+    allowed = ("--allow", "7", "--allow", "8")
+    result = run("infill", "-", *allowed, stdin=given)
+    assert result.exit_code == 0, result.stderr
+    assert set(result.stdout.removeprefix("assert 12 + 30 == ").strip()) <= {"7", "8"}
+    result = run("infill", "-", "--allow", "several words", stdin=given)
+    assert result.exit_code == 2 and "a position holds one" in result.stderr
+
+
+def test_a_draft_may_change():
+    draft = "def add(a, b):\n    return a + + b\n\n\nprint(add(1, 2))\n"
+    result = run("infill", "-", "--draft", "--edit-threshold", "0.1", "--json", stdin=draft)
+    fields = json.loads(result.stdout)
+    assert fields["prompt"] == draft and fields["text"] != draft and len(fields["tokens"]) > 0
+    assert result.exit_code == 0, result.stderr
+    result = run("infill", "-", "--draft", stdin=draft)
+    assert result.exit_code == 2 and "give edit_threshold" in result.stderr

@@ -156,3 +156,12 @@ def test_completion_offers_values():
     with typer.main.get_command(app).make_context("dllm", [], resilient_parsing=True) as context:
         offered = [item.value for item in names["cache"].shell_complete(context, "")]
     assert offered == ["auto", "none", "prefix", "dual", "block"]
+
+
+@pytest.mark.parametrize("command", [[], ["sample"], ["train"], ["info"]], ids=str)
+def test_help_can_be_read_in_twenty_columns(command):
+    result = run(*command, "--help", env={"COLUMNS": "20"})
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 20 and "│" not in result.stdout
+    assert "Show this message" in result.stdout
