@@ -82,14 +82,18 @@ def run(console: Console) -> None:
     left_to_right, _ = dk.load("tiny-python", device="cpu", attention="block_causal")
     file, sheet = hidden_ids(FILE, tokenizer), hidden_ids(SHEET, tokenizer)
     masks = file.count(both_ways.config.mask_token_id)
-    console.rule(f"writing {masks} of {len(file)} tokens, the surest ones first", align="left")
+    heading(console, f"writing {masks} of {len(file)} tokens, the surest ones first")
     compared = [fill(console, "the file", file, both_ways, tokenizer, pause=0.6)]
-    console.rule(f"adding {len(ADDITIONS)} pairs of numbers that training never showed", align="left")
+    heading(console, f"adding {len(ADDITIONS)} pairs of numbers that training never showed")
     compared.append(fill(console, "the sums", sheet, both_ways, tokenizer, pause=1.0))
-    console.rule("filling gaps that only the text after them explains", align="left")
+    heading(console, "filling gaps that only the text after them explains")
     gaps(console, both_ways, left_to_right, tokenizer)
-    console.rule("the same by LLaDA's loop: a forward over the whole text in each step", align="left")
+    heading(console, "the same texts by LLaDA's loop, with a forward over everything in each step")
     closing_table(console, compared)
+
+
+def heading(console: Console, title: str) -> None:
+    console.rule(f"[bold]{title}", align="left", style="dim")
 
 
 def hidden_ids(text: str, tokenizer) -> list[int]:
@@ -116,8 +120,8 @@ def fill(console: Console, name: str, ids: list[int], model, tokenizer, pause: f
     counts = " ".join(map(str, committed.bincount().tolist()))
     console.print(f"  [dim]tokens committed by each forward:[/] [bold]{counts}[/]\n", highlight=False)
     loops = {
-        "plain loop": lambda: plain_loop(model, canvas),
-        f"plain loop, threshold {THRESHOLD}": lambda: plain_loop(model, canvas, THRESHOLD),
+        "LLaDA's loop": lambda: plain_loop(model, canvas),
+        f"LLaDA's loop, threshold {THRESHOLD}": lambda: plain_loop(model, canvas, THRESHOLD),
         "dllm_kernels": lambda: (dk.infill(model, [ids], **options).sequences, output.forwards),
     }
     results = {}
@@ -173,7 +177,7 @@ def closing_table(console: Console, compared: list[Comparison]) -> None:
                 f"{result.seconds:.3f}",
                 f"{baseline.seconds / result.seconds:.1f}×",
                 "yes" if result.equal else "no",
-                style="" if name.startswith("plain") else "bold",
+                style="bold" if name == "dllm_kernels" else "",
             )
     console.print(table)
 

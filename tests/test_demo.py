@@ -81,7 +81,9 @@ def test_a_forward_commits_several_tokens(parts, part, least):
 
 
 def test_every_loop_gives_the_same_text(parts):
-    rows = re.findall(r"^    (plain loop|plain loop, \S+ \S+|dllm_kernels) +(\d+) .*× +(\w+)", parts[3], re.M)
+    rows = re.findall(
+        r"^    (LLaDA's loop|LLaDA's loop, \S+ \S+|dllm_kernels) +(\d+) .*× +(\w+)", parts[3], re.M
+    )
     assert len(rows) == 6
     assert {equal for *_, equal in rows} == {"yes"}
     for _, threshold, ours in (rows[:3], rows[3:]):

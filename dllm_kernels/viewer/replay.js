@@ -179,17 +179,18 @@ for (const run of runs) {
 // ---- the token that is pointed at --------------------------------------------------------------------------
 
 function about(token) {
-  const box = by("token");
-  box.replaceChildren();
-  if (!token) {
-    box.append(element("p", "", "Point at a token, tap it, or reach it with Tab."));
-    return;
-  }
+  const told = element("div");
+  told.append(...(token ? facts(token) : [element("p", "", "Point at a token, tap it, or reach it with Tab.")]));
+  // A screen reader speaks what changes here, so what stays is not touched.
+  if (told.innerHTML !== by("token").innerHTML) by("token").replaceChildren(...told.childNodes);
+}
+
+function facts(token) {
   const { run, position, states } = token;
   const last = token.at(step);
   const [since, text] = states[last];
-  const facts = element("div", "about");
-  facts.append(element("b", "", text === MASK ? "masked" : spoken(texts[text])));
+  const head = element("div", "about");
+  head.append(element("b", "", text === MASK ? "masked" : spoken(texts[text])));
   const lines = [];
   if (text === MASK) lines.push(last + 1 < states.length ? `written in step ${states[last + 1][0]}` : "never written");
   else if (last === 0) lines.push("given");
@@ -197,27 +198,25 @@ function about(token) {
   const final = last === states.length - 1 && last > 0 && text !== MASK;
   if (final && run.probabilities) lines.push(percent(run.probabilities[position]));
   lines.push(`position ${position}`);
-  facts.append(element("p", "", lines.join(" · ")));
+  head.append(element("p", "", lines.join(" · ")));
   const before = states.slice(1, last).filter(([, text]) => text !== MASK);
   if (last > 1 || (last === 1 && states[0][1] !== MASK)) {
     const earlier = (states[0][1] === MASK ? before : [states[0], ...before]).map(
       ([since, text]) => `${spoken(texts[text])} (${since ? `step ${since}` : "given"})`,
     );
-    if (earlier.length) facts.append(element("p", "", ` replaced ${earlier.join(", ")}`));
+    if (earlier.length) head.append(element("p", "", ` replaced ${earlier.join(", ")}`));
   }
-  box.append(facts);
-  if (final && run.alternatives) {
-    const list = element("ul", "alternatives");
-    list.setAttribute("aria-label", "Likeliest tokens at that step");
-    for (const [other, probability] of run.alternatives[position]) {
-      const item = element("li", other === text ? "taken" : "");
-      const bar = element("i");
-      bar.style.width = `${100 * (probability ?? 0)}%`;
-      item.append(element("code", "", spoken(texts[other])), bar, element("span", "", percent(probability)));
-      list.append(item);
-    }
-    box.append(list);
+  if (!final || !run.alternatives) return [head];
+  const list = element("ul", "alternatives");
+  list.setAttribute("aria-label", "Likeliest tokens at that step");
+  for (const [other, probability] of run.alternatives[position]) {
+    const item = element("li", other === text ? "taken" : "");
+    const bar = element("i");
+    bar.style.width = `${100 * (probability ?? 0)}%`;
+    item.append(element("code", "", spoken(texts[other])), bar, element("span", "", percent(probability)));
+    list.append(item);
   }
+  return [head, list];
 }
 
 function choose(token) {

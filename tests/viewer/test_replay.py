@@ -388,6 +388,18 @@ def test_arrows_move_between_tokens_when_one_has_the_focus(opened):
     assert page.run(SHOWN) == ["abcd", "abcd"]
 
 
+def test_a_screen_reader_hears_nothing_new_while_nothing_is_pointed_at(opened):
+    page = opened(TWO)
+    page.run("""(() => { window.changes = 0;
+        new MutationObserver(() => changes++).observe(document.getElementById('token'),
+            {childList: true, subtree: true, characterData: true}) })()""")
+    page.press("Home")
+    page.press("ArrowRight")
+    assert page.run("new Promise(done => setTimeout(() => done(changes), 0))") == 0
+    page.run("document.querySelectorAll('.token')[1].focus()")
+    assert page.run("new Promise(done => setTimeout(() => done(changes), 0))") == 1
+
+
 def test_a_replaced_token_is_marked_and_told(opened):
     history = [[[0, MASK]], [[0, 5]], [[0, 1]]]
     page = opened({"run": output_of([[0, 1]], [[-1, 1]], history=history)})
