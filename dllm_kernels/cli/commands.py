@@ -60,13 +60,14 @@ class Commands(Group):
         except _MISTAKES as error:
             self._traceback()
             self._fail_if_interrupted()
-            fail(error, BAD_INPUT)
+            fail(_reason(error), BAD_INPUT)
         except Exception as error:
             if hasattr(error, "format_message") or isinstance(error, typer.Exit | typer.Abort):
                 raise
             self._traceback()
             self._fail_if_interrupted()
-            fail(f"{type(error).__name__}: {error}; `dllm --debug ...` shows where", FAILED)
+            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+            fail(f"{reason}; `dllm --debug ...` shows where", FAILED)
 
     @staticmethod
     def _fail_if_interrupted() -> None:
@@ -125,6 +126,13 @@ def _standard_output() -> Iterator[None]:
         if isinstance(error, BrokenPipeError):
             raise typer.Exit(READER_LEFT) from None  # as if SIGPIPE had ended it
         fail(f"standard output cannot be written: {error.strerror}", FAILED)
+
+
+def _reason(error: Exception) -> str:
+    """Return an error as one says it: a file and what is wrong with it, without the number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def fail(reason: object, code: int = BAD_INPUT) -> NoReturn:

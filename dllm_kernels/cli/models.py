@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -78,7 +79,9 @@ def load(
     infills: bool = False,
 ):
     """Return (model, tokenizer). infills: take bidirectional attention where the checkpoint has it."""
-    with busy(f"loading {name}"):
+    # The hub shows the progress of its own downloads.
+    local = name == "tiny-python" or Path(name).expanduser().exists()
+    with busy(f"loading {name}") if local else nullcontext():
         from transformers.utils import logging
 
         import dllm_kernels as dk

@@ -95,9 +95,7 @@ def write_file(target: Path, data: bytes) -> None:
             if target.exists():
                 beside.chmod(stat.S_IMODE(target.stat().st_mode))
     except OSError as error:
-        if error.filename is None:
-            fail(f"{target} cannot be written: {error.strerror}", FAILED)
-        raise
+        fail(f"{target} cannot be written: {error.strerror}", FAILED)
 
 
 def check_writable(target: Path) -> None:

@@ -27,6 +27,7 @@ COLOURS = ("step", "confidence")
 _EARLY_TO_LATE = ((86, 110, 214), (52, 152, 196), (46, 160, 110), (186, 140, 30))
 _UNSURE_TO_SURE = ((205, 70, 60), (200, 140, 40), (60, 160, 80))
 _SECONDS_PER_FRAME = 1 / 30
+_SHARE_OF_TIME = 0.2  # that drawing may take of a run
 _NARROW = 40  # columns below which there is no frame around the text
 _TAB = "    "
 
@@ -66,7 +67,7 @@ class TerminalView:
         self.colour, self.block_size, self.origin, self.start = colour, block_size, origin, start
         self.step_of: dict[int, int] = {}
         self.probability_of: dict[int, float] = {}
-        self.rounds, self.drawn_at, self.paused = 0, 0.0, 0.0
+        self.rounds, self.next_drawing, self.paused = 0, 0.0, 0.0
         self.pieces = _Pieces(tokenizer.decode)
         self.live, self.width = self._live(), 0
         self.draws = self.console.is_terminal and not self.console.is_dumb_terminal
@@ -89,12 +90,13 @@ class TerminalView:
             return
         fresh = self._note(event)
         now = time.perf_counter()
-        if self.pause or now - self.drawn_at >= _SECONDS_PER_FRAME:
+        if self.pause or now >= self.next_drawing:
             canvas = event.canvas[0].tolist()
             seconds = now - self.started - self.paused
             self._resized()
             self.live.update(self.picture(canvas, fresh, event.forwards, seconds), refresh=True)
-            self.drawn_at = time.perf_counter()
+            drawn = time.perf_counter()
+            self.next_drawing = drawn + max(_SECONDS_PER_FRAME, (drawn - now) * (1 / _SHARE_OF_TIME - 1))
         if self.pause:
             time.sleep(self.pause)
             self.paused += self.pause
