@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+PATIENCE = 120  # seconds without a word from the browser
 KEYS = {" ": ("Space", 32), "ArrowLeft": ("ArrowLeft", 37), "ArrowRight": ("ArrowRight", 39)}
 KEYS |= {"Home": ("Home", 36), "End": ("End", 35), "Escape": ("Escape", 27), "Tab": ("Tab", 9)}
 
@@ -104,6 +106,8 @@ class Page:
 
     def _next(self) -> dict:
         while b"\0" not in self._left:
+            if not select.select([self._read], [], [], PATIENCE)[0]:
+                raise RuntimeError(f"Chromium has not answered for {PATIENCE} seconds")
             received = os.read(self._read, 2**16)
             if not received:
                 raise RuntimeError("Chromium ended")

@@ -42,6 +42,8 @@ def write_replay(
     replaced. The file appears complete or not at all; one that stands there is replaced.
     """
     path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise FileNotFoundError(f"path is {str(path)!r}; it must name a file in a folder that exists")
     page = replay_page(runs, tokenizer, mask_id=mask_id, row=row)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

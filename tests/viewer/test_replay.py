@@ -274,6 +274,13 @@ def test_a_file_stays_as_it_was_if_the_page_cannot_be_written(tmp_path, monkeypa
 RUN = output_of([[0, 1]], [[-1, 0]])
 
 
+@pytest.mark.parametrize("name", ["", "missing/replay.html"])
+def test_a_path_that_names_no_file_of_a_folder_is_refused(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match="it must name a file in a folder that exists"):
+        write_replay(tmp_path / name, {"run": RUN}, LETTERS, mask_id=MASK)
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
