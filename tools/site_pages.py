@@ -9,8 +9,10 @@ from __future__ import annotations
 import posixpath
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -24,6 +26,7 @@ FROM_OUTSIDE = {
     "images/cpu.svg": "benchmarks/results/cpu.svg",
 }
 _PLACE = {source: place for place, source in FROM_OUTSIDE.items()} | {"README.md": "index.md"}
+_REFERENCE = re.compile(r'(?:href|src)="(?![a-z]+:|//)([^"#?]+)')
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 
 
@@ -43,6 +46,20 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return link[1] + site_link(link[2], source, place, config.repo_url) + link[3]
 
     return _LINK.sub(led, markdown)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Refuse a site with a link or image that leads nowhere; mkdocs itself checks those in Markdown alone."""
+    site = Path(config.site_dir)
+    broken = [
+        f"{page.relative_to(site)}: {target}"
+        for page in site.rglob("*.html")
+        if page.name != "404.html"  # which is shown at any address, so its links are absolute
+        for target in set(_REFERENCE.findall(page.read_text()))
+        if not (page.parent / unquote(target)).exists()
+    ]
+    if broken:
+        raise PluginError("broken links:\n" + "\n".join(sorted(broken)))
 
 
 def site_link(target: str, source: str, place: str, repository: str) -> str:
