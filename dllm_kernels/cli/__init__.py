@@ -4,6 +4,7 @@
     narrow_help.py   help where there is no room for tables
     options.py    the options of `dk.SampleConfig`, made from its fields
     streams.py, records.py   text in and out; JSON and JSONL
+    partial.py    what stands of a completion that was stopped
     models.py     the model of a command
     sample.py     sample, infill, choose
     edit.py, chat.py

@@ -14,6 +14,7 @@ import typer
 from dllm_kernels.cli.commands import interrupts
 from dllm_kernels.cli.models import Attention, Device, Dtype, Model, load
 from dllm_kernels.cli.options import Sampling, given_options, with_rule
+from dllm_kernels.cli.partial import Partial
 from dllm_kernels.cli.sample import Colour, Pause, Preset, View, live_view, mask_id_of
 from dllm_kernels.cli.streams import check_writable, write_text
 from dllm_kernels.viewer.control_characters import harmless
@@ -152,13 +153,13 @@ class Chat:
         """Continue the conversation; a reply that is stopped is kept as far as it stands."""
         conversation = self.conversation
         conversation.ask(text)
-        reply, start = Partial(conversation.tokenizer), time.perf_counter()
+        mask_id = mask_id_of(conversation.model, conversation.tokenizer, conversation.options)
+        reply, start = Partial(conversation.tokenizer, mask_id), time.perf_counter()
         view = None
 
         def prepared(ids: list[int]):
             nonlocal view
-            mask_id = mask_id_of(conversation.model, conversation.tokenizer, conversation.options)
-            reply.begin(len(ids), mask_id)
+            reply.start = len(ids)
             if self.view and self.inputs.typed:
                 view = live_view(
                     "sample", conversation.model, conversation.tokenizer, conversation.options, self.console,
@@ -264,29 +265,6 @@ class Chat:
     def mistake(self, error: Exception) -> None:
         line = " ".join(str(error).split())
         self.console.print(harmless(line), style="red", soft_wrap=True, markup=False, highlight=False)
-
-
-class Partial:
-    """The reply so far, for one that is stopped."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.canvas: list[int] = []
-        self.start = self.mask_id = 0
-
-    def begin(self, start: int, mask_id: int) -> None:
-        self.start, self.mask_id = start, mask_id
-
-    def __call__(self, event) -> None:
-        self.canvas = event.canvas[0].tolist()
-
-    def text(self) -> str:
-        """Return what stands before the first mask."""
-        from dllm_kernels.models.text import added_text
-
-        masks = [at for at, token in enumerate(self.canvas) if token == self.mask_id]
-        end = min(masks, default=len(self.canvas))
-        return added_text(self.tokenizer, self.canvas[: self.start], self.canvas[self.start : end])
 
 
 class Inputs:

@@ -15,6 +15,7 @@ from dllm_kernels.cli.commands import fail
 from dllm_kernels.cli.models import Attention, Device, Dtype, Model, load
 from dllm_kernels.cli.narrow_help import Command
 from dllm_kernels.cli.options import Infilling, Sampling, assignments, given, with_rule
+from dllm_kernels.cli.partial import Partial
 from dllm_kernels.cli.streams import check_writable, file_text, given_text, write_file, write_text
 
 OUTPUT, VIEW = "Input and output", "Live view and replay"
@@ -247,14 +248,16 @@ def _run_one(operation: str, text: str, load_model, options: dict, where: Where)
         options = {"logprobs": 4, **options, "history": True}
     model, tokenizer = load_model()
     console = Console(stderr=True)
+    if others is not None:  # neither run is the first one, which allocates
+        _run(operation, model, text, tokenizer, options)
     output, seconds = _watched(operation, model, text, tokenizer, options, where, console)
     runs = {_named(options): output}
     continued = operation == "sample" and not _option(options, "chat")
     result = (text if continued else "") + output.texts[0]
     if where.json:
-        rate = len(result) and int(output.lengths[0]) / seconds
         fields = record(output, 0, text) | {
-            "seconds": round(seconds, 4), "tokens_per_second": round(rate, 2),
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(int(output.lengths[0]) / seconds, 2),
             "tokens_per_forward": round(output.tokens_per_forward, 4),
         }  # fmt: skip
         result = line_of(fields)
@@ -280,21 +283,34 @@ def _run_one(operation: str, text: str, load_model, options: dict, where: Where)
 
 
 def _watched(operation: str, model, text: str, tokenizer, options: dict, where: Where, console):
-    """Return the SampleOutput and the seconds of a run, which is shown while it goes on if it can be."""
+    """Return the SampleOutput and the seconds of a run, which is shown while it goes on if it can be. A
+    completion that is interrupted then is printed as far as it stands."""
+    view = live_view(operation, model, tokenizer, options, console, where.colour, where.pause)
+    start = time.perf_counter()
+    if view is None or not where.view:
+        output = _run(operation, model, text, tokenizer, options)
+        return output, time.perf_counter() - start
+    standing = Partial(tokenizer, view.mask_id)
+
+    def seen(event) -> None:
+        standing(event)
+        view(event)
+
+    try:
+        with view:
+            output = _run(operation, model, text, tokenizer, options, seen)
+    except KeyboardInterrupt:
+        if operation == "sample" and where.output is None and not where.json:
+            write_text(("" if _option(options, "chat") else text) + standing.text())
+        raise
+    return output, time.perf_counter() - start - view.paused
+
+
+def _run(operation: str, model, text: str, tokenizer, options: dict, on_round=None):
+    """Return the SampleOutput of `dk.sample` or `dk.infill`."""
     import dllm_kernels as dk
 
-    generate = getattr(dk, operation)
-    view = live_view(operation, model, tokenizer, options, console, where.colour, where.pause)
-    if not where.view:
-        view = None
-    start = time.perf_counter()
-    if view is None:
-        output = generate(model, text, tokenizer=tokenizer, **options)
-    else:
-        with view:
-            output = generate(model, text, tokenizer=tokenizer, on_round=view, **options)
-        start += view.paused
-    return output, time.perf_counter() - start
+    return getattr(dk, operation)(model, text, tokenizer=tokenizer, on_round=on_round, **options)
 
 
 def live_view(

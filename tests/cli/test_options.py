@@ -81,6 +81,9 @@ def test_a_threshold_is_the_rule_where_nothing_names_another():
     assert options.with_rule({"temperature": 0.5})["threshold"] == options.DEFAULT_THRESHOLD
     for named in ({"steps": 4}, {"factor": 1.0}, {"rule": "quota"}, {"schedule": "dream"}):
         assert options.with_rule(named) == named
+    preset = options.with_rule({}, "llada")
+    assert preset["config"] == dk.SampleConfig.preset("llada")
+    assert options.with_rule({**preset, "cache": "none"}) == {**preset, "cache": "none"}
     assert options.with_rule({"edit_threshold": 0.9})["threshold"] == options.DEFAULT_THRESHOLD
 
 

@@ -25,7 +25,9 @@ def test_ctrl_c_ends_a_run_with_code_130():
         terminal.wait_for("tokens per forward")
         terminal.interrupt()
         assert terminal.ended() == 130
-    assert "dllm: interrupted" in terminal.plain and "Traceback" not in terminal.plain
+    shown = terminal.plain
+    assert "dllm: interrupted" in shown and "Traceback" not in shown
+    assert "def add(a, b):" in shown[shown.rindex("░") :], "what stands of the text is printed"
 
 
 def test_a_terminal_gets_no_control_characters(monkeypatch, capfdbinary):
