@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dllm_kernels.cli.commands import interrupts
+from dllm_kernels.cli.commands import GENERATE, interrupts
 from dllm_kernels.cli.models import Attention, Device, Dtype, Model, load
 from dllm_kernels.cli.options import Sampling, given_options, with_rule
 from dllm_kernels.cli.partial import Partial
@@ -46,7 +46,7 @@ class Chatting(Sampling):
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command(cls=Chatting, help=_CHAT, short_help="Talk with a model.")(chat)
+    app.command(cls=Chatting, rich_help_panel=GENERATE, help=_CHAT, short_help="Talk with a model.")(chat)
 
 
 def chat(

@@ -20,6 +20,7 @@ from dllm_kernels.cli.narrow_help import Group
 from dllm_kernels.viewer.control_characters import harmless
 
 FAILED, BAD_INPUT, INTERRUPTED, READER_LEFT = 1, 2, 130, 141
+GENERATE, MODELS, MACHINE = PANELS = ("Generate", "Models", "This machine")  # of `dllm --help`
 _MISTAKES = (ValueError, TypeError, OSError, ImportError)
 
 
@@ -28,6 +29,10 @@ class Commands(Group):
     whose reader has left."""
 
     debug = False
+
+    def list_commands(self, context) -> list[str]:
+        """Return the names in the order of the panels, groups among the commands."""
+        return sorted(self.commands, key=lambda name: PANELS.index(self.commands[name].rich_help_panel))
 
     def main(self, *arguments, standalone_mode: bool = True, **options):
         if sys.stderr is None:

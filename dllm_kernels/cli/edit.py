@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dllm_kernels.cli.commands import GENERATE
 from dllm_kernels.cli.models import Attention, Device, Dtype, Model, busy, load
 from dllm_kernels.cli.options import Infilling, given
 from dllm_kernels.cli.sample import Colour, Json, Pause, Preset, View, live_view
@@ -30,7 +31,12 @@ Nothing is written without --write. The model sees the lines before and behind.
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command(cls=Infilling, help=_EDIT, short_help="Propose new lines for a file, as a diff.")(edit)
+    app.command(
+        cls=Infilling,
+        rich_help_panel=GENERATE,
+        help=_EDIT,
+        short_help="Propose new lines for a file, as a diff.",
+    )(edit)
 
 
 def edit(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dllm_kernels.cli.commands import MACHINE
 from dllm_kernels.cli.narrow_help import Command
 
 _INFO = """Print versions, what was built and picked, and what is missing with its remedy.
@@ -27,9 +28,18 @@ _BENCH = """Measure this machine against what you would otherwise run, and print
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command(cls=Command, help=_BENCH, short_help="Measure this machine.")(bench)
-    app.command(cls=Command, help=_INFO, short_help="Print versions, what was built, what is missing.")(info)
-    app.command(cls=Command, short_help="See what the embedded model does, beside the plain loop.")(demo)
+    app.command(cls=Command, rich_help_panel=MACHINE, help=_BENCH, short_help="Measure this machine.")(bench)
+    app.command(
+        cls=Command,
+        rich_help_panel=MACHINE,
+        help=_INFO,
+        short_help="Print versions, what was built, what is missing.",
+    )(info)
+    app.command(
+        cls=Command,
+        rich_help_panel=MACHINE,
+        short_help="See what the embedded model does, beside the plain loop.",
+    )(demo)
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dllm_kernels.cli.commands import fail
+from dllm_kernels.cli.commands import GENERATE, fail
 from dllm_kernels.cli.models import Attention, Device, Dtype, Model, load
 from dllm_kernels.cli.narrow_help import Command
 from dllm_kernels.cli.options import Infilling, Sampling, assignments, given, with_rule
@@ -99,9 +99,21 @@ _CHOOSE = """Compare given continuations by their probability, from one forward 
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command(cls=Sampling, help=_SAMPLE, short_help="Continue a text, or many.")(sample)
-    app.command(cls=Infilling, help=_INFILL, short_help="Fill the gaps of a text, or of many.")(infill)
-    app.command(cls=Command, help=_CHOOSE, short_help="Compare continuations by their probability.")(choose)
+    app.command(cls=Sampling, rich_help_panel=GENERATE, help=_SAMPLE, short_help="Continue a text, or many.")(
+        sample
+    )
+    app.command(
+        cls=Infilling,
+        rich_help_panel=GENERATE,
+        help=_INFILL,
+        short_help="Fill the gaps of a text, or of many.",
+    )(infill)
+    app.command(
+        cls=Command,
+        rich_help_panel=GENERATE,
+        help=_CHOOSE,
+        short_help="Compare continuations by their probability.",
+    )(choose)
 
 
 def sample(

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dllm_kernels.cli.commands import fail
+from dllm_kernels.cli.commands import MODELS, fail
 from dllm_kernels.cli.models import busy
 from dllm_kernels.cli.narrow_help import Command, Group
 
@@ -43,14 +43,22 @@ _HANDED_OVER = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command(cls=Command, help=_CONVERT, short_help="Write a model as a diffusion checkpoint.")(convert)
-    app.command(cls=Command, help=_MERGE, short_help="Write an adapter and its base as one.")(merge)
+    app.command(
+        cls=Command,
+        rich_help_panel=MODELS,
+        help=_CONVERT,
+        short_help="Write a model as a diffusion checkpoint.",
+    )(convert)
+    app.command(
+        cls=Command, rich_help_panel=MODELS, help=_MERGE, short_help="Write an adapter and its base as one."
+    )(merge)
     train = typer.Typer(cls=Group, help=_TRAIN, short_help="Train a model by a recipe.", no_args_is_help=True)
     train.command(add_help_option=False, context_settings=_HANDED_OVER)(finetune)
     train.command(add_help_option=False, context_settings=_HANDED_OVER)(pretrain)
-    app.add_typer(train, name="train")
+    app.add_typer(train, name="train", rich_help_panel=MODELS)
     app.command(
         "eval",
+        rich_help_panel=MODELS,
         short_help="Evaluate a model on tasks of lm-eval.",
         add_help_option=False,
         context_settings=_HANDED_OVER,
