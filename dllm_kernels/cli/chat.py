@@ -110,7 +110,7 @@ class Chat:
             self.say(f"{conversation.name} has no chat template: it continues what you write. /help, /quit")
         elif self.inputs.typed:
             self.say(f"{conversation.name}. /help lists what begins with a slash, /quit ends")
-        if conversation.messages:
+        if self.history is not None and conversation.exchanges:
             self.say(f"{conversation.exchanges} turns from {self.history}")
         while True:
             try:

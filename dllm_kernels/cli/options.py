@@ -117,13 +117,14 @@ def with_rule(options: dict, preset: str | None = None) -> dict:
 
     if preset is not None:
         return {"config": SampleConfig.preset(preset), **options}
+    options = {**options}
     if "config" in options:
         return options
     steps = not options.keys().isdisjoint({"steps", "steps_per_block"})
     if steps and options.get("threshold") is not None and options.get("rule") is None:
         raise ValueError("give --threshold or --steps, not both")
     if options.keys().isdisjoint(_NAMES_A_RULE):
-        options = {**options, "threshold": DEFAULT_THRESHOLD}
+        options["threshold"] = DEFAULT_THRESHOLD
     return options
 
 

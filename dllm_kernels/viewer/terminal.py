@@ -21,7 +21,7 @@ from rich.text import Text
 from dllm_kernels.models.text import check_tokenizer, decoded_behind
 from dllm_kernels.viewer.control_characters import harmless
 
-MASK_CELL, BORDER = "░", "│"
+MASK_CELL, SPECIAL_CELL, BORDER = "░", "·", "│"
 STYLES = {"given": "", "fresh": "bold green", "filled": "cyan", "mask": "dim", "border": "dim"}
 COLOURS = ("step", "confidence")
 _EARLY_TO_LATE = ((86, 110, 214), (52, 152, 196), (46, 160, 110), (186, 140, 30))
@@ -68,7 +68,7 @@ class TerminalView:
         self.step_of: dict[int, int] = {}
         self.probability_of: dict[int, float] = {}
         self.rounds, self.next_drawing, self.paused = 0, 0.0, 0.0
-        self.pieces = _Pieces(tokenizer.decode)
+        self.pieces = _Pieces(tokenizer.decode, {*getattr(tokenizer, "all_special_ids", ())})
         self.live, self.width = self._live(), 0
         self.draws = self.console.is_terminal and not self.console.is_dumb_terminal
 
@@ -266,26 +266,26 @@ class _Pieces:
     """The text of each token of a canvas, which is only read again where it or what stands before changed.
 
     A token is decoded behind those before it, which determine whether a space separates the two. Where tokens
-    share a character, it belongs to the last of them.
+    share a character, it belongs to the last of them. special: tokens that are a cell each, as end tokens.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str]):
-        self.decode = decode
+    def __init__(self, decode: Callable[[list[int]], str], special: Collection[int] = ()):
+        self.decode, self.special = decode, special
         self.known: dict[tuple[int, ...], str] = {}
 
     def of(self, canvas: list[int], mask_id: int) -> list[str]:
         pieces, before, open_at = [], [], None
         for at, token in enumerate(canvas):
-            if token == mask_id:
+            if token == mask_id or token in self.special:
                 if open_at is not None:
                     before += canvas[open_at:at]
                     open_at = None
-                pieces.append(MASK_CELL)
+                pieces.append(MASK_CELL if token == mask_id else SPECIAL_CELL)
                 continue
             start = at if open_at is None else open_at
             group = canvas[start : at + 1]
             piece = self._read(before, group)
-            ends = at + 1 == len(canvas) or canvas[at + 1] == mask_id
+            ends = at + 1 == len(canvas) or canvas[at + 1] == mask_id or canvas[at + 1] in self.special
             if piece.endswith("\ufffd") and not ends and len(group) < _LONGEST_CHARACTER:
                 pieces.append("")
                 open_at = start

@@ -97,6 +97,14 @@ def test_options_are_checked_when_they_are_set(templated):
     assert templated.options == {"max_new_tokens": 8, "threshold": 0.8}
 
 
+def test_commands_leave_the_options_of_replies(tmp_path):
+    talk = ("--history", tmp_path / "talk.json", *SHORT, "--threshold", "0.9")
+    run("/infill x = <mask:2>", "x = 1", options=talk)
+    (_, reply) = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    run("x = 1", options=("--history", tmp_path / "other.json", *SHORT, "--threshold", "0.9"))
+    assert reply == json.loads((tmp_path / "other.json").read_text())["messages"][1]
+
+
 # ---- over a pipe ------------------------------------------------------------------------------------------
 def test_replies_go_to_standard_output_and_all_else_to_standard_error():
     result = run(

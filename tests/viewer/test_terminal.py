@@ -10,7 +10,15 @@ from rich.console import Console
 from rich.style import Style
 
 from dllm_kernels.viewer.control_characters import harmless
-from dllm_kernels.viewer.terminal import BORDER, MASK_CELL, STYLES, TerminalView, canvas_text, folded
+from dllm_kernels.viewer.terminal import (
+    BORDER,
+    MASK_CELL,
+    SPECIAL_CELL,
+    STYLES,
+    TerminalView,
+    canvas_text,
+    folded,
+)
 from tests.sampling.tokenizer_zoo import tokenizer_of
 
 MASK = 99
@@ -175,6 +183,15 @@ def test_control_characters_never_reach_the_terminal():
     lines = drawn(view_of([0, 51, 1], console, title="\x1b]0;owned\x07")[1], console)
     assert not any("\x1b" in line or "\x07" in line for line in lines)
     assert any(r"a\x1b[2Jb" in line for line in lines)
+
+
+def test_special_tokens_are_a_cell_each():
+    tokenizer = tokenizer_of("Llama")
+    mask, end = tokenizer.mask_token_id, tokenizer.eos_token_id
+    the, cat = tokenizer.convert_tokens_to_ids(["▁the", "▁cat"])
+    view = TerminalView(tokenizer, mask, console=plain(60, 10))
+    text, _ = view._text([the, cat, end, end, mask], set())
+    assert text.plain == f"the cat{2 * SPECIAL_CELL}{MASK_CELL}"
 
 
 def test_harmless_text_keeps_line_ends_and_tabs():
