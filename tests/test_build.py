@@ -128,6 +128,19 @@ def test_makefile_reads_its_requirements_from_pyproject():
         assert shlex.split(value) == wanted
 
 
+def test_a_wheel_that_lacks_a_file_or_holds_another_is_refused():
+    check = runpy.run_path(str(ROOT / "tools" / "check_wheel.py"))
+    info = "dllm_kernels-1.dist-info"
+    licenses = {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"}
+    complete = check["NEEDED"] | licenses | {"dllm_kernels/lib/_host.so", f"{info}/METADATA"}
+    failures = check["contents_failures"]
+    assert failures(complete) == []
+    assert failures(complete - {"dllm_kernels/py.typed"}) == ["dllm_kernels/py.typed is missing"]
+    assert failures(complete - licenses) == [f"{name} is missing" for name in sorted(licenses)]
+    assert failures(complete | {"tests/conftest.py"}) == ["tests/conftest.py does not belong there"]
+    assert failures(complete - {"dllm_kernels/lib/_host.so"}) == ["dllm_kernels/lib/_host.*.so is missing"]
+
+
 def test_pinned_versions_agree():
     """Hooks before a commit check by the versions of pyproject.toml; the citation names this version."""
     project = (ROOT / "pyproject.toml").read_text()

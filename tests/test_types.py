@@ -24,6 +24,8 @@ reveal_type(output.texts)
 mask = dk.SpanMask.block_causal(64, block_size=16)
 q = torch.randn(1, 2, 64, 64)
 attended = dk.block_attention(q, q, q, mask)
+reveal_type(attended)
+out, lse = dk.block_attention(q, q, q, mask, return_lse=True)
 stats = dk.token_stats(torch.randn(4, 100), temperature=0.5, top_k=10)
 accepted = dk.commit_(
     torch.full((1, 4), 99), torch.zeros(1, 4, dtype=torch.int32), stats, dk.Rule.threshold(0.5), mask_id=99
@@ -56,7 +58,8 @@ def test_a_right_program_checks(mypy):
     checked = mypy(RIGHT)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     revealed = [line.split('"')[1] for line in checked.stdout.splitlines() if "Revealed type" in line]
-    assert revealed == ["torch._tensor.Tensor", "list[str] | None", "torch._tensor.Tensor"]
+    tensor = "torch._tensor.Tensor"
+    assert revealed == [tensor, "list[str] | None", tensor, tensor]
 
 
 def test_every_mistake_is_found(mypy):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,26 @@ from .vendor_attention import vendor_attention
 _ops = torch.ops.dllm_kernels
 
 
+@overload
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: SpanMask | None = None,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: SpanMask | None = None,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def block_attention(
     q: Tensor,
     k: Tensor,
@@ -51,6 +73,36 @@ def block_attention(
     return (out, lse) if return_lse else out
 
 
+@overload
+def cached_block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    page_table: Tensor,
+    cache_spans: Tensor,
+    *,
+    fresh_spans: Tensor | None = None,
+    q_lengths: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def cached_block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    page_table: Tensor,
+    cache_spans: Tensor,
+    *,
+    fresh_spans: Tensor | None = None,
+    q_lengths: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def cached_block_attention(
     q: Tensor,
     k: Tensor,

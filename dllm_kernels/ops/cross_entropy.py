@@ -7,6 +7,7 @@ Positions that are not masked have weight 0; they cost nothing and may hold anyt
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +21,24 @@ from ._fake import register_fake
 _ops = torch.ops.dllm_kernels
 
 
+@overload
+def diffusion_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    suppress_tokens: Sequence[int] | None = None,
+    return_ce: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def diffusion_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    suppress_tokens: Sequence[int] | None = None,
+    return_ce: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def diffusion_cross_entropy(
     logits: Tensor,
     targets: Tensor,

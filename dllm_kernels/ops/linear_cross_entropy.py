@@ -6,6 +6,7 @@ Library products around the kernel that turns logits into their gradient in plac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +24,28 @@ MIN_CHUNK_ROWS = 512  # products of fewer rows are slower
 CPU_BLOCK_IDS = 8192  # BLAS divides wider products of few rows unevenly among threads
 
 
+@overload
+def linear_diffusion_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    bias: Tensor | None = None,
+    *,
+    suppress_tokens: Sequence[int] | None = None,
+    return_ce: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def linear_diffusion_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    bias: Tensor | None = None,
+    *,
+    suppress_tokens: Sequence[int] | None = None,
+    return_ce: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def linear_diffusion_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
