@@ -290,7 +290,7 @@ def _run_one(operation: str, text: str, load_model, options: dict, where: Where)
     if where.replay is not None:
         from dllm_kernels.viewer.replay import write_replay
 
-        write_replay(where.replay, runs, tokenizer, mask_id=mask_id_of(model, tokenizer, options))
+        write_replay(where.replay.resolve(), runs, tokenizer, mask_id=mask_id_of(model, tokenizer, options))
         console.print(f"replay: {where.replay}", style="dim", soft_wrap=True, markup=False, highlight=False)
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from dllm_kernels.cli.commands import FAILED, fail
@@ -70,38 +69,31 @@ def write_text(text: str) -> None:
     sys.stdout.buffer.flush()
 
 
-@contextmanager
-def written(target: Path) -> Iterator[Path]:
-    """Yield a path beside `target` to write to, which takes its place at the end; after an error it is gone,
-    and `target` is as it was."""
-    check_writable(target)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        yield beside
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def write_file(target: Path, data: bytes) -> None:
     """Write a file as a whole, or not at all; an existing one keeps its mode, and a link its place."""
     target = target.resolve()
+    check_writable(target)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        with written(target) as beside:
-            with open(beside, "xb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            if target.exists():
-                beside.chmod(stat.S_IMODE(target.stat().st_mode))
+        with open(beside, "xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if target.exists():
+            beside.chmod(stat.S_IMODE(target.stat().st_mode))
+        os.replace(beside, target)
     except OSError as error:
         fail(f"{target} cannot be written: {error.strerror}", FAILED)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def check_writable(target: Path) -> None:
     """Refuse a file that must not or cannot be written, before there is work to lose."""
     if target.is_dir():
         raise ValueError(f"{target} is a folder; give a file")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{target} is not a regular file, which cannot be replaced as a whole")
     if not target.parent.is_dir():
         raise ValueError(f"{target}: there is no folder {target.parent}")
     if target.exists() and not (os.access(target, os.W_OK) and target.stat().st_mode & 0o222):
