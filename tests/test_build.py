@@ -128,6 +128,14 @@ def test_makefile_reads_its_requirements_from_pyproject():
         assert shlex.split(value) == wanted
 
 
+def test_workflows_and_hooks_run_files_that_exist():
+    settings = [*(ROOT / ".github" / "workflows").glob("*.yml"), ROOT / "pyproject.toml"]
+    named = {path for file in settings for path in re.findall(r"(?:tools|\.ci)/[\w./]+\w", file.read_text())}
+    assert {".ci/run", "tools/wheels.sh", "tools/check_wheel.py"} <= named
+    for path in named:
+        assert (ROOT / path).is_file(), path
+
+
 def test_a_wheel_that_lacks_a_file_or_holds_another_is_refused():
     check = runpy.run_path(str(ROOT / "tools" / "check_wheel.py"))
     info = "dllm_kernels-1.dist-info"

@@ -20,6 +20,7 @@ NEEDED = {
     "dllm_kernels/lib/_C.so",
     "dllm_kernels/lib/build_info.json",
     "dllm_kernels/py.typed",
+    "dllm_kernels/viewer/replay.html",
     "dllm_train/configs/cpu.yaml",
     "dllm_train/evaluate/tasks/python_arithmetic.yaml",
     "dllm_train/py.typed",
