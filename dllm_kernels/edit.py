@@ -142,7 +142,7 @@ def _window(
 def _refuse_masks(before: str, behind: str, tokenizer, mask_id: int, name: str) -> None:
     """Refuse text that spells a gap: the model would fill it too."""
     parts = gapped_text(name, f"{before}<mask:1>{behind}", tokenizer, mask_id).parts
-    if sum(part.text is None for part in parts) != 1:
+    if [part.ids for part in parts if part.text is None] != [[mask_id]]:
         raise ValueError(f"{name} holds the mask token as text near these lines, which would be filled too")
 
 

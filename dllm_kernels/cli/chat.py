@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -116,6 +117,8 @@ class Chat:
             try:
                 text = self.inputs.next()
             except KeyboardInterrupt:
+                if not self.inputs.typed:
+                    raise
                 interrupts.forget()
                 self.say("")
                 continue
@@ -126,6 +129,8 @@ class Chat:
             try:
                 self.take(text)
             except KeyboardInterrupt:
+                if not self.inputs.typed:
+                    raise
                 interrupts.forget()
                 conversation.forget_unanswered()
                 self.say("stopped")
@@ -155,37 +160,38 @@ class Chat:
         conversation.ask(text)
         mask_id = mask_id_of(conversation.model, conversation.tokenizer, conversation.options)
         reply, start = Partial(conversation.tokenizer, mask_id), time.perf_counter()
-        view = None
+        paused = 0.0
+        with ExitStack() as drawing:
 
-        def prepared(ids: list[int]):
-            nonlocal view
-            reply.start = len(ids)
-            if self.view and self.inputs.typed:
-                view = live_view(
-                    "sample", conversation.model, conversation.tokenizer, conversation.options, self.console,
-                    self.colour, self.pause, start=len(ids),
-                )  # fmt: skip
-            if view is None:
-                return reply
-            view.__enter__()
-            return lambda event: (reply(event), view(event))
+            def prepared(ids: list[int]):
+                reply.start = len(ids)
+                view = self.drawn("sample", conversation.model, conversation.tokenizer, start=len(ids))
+                if view is None:
+                    return reply
+                drawing.enter_context(view)
 
-        try:
-            output = conversation.sample(prepared=prepared)
-        except KeyboardInterrupt:
-            interrupts.forget()
-            output, said = None, reply.text()
-        except BaseException:
-            conversation.forget_unanswered()
-            raise
-        else:
-            said = output.texts[0]
-        finally:
-            if view is not None:
-                view.__exit__(None, None, None)
+                def seen(event) -> None:
+                    nonlocal paused
+                    reply(event)
+                    view(event)
+                    paused = view.paused
+
+                return seen
+
+            try:
+                output = conversation.sample(prepared)
+                said = output.texts[0]
+            except KeyboardInterrupt:
+                if not self.inputs.typed:
+                    raise
+                interrupts.forget()
+                output, said = None, reply.text()
+            except BaseException:
+                conversation.forget_unanswered()
+                raise
         conversation.answer(said)
         write_text(said if said.endswith("\n") or sys.stdout.isatty() else f"{said}\n")
-        self.figures(output, time.perf_counter() - start - (0.0 if view is None else view.paused))
+        self.figures(output, time.perf_counter() - start - paused)
         if self.history is not None:
             conversation.save(self.history)
 
@@ -217,7 +223,7 @@ class Chat:
             raise ValueError("there is nothing to take back")
         if self.history is not None:
             self.conversation.save(self.history)
-        self.say(f"took back: {asked['content'].splitlines()[0][:60]}")
+        self.say(f"took back: {' '.join(asked['content'].split())[:60]}")
 
     def clear(self, _: str) -> None:
         conversation = self.conversation
@@ -248,17 +254,21 @@ class Chat:
         options = with_rule(self.conversation.options, self.conversation.preset)
         for name in ("max_new_tokens", "stop_on_eos"):
             options.pop(name, None)
-        view = None
-        if self.view and self.inputs.typed:
-            view = live_view("infill", model, tokenizer, options, self.console, self.colour, self.pause)
-        if view is None:
-            output = dk.infill(model, text, tokenizer=tokenizer, **options)
-        else:
-            with view:
-                output = dk.infill(model, text, tokenizer=tokenizer, on_round=view, **options)
+        view = self.drawn("infill", model, tokenizer)
+        with view or nullcontext():
+            output = dk.infill(model, text, tokenizer=tokenizer, on_round=view, **options)
         write_text(output.texts[0] + ("" if output.texts[0].endswith("\n") else "\n"))
 
-    # ---- what is said beside the replies -----------------------------------------------------------------
+    # ---- what is seen beside the replies -----------------------------------------------------------------
+    def drawn(self, operation: str, model, tokenizer, start: int = 0):
+        """Return the view of a run; None where nobody looks."""
+        if not (self.view and self.inputs.typed):
+            return None
+        options = self.conversation.options
+        return live_view(
+            operation, model, tokenizer, options, self.console, self.colour, self.pause, start=start
+        )
+
     def say(self, line: str) -> None:
         self.console.print(harmless(line), style="dim", soft_wrap=True, markup=False, highlight=False)
 
@@ -273,9 +283,7 @@ class Inputs:
     def __init__(self) -> None:
         self.typed = sys.stdin is not None and sys.stdin.isatty()
         if self.typed:
-            import contextlib
-
-            with contextlib.suppress(ImportError):
+            with suppress(ImportError):
                 import readline  # noqa: F401 - line editing in input()
 
     def next(self) -> str | None:
