@@ -10,6 +10,7 @@
         rows go on to their next block, or end     loop.py
     SampleOutput                                   output.py
 
-api.py has the public functions. plain_loop.py is the same without caches, batches and operators: a
-specification to read, and the oracle of the tests.
+api.py has the public functions, session.py the calls of a conversation, which share keys and values.
+plain_loop.py is the same without caches, batches and operators: a specification to read, and the oracle of
+the tests.
 """
