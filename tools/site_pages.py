@@ -27,6 +27,8 @@ FROM_OUTSIDE = {
 }
 _PLACE = {source: place for place, source in FROM_OUTSIDE.items()} | {"README.md": "index.md"}
 _REFERENCE = re.compile(r'(?:href|src)="(?![a-z]+:|//)([^"#?]+)')
+_TABLE_ROW = re.compile(r"^\|.*\|$", re.MULTILINE)
+_CODE = re.compile(r"`[^`\n]+`")
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 
 
@@ -45,7 +47,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def led(link: re.Match) -> str:
         return link[1] + site_link(link[2], source, place, config.repo_url) + link[3]
 
-    return _LINK.sub(led, markdown)
+    return _TABLE_ROW.sub(_with_bars, _LINK.sub(led, markdown))
+
+
+def _with_bars(row: re.Match) -> str:
+    """Return a row of a table with bars in code as they are: GitHub needs a backslash, which mkdocs shows."""
+    return _CODE.sub(lambda code: code[0].replace("\\|", "|"), row[0])
 
 
 def on_post_build(config: MkDocsConfig) -> None:
