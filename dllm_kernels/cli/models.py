@@ -18,7 +18,8 @@ def _names(incomplete: str) -> list[str]:
     return [name for name in EMBEDDED if name.startswith(incomplete)]
 
 
-def _one_of(*names: str):
+def one_of(*names: str):
+    """Return what completes an option that takes one of `names`."""
     return lambda incomplete: [name for name in names if name.startswith(incomplete)]
 
 
@@ -37,7 +38,7 @@ Attention = Annotated[
     typer.Option(
         help="block_causal or bidirectional, if trained for both.",
         rich_help_panel=MODEL_PANEL,
-        autocompletion=_one_of("block_causal", "bidirectional"),
+        autocompletion=one_of("block_causal", "bidirectional"),
     ),
 ]
 Device = Annotated[
@@ -49,7 +50,7 @@ Dtype = Annotated[
     typer.Option(
         help="float32, bfloat16 or float16; by the device unless given.",
         rich_help_panel=MODEL_PANEL,
-        autocompletion=_one_of("float32", "bfloat16", "float16"),
+        autocompletion=one_of("float32", "bfloat16", "float16"),
     ),
 ]
 

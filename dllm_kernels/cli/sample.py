@@ -12,22 +12,30 @@ from typing import Annotated
 import typer
 
 from dllm_kernels.cli.commands import GENERATE, fail
-from dllm_kernels.cli.models import Attention, Device, Dtype, Model, load
+from dllm_kernels.cli.models import Attention, Device, Dtype, Model, load, one_of
 from dllm_kernels.cli.narrow_help import Command
 from dllm_kernels.cli.options import Infilling, Sampling, assignments, given, with_rule
 from dllm_kernels.cli.partial import Partial
 from dllm_kernels.cli.streams import check_writable, file_text, given_text, write_file, write_text
+from dllm_kernels.viewer import COLOURS
 
 OUTPUT, VIEW = "Input and output", "Live view and replay"
 _TOGETHER = 32  # prompts of a file that are in flight at once, unless --max-batch says another number
 
+_PRESETS = ("llada", "fast_dllm", "dream", "bd3lm", "llada2")  # of SampleConfig, whose import takes a second
+
+
+def _known_colour(colour: str) -> str:
+    if colour not in COLOURS:
+        raise ValueError(f"colour is {colour!r}; allowed: {', '.join(COLOURS)}")
+    return colour
+
+
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="Published settings: llada, fast_dllm, dream, bd3lm or llada2; other options override them.",
-        autocompletion=lambda incomplete: [
-            name for name in ("llada", "fast_dllm", "dream", "bd3lm", "llada2") if name.startswith(incomplete)
-        ],
+        help=f"Published settings, which other options override: {', '.join(_PRESETS)}.",
+        autocompletion=one_of(*_PRESETS),
     ),
 ]
 View = Annotated[
@@ -40,9 +48,8 @@ Colour = Annotated[
         "--color",
         help="step: when a token was committed; confidence: how sure it was.",
         rich_help_panel=VIEW,
-        autocompletion=lambda incomplete: [
-            name for name in ("step", "confidence") if name.startswith(incomplete)
-        ],
+        callback=_known_colour,
+        autocompletion=one_of(*COLOURS),
     ),
 ]
 Pause = Annotated[float, typer.Option(help="Seconds to wait after every step.", min=0, rich_help_panel=VIEW)]
@@ -232,8 +239,6 @@ class Where:
         for target in (self.output, self.replay):
             if target is not None:
                 check_writable(target.resolve())
-        if self.colour not in ("step", "confidence"):
-            raise ValueError(f"colour is {self.colour!r}; allowed: step, confidence")
 
 
 def _is_file_of_prompts(argument: str | None, name: str, jsonl: str | None, where: Where) -> bool:

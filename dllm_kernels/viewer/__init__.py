@@ -2,3 +2,5 @@
 
 `terminal.py` draws while `dk.sample` or `dk.infill` runs, `replay.py` writes what a run recorded.
 """
+
+COLOURS = ("step", "confidence")  # what the colour of a token may tell

@@ -19,11 +19,11 @@ from rich.style import Style
 from rich.text import Text
 
 from dllm_kernels.models.text import check_tokenizer, decoded_behind
+from dllm_kernels.viewer import COLOURS
 from dllm_kernels.viewer.control_characters import harmless
 
 MASK_CELL, SPECIAL_CELL, BORDER = "░", "·", "│"
 STYLES = {"given": "", "fresh": "bold green", "filled": "cyan", "mask": "dim", "border": "dim"}
-COLOURS = ("step", "confidence")
 _EARLY_TO_LATE = ((86, 110, 214), (52, 152, 196), (46, 160, 110), (186, 140, 30))
 _UNSURE_TO_SURE = ((205, 70, 60), (200, 140, 40), (60, 160, 80))
 _SECONDS_PER_FRAME = 1 / 30

@@ -54,6 +54,13 @@ def test_help_has_examples(command):
     assert "Examples" in result.stdout and f"dllm {command}" in result.stdout
 
 
+def test_presets_are_those_of_the_config():
+    from dllm_kernels.cli.sample import _PRESETS
+    from dllm_kernels.sampling.config import PRESETS
+
+    assert [*PRESETS] == [*_PRESETS]
+
+
 def test_values_have_the_type_of_their_field():
     assert options.assignments("threshold=0.6,cache=none,steps=none,eos-ids=1,2,strict=yes,seed=3") == {
         "threshold": 0.6, "cache": "none", "steps": None, "eos_ids": (1, 2), "strict": True, "seed": 3,
@@ -107,6 +114,7 @@ def test_options_override_a_preset(monkeypatch):
         (["sample", PROMPT, "--jsonl", "a.jsonl"], "give PROMPT or --jsonl, not both"),
         (["sample", PROMPT, "--preset", "none"], "preset is 'none'; allowed: llada"),
         (["sample", PROMPT, "--colour", "age"], "colour is 'age'; allowed: step, confidence"),
+        (["chat", "--colour", "age"], "colour is 'age'; allowed: step, confidence"),
         (["sample", PROMPT, "--eos-ids", "a"], "eos_ids is 'a'; it must be token ids"),
         (["sample", PROMPT, "--temperature", "hot"], "'--temperature'"),
         (["sample", PROMPT, "--temprature", "1"], "no such option: --temprature"),
