@@ -14,6 +14,7 @@ from dllm_kernels.sampling.plan import make_plan
 from dllm_kernels.sampling.prompts import gapped_text
 
 LENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # of gaps that "auto" compares, in lengths of the old lines
+OF_NOTHING = (4, 8, 16, 32)  # where the old lines are blank
 _CONTEXT_LINES = 3  # of a diff
 _SPARE = 16  # positions left for special tokens, and for tokens that joining lines adds
 
@@ -68,8 +69,8 @@ def propose(
     ends = "\r\n" if text.count("\r\n") * 2 > text.count("\n") else "\n"
     shown = [line.replace("\r\n", "\n").removeprefix("\ufeff") for line in lines]
     old = "".join(shown[first - 1 : last]).removesuffix("\n")
-    sizes = _lengths(tokens, old, tokenizer)
     limit = plan.diffusion.max_positions
+    sizes = _lengths(tokens, old, tokenizer, limit)
     start, stop = _window(shown, first - 1, last, max(sizes), limit, tokenizer, name)
     before = "".join(shown[start : first - 1])
     behind = ("\n" if lines[last - 1].endswith("\n") else "") + "".join(shown[last:stop])
@@ -94,14 +95,17 @@ def split_lines(text: str) -> list[str]:
     return re.findall("[^\n]*\n|[^\n]+", text)
 
 
-def _lengths(tokens: int | str, old: str, tokenizer) -> list[int]:
-    """Return the lengths of gaps to try."""
+def _lengths(tokens: int | str, old: str, tokenizer, limit: int | None) -> list[int]:
+    """Return the lengths of gaps to try in place of the old lines."""
     if tokens != "auto":
         if isinstance(tokens, str):
             raise ValueError(f'tokens is {tokens!r}; give a number, or "auto"')
         return [integer("tokens", tokens, 1)]
+    if not old.strip():
+        return list(OF_NOTHING)
     there = max(_count(old, tokenizer), 1)
-    return sorted({max(round(there * share), 1) for share in LENGTHS})
+    sizes = sorted({max(round(there * share), 1) for share in LENGTHS})
+    return [size for size in sizes if limit is None or size + _SPARE <= limit] or sizes[:1]
 
 
 def _count(text: str, tokenizer) -> int:

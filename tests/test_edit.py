@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dllm_kernels as dk
-from dllm_kernels.edit import LENGTHS, propose, split_lines
+from dllm_kernels.edit import LENGTHS, OF_NOTHING, propose, split_lines
 
 TEXT = "import sys\n\n\ndef add(a, b):\n    total = a + b\n    return total\n\n\nprint(add(1, 2))\n"
 FIRST, LAST = 5, 6
@@ -79,6 +79,18 @@ def test_auto_takes_the_length_with_the_highest_mean_log_probability(tiny):
         assert proposal.candidates[0].text == "x" * best
         bounds = [one.mean_logprob for one in proposal.candidates]
         assert bounds == sorted(bounds, reverse=True) and bounds[0] > bounds[1]
+
+
+def test_blank_lines_are_filled_with_more_than_they_had(tiny):
+    proposal = proposed(tiny, first=2, last=3)
+    assert sorted(one.tokens for one in proposal.candidates) == list(OF_NOTHING)
+
+
+def test_auto_leaves_out_lengths_that_the_model_has_no_positions_for(tiny):
+    text = "x = [1, 2, 3, 4, 5, 6, 7, 8]\n" * 30
+    proposal = proposed(tiny, text, 1, 30, threshold=-1.0)
+    tokens = [one.tokens for one in proposal.candidates]
+    assert 1 < len(tokens) < len(LENGTHS) and max(tokens) < tiny[0].config.max_position_embeddings
 
 
 def test_the_bound_is_that_of_the_committed_tokens(tiny):
