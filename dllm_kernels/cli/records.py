@@ -81,12 +81,12 @@ def by_line(error: Exception, prompts: list[Prompt], file: str) -> str:
     return re.sub(r"\b(?:prompts|canvases)\[(\d+)\]|\brow (\d+)\b", line, str(error))
 
 
-def record(output, row: int, prompt: str | list, id: object = None) -> dict:
+def record(output, row: int, prompt: str | list, known_by: object = None) -> dict:
     """Return one row of a SampleOutput for a script.
 
-    tokens: ids that were generated, up to the first end token. logprobs: of each of them, if recorded.
+    known_by: the id of its line. tokens: ids that were generated, up to the first end token. logprobs: of each of them, if recorded.
     """
-    fields = {} if id is None else {"id": id}
+    fields = {} if known_by is None else {"id": known_by}
     generated = (output.unmask_step[row] >= 0).nonzero()[:, 0]
     if output.filled is None:
         generated = generated[: int(output.lengths[row])]
