@@ -84,7 +84,8 @@ def by_line(error: Exception, prompts: list[Prompt], file: str) -> str:
 def record(output, row: int, prompt: str | list, known_by: object = None) -> dict:
     """Return one row of a SampleOutput for a script.
 
-    known_by: the id of its line. tokens: ids that were generated, up to the first end token. logprobs: of each of them, if recorded.
+    known_by: the id of its line. tokens: ids that were generated, up to the first end token. logprobs:
+    of each of them, if recorded.
     """
     fields = {} if known_by is None else {"id": known_by}
     generated = (output.unmask_step[row] >= 0).nonzero()[:, 0]
