@@ -206,7 +206,7 @@ class Chat:
             tokens = int(output.lengths[0])
             self.say(
                 f"{tokens} tokens, {tokens / seconds:.0f} tokens/s, {output.forwards} forwards, "
-                f"{self.conversation.session.reused} positions reused"
+                f"{self.conversation.reused} positions reused"
             )
 
     def set(self, argument: str) -> None:

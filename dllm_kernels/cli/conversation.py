@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dllm_kernels.cli.options import parsed, with_rule
 from dllm_kernels.cli.streams import file_bytes, write_file
+
+if TYPE_CHECKING:
+    from dllm_kernels.sampling.prefix_cache import PrefixCache
 
 ROLES = ("system", "user", "assistant")
 NOT_HERE = ("chat", "history", "max_batch")  # options that say nothing in a conversation
@@ -19,7 +23,8 @@ class Conversation:
     input begins a line and is continued.
 
     options: of `dk.sample`, as they were given. dropped: messages at the start that the model no longer sees,
-    since all of them do not fit its positions.
+    since all of them do not fit its positions. reused: tokens of the last prompt whose keys and values were
+    there already.
     """
 
     model: object
@@ -29,13 +34,13 @@ class Conversation:
     preset: str | None = None
     messages: list[dict] = field(default_factory=list)
     dropped: int = 0
+    reused: int = 0
 
     def __post_init__(self) -> None:
         from dllm_kernels.models.families import diffusion_of
-        from dllm_kernels.sampling.session import Session
 
         self.diffusion = diffusion_of(self.model)
-        self.session = Session(self.model, tokenizer=self.tokenizer)
+        self._cache: PrefixCache | None = None
         self.check(self.options)
 
     @property
@@ -95,12 +100,36 @@ class Conversation:
     def sample(self, prepared=lambda ids: None):
         """Return the SampleOutput of a reply to the last message. prepared: called with the ids of the prompt
         before the first forward; returns what is called after every round."""
-        options = with_rule(self.options, self.preset)
-        ids = self._fitting(options)
-        return self.session.sample([ids], on_round=prepared(ids), **options)
+        from dllm_kernels.sampling.api import sample
 
-    def _fitting(self, options: dict) -> list[int]:
-        """Return the ids of the messages, the oldest ones dropped where the model has no room for all."""
+        options = with_rule(self.options, self.preset)
+        ids, new, size = self._fitting(options)
+        cache = self._cache_for(len(ids) + new + size, options)
+        before = 0 if cache is None else cache.reused_tokens
+        try:
+            return sample(
+                self.model, [ids], tokenizer=self.tokenizer, on_round=prepared(ids), prefix_cache=cache,
+                **options,
+            )  # fmt: skip
+        finally:
+            self.reused = 0 if cache is None else cache.reused_tokens - before
+
+    def _cache_for(self, tokens: int, options: dict) -> PrefixCache | None:
+        """Return the conversation's cache, with room for so many tokens; None where nothing can be kept."""
+        from dllm_kernels.sampling.plan import make_plan
+        from dllm_kernels.sampling.prefix_cache import PrefixCache
+
+        given = dict(options)
+        plan = make_plan(self.model, self.tokenizer, given.pop("config", None), given)
+        if not PrefixCache.serves(plan):
+            return None
+        if self._cache is None or self._cache.tokens < tokens:
+            self._cache = PrefixCache(tokens=2 * tokens)
+        return self._cache
+
+    def _fitting(self, options: dict) -> tuple[list[int], int, int]:
+        """Return the ids of the messages, the oldest ones dropped where the model has no room for all, the
+        number of new tokens, and that of a block's."""
         from dllm_kernels.sampling.config import SampleConfig
 
         config = options.get("config") or SampleConfig()
@@ -116,7 +145,7 @@ class Conversation:
                 (at for at in range(self.dropped + 1, len(others)) if others[at]["role"] == "user"), None
             )
             if limit is None or len(ids) + new + size <= limit or following is None:
-                return ids
+                return ids, new, size
             self.dropped = following
 
     def _ids(self, messages: list[dict]) -> list[int]:

@@ -10,7 +10,8 @@
         rows go on to their next block, or end     loop.py
     SampleOutput                                   output.py
 
-api.py has the public functions, session.py the calls of a conversation, which share keys and values.
+api.py has the public functions, choose.py and canvas_control.py those for single positions; prefix_cache.py
+carries keys and values from call to call.
 plain_loop.py is the same without caches, batches and operators: a specification to read, and the oracle of
 the tests.
 """

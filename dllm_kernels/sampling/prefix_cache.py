@@ -69,7 +69,8 @@ class PrefixCache:
     @contextmanager
     def rows_of(self, plan: Plan, canvases: Canvases, ids: Tensor, scaling: list) -> Iterator[RowPages]:
         """Provide the pages of the rows of one call. Raise ValueError for calls that cannot use a cache."""
-        self._check(plan)
+        if (refusal := self._refusal(plan)) is not None:
+            raise ValueError(f"prefix_cache {refusal}")
         needed, there = plan.pages_for(canvases.end), -(-self.tokens // PAGE_SIZE)
         if needed > there:
             raise ValueError(
@@ -87,16 +88,21 @@ class PrefixCache:
         finally:
             self._lock.release()
 
-    def _check(self, plan: Plan) -> None:
+    @classmethod
+    def serves(cls, plan: Plan) -> bool:
+        """Return whether a call by `plan` can use a prefix cache."""
+        return cls._refusal(plan) is None
+
+    @staticmethod
+    def _refusal(plan: Plan) -> str | None:
+        """Return why a call cannot use a prefix cache, or None."""
         if plan.scheme.keeps != "before" or not plan.scheme.exact:
-            raise ValueError(
-                "prefix_cache keeps finished blocks, which needs a block-causal model sampled with "
-                'cache="block"'
-            )
+            return 'keeps finished blocks, which needs a block-causal model sampled with cache="block"'
         if plan.config.parity is not None:
-            raise ValueError(f"prefix_cache has no meaning with parity={plan.config.parity!r}")
+            return f"has no meaning with parity={plan.config.parity!r}"
         if plan.streams > 1:
-            raise ValueError("prefix_cache has no meaning with cfg_scale, half of which hides the prompt")
+            return "has no meaning with cfg_scale, half of which hides the prompt"
+        return None
 
     def longest(self, ids: Tensor, scaling: object) -> tuple[_Kept | None, int]:
         """Return the kept sequence that has most leading tokens in common with ids [n], and how many."""

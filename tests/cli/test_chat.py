@@ -56,9 +56,9 @@ def test_every_turn_is_put_through_the_template(templated, tiny):
 
 def test_later_turns_reuse_keys_and_values(templated):
     turn(templated, "x = 1\n" * 20)
-    assert templated.session.reused == 0
+    assert templated.reused == 0
     turn(templated, "and?")
-    assert templated.session.reused >= 64
+    assert templated.reused >= 64
 
 
 def test_without_a_template_each_input_begins_a_line_of_one_text(tiny):
