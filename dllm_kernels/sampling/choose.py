@@ -118,7 +118,7 @@ def _log_probabilities(
             here = torch.isin(row, some)
             place = torch.searchsorted(some, row[here])
             output, made = _output_rows(
-                plan, *(values[some].to(plan.device) for values in (canvas, given, masks)),
+                plan, canvas[some].to(plan.device), given[some].to(plan.device), masks[some].to(plan.device),
                 place.to(plan.device), offset[here].to(plan.device),
             )  # fmt: skip
             statistics = Statistics(plan, plan.config.acceptance(1), len(some), int(masks.max()))

@@ -7,12 +7,13 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dllm_kernels._arguments import integer
-from dllm_kernels.kv_cache import BlockKVCache, PagesExhausted
+from dllm_kernels.kv_cache import PagesExhausted
 from dllm_kernels.sampling.plan import PAGE_SIZE, Plan
 from dllm_kernels.sampling.prompts import Canvases
 from dllm_kernels.sampling.slots import RowPages, state_of
@@ -46,7 +47,7 @@ class PrefixCache:
     def __init__(self, tokens: int = 8192):
         self.tokens = integer("tokens", tokens, PAGE_SIZE)
         self.reused_tokens = 0
-        self._pages: BlockKVCache | None = None
+        self._pages: Any = None  # a BlockKVCache from the first call on
         self._key: tuple | None = None
         self._kept: list[_Kept] = []
         self._lock = threading.Lock()
@@ -155,11 +156,11 @@ class _RowsOfCall(RowPages):
         super().__init__(owner._pages, 1, ids, shareable, plan.config.block_size)
         self.owner, self.scaling = owner, scaling
 
-    def admit(self, row: int, tokens: int, cached: list[int]) -> int | None:
+    def admit(self, row: int, tokens: int, cached: Tensor) -> int | None:
         kept, common = self.owner.longest(self.ids[row, : self.shareable[row]], self.scaling[row])
         common = common // self.whole * self.whole
         _, shared = self.leader(row)
-        if common <= shared:
+        if kept is None or common <= shared:
             self.owner.make_room(tokens)
             return super().admit(row, tokens, cached)
         # What is shared needs no pages of its own, but a copy of the last one where it is cut.
