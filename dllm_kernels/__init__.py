@@ -19,6 +19,8 @@ _MODULE_OF = {
     "TokenStats": "ops.token_stats",
     "commit_": "ops.unmask",
     "unmask_": "ops.unmask",
+    "skinny_linear": "ops.skinny_linear",
+    "quantize_weight": "ops.skinny_linear",
     "diffusion_cross_entropy": "ops.cross_entropy",
     "linear_diffusion_cross_entropy": "ops.linear_cross_entropy",
     "BlockKVCache": "kv_cache",

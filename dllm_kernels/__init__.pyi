@@ -13,6 +13,8 @@ from dllm_kernels.ops.kv_write import kv_write_ as kv_write_
 from dllm_kernels.ops.linear_cross_entropy import (
     linear_diffusion_cross_entropy as linear_diffusion_cross_entropy,
 )
+from dllm_kernels.ops.skinny_linear import quantize_weight as quantize_weight
+from dllm_kernels.ops.skinny_linear import skinny_linear as skinny_linear
 from dllm_kernels.ops.token_stats import TokenStats as TokenStats
 from dllm_kernels.ops.token_stats import linear_token_stats as linear_token_stats
 from dllm_kernels.ops.token_stats import token_stats as token_stats

@@ -165,6 +165,19 @@ struct Projection {
   int64_t weight_stride;  // 0 on CUDA: a row is not contiguous
 };
 
+// out = x · weightᵀ + bias; an int8 weight w of output n stands for w · scales[n, group].
+struct SkinnyLinearParams {
+  const void* x;        // [rows, inputs], contiguous
+  const void* weight;   // [outputs, inputs], rows weight_stride elements apart
+  const float* scales;  // [outputs, groups] of an int8 weight, else null
+  const void* bias;     // [outputs], or null
+  void* out;            // [rows, outputs], in the type of x
+  DType x_type, weight_type, bias_type;
+  int64_t rows, weight_stride;
+  int32_t inputs, outputs;
+  int32_t groups;  // each of inputs / groups inputs
+};
+
 // KL(p ‖ q) of the softmax distributions of two rows of logits.
 template <class Ids>
 struct TokenDivergenceParams {

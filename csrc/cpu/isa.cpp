@@ -9,7 +9,16 @@ namespace {
 struct Choice {
   Isa isa = Isa::baseline;
   std::string error;
+  bool forced = false;
 };
+
+bool vnni_supported() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
 
 Isa best_supported() {
 #if defined(__x86_64__)
@@ -34,7 +43,7 @@ Choice choose() {
   else if (name == "avx512") wanted = Isa::avx512;
   else return {best, "DLLM_ISA=" + name + " is unknown; allowed: baseline, avx2, avx512"};
   if (wanted > best) return {best, "DLLM_ISA=" + name + " is not supported by this processor"};
-  return {wanted, ""};
+  return {wanted, "", true};
 }
 
 const Choice& choice() {
@@ -50,6 +59,8 @@ const char* active_isa_name() {
   constexpr const char* names[] = {"baseline", "avx2", "avx512"};
   return names[static_cast<int>(active_isa())];
 }
+
+bool has_vnni() { return active_isa() == Isa::avx512 && !choice().forced && vnni_supported(); }
 
 const char* isa_error() { return choice().error.c_str(); }
 

@@ -10,6 +10,8 @@ enum class Isa { baseline, avx2, avx512 };
 Isa active_isa();
 const char* active_isa_name();
 const char* isa_error();  // empty when DLLM_ISA is unset or valid
+// Whether kernels may use VNNI: the processor has it, and DLLM_ISA forces no less.
+bool has_vnni();
 
 }  // namespace dllm::cpu
 

@@ -9,7 +9,10 @@
 #include <utility>
 
 #if defined(__SSE2__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own intrinsics
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #define DLLM_SIMD inline __attribute__((always_inline))
@@ -82,12 +85,13 @@ DLLM_SIMD Floats exp2(Floats x) {
   return y * power;
 }
 
-template <int... i>
-DLLM_SIMD Floats zip(Floats a, Floats b, std::integer_sequence<int, i...>) {
+// The halves of two vectors, interleaved. Vector: Floats or Ints.
+template <class Vector, int... i>
+DLLM_SIMD Vector zip(Vector a, Vector b, std::integer_sequence<int, i...>) {
   return __builtin_shuffle(a, b, Ints{i / 2 + i % 2 * kLanes...});
 }
-template <int... i>
-DLLM_SIMD Floats zip_rest(Floats a, Floats b, std::integer_sequence<int, i...>) {
+template <class Vector, int... i>
+DLLM_SIMD Vector zip_rest(Vector a, Vector b, std::integer_sequence<int, i...>) {
   return __builtin_shuffle(a, b, Ints{(kLanes + i) / 2 + i % 2 * kLanes...});
 }
 

@@ -32,6 +32,10 @@ def calls() -> dict[str, dict]:
             "hidden": torch.randn(2, 3), "weight": torch.randn(5, 3), "bias": torch.randn(5),
             "noise_ids": int32(2, 3),
         },
+        "skinny_linear": {
+            "x": torch.randn(2, 3), "weight": torch.ones(5, 3, dtype=torch.int8), "bias": torch.randn(5),
+            "scales": torch.rand(5, 1),
+        },
         "block_attention": {"q": q, "k": k, "v": k, "spans": int32(1, 4, 1, 2), "scale": 1.0},
         "cached_block_attention": {
             "q": q, "k": k, "v": k, "cache_k": cache[0], "cache_v": cache[1], "page_table": int32(1, 2),

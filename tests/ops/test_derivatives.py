@@ -107,8 +107,12 @@ def test_gradients_of_a_batch_of_inputs(function):
     torch.testing.assert_close(found, expected)
 
 
-WITHOUT = {name: calls()[name] for name in ("token_stats", "token_divergence", "linear_token_stats")}
-WITHOUT["cached_block_attention"] = calls()["cached_block_attention"]
+WITHOUT = {
+    name: calls()[name]
+    for name in (
+        "token_stats", "token_divergence", "linear_token_stats", "skinny_linear", "cached_block_attention",
+    )
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("operator", WITHOUT)

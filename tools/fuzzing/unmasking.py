@@ -111,6 +111,28 @@ def check_linear_token_stats(draw: Draw, call: dict, result) -> None:
     _check_stats(logits, options, result)
 
 
+# ---- skinny_linear --------------------------------------------------------------------------------------
+def skinny_linear(draw: Draw) -> dict:
+    rows, outputs, inputs = draw.integer(0, 70), draw.integer(0, 70), draw.integer(1, 140)
+    bias = draw.floats(outputs, dtype=draw.choice(FLOATS)) if draw.chance(0.5) else None
+    x = draw.floats(rows, inputs, dtype=draw.choice(FLOATS))
+    weight, scales = draw.floats(outputs, inputs, dtype=draw.choice(FLOATS)), None
+    if draw.chance(0.5):
+        weight, scales = torch.randint(-128, 128, (outputs, inputs)).to(torch.int8), torch.rand(outputs, 1)
+    return {"x": x, "weight": weight, "bias": bias, "scales": scales}
+
+
+def check_skinny_linear(draw: Draw, call: dict, result) -> None:
+    x, weight = call["x"].double(), call["weight"].double()
+    if call["scales"] is not None:
+        scale = call["x"].float().abs().amax(1, keepdim=True) / 127
+        x = (call["x"].float() * torch.where(scale > 0, 1 / scale, 0)).round().double() * scale.double()
+        weight = weight * call["scales"].double()
+    bias = 0.0 if call["bias"] is None else call["bias"].double()
+    size = x.abs() @ weight.abs().T + 1
+    close("out", result.double() / size, (x @ weight.T + bias) / size, 1e-2)
+
+
 # ---- commit_ and unmask_ -------------------------------------------------------------------------------
 def _canvas(draw: Draw, batch: int, length: int, mask_id: int) -> torch.Tensor:
     canvas = torch.randint(0, mask_id, (batch, length)).masked_fill(torch.rand(batch, length) < 0.6, mask_id)
@@ -252,6 +274,7 @@ CALLS = {
     "token_stats": (token_stats, check_token_stats),
     "token_divergence": (token_divergence, check_token_divergence),
     "linear_token_stats": (linear_token_stats, check_linear_token_stats),
+    "skinny_linear": (skinny_linear, check_skinny_linear),
     "commit_": (commit_, check_commit_),
     "unmask_": (unmask_, check_unmask_),
     "advance_": (advance_, check_advance_),
