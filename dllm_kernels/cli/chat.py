@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from dllm_kernels.cli.commands import GENERATE, interrupts
-from dllm_kernels.cli.models import Attention, Device, Dtype, Model, load
+from dllm_kernels.cli.models import Attention, Device, Dtype, Model, Weights, load
 from dllm_kernels.cli.options import Sampling, given_options, with_rule
 from dllm_kernels.cli.partial import Partial
 from dllm_kernels.cli.sample import Colour, Pause, Preset, View, live_view, mask_id_of
@@ -56,6 +56,7 @@ def chat(
     attention: Attention = None,
     device: Device = None,
     dtype: Dtype = None,
+    weights: Weights = None,
     preset: Preset = None,
     history: Annotated[
         Path | None, typer.Option(help="A file to go on with, and to write after every turn.")
@@ -69,7 +70,7 @@ def chat(
     with_rule(options, preset)
     if history is not None:
         check_writable(history.resolve())
-    loaded, tokenizer = load(model, attention, device, dtype)
+    loaded, tokenizer = load(model, attention, device, dtype, weights)
     from dllm_kernels.cli.conversation import Conversation
 
     conversation = Conversation(loaded, tokenizer, model, options, preset)
@@ -78,7 +79,7 @@ def chat(
     if system is not None:
         conversation.messages = [one for one in conversation.messages if one["role"] != "system"]
         conversation.messages.insert(0, {"role": "system", "content": system})
-    infiller = partial(load, model, attention, device, dtype, infills=True)
+    infiller = partial(load, model, attention, device, dtype, weights, infills=True)
     Chat(conversation, history, infiller, view, colour, pause).run()
 
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from dllm_kernels.cli.commands import GENERATE
-from dllm_kernels.cli.models import Attention, Device, Dtype, Model, busy, load
+from dllm_kernels.cli.models import Attention, Device, Dtype, Model, Weights, busy, load
 from dllm_kernels.cli.options import Infilling, given
 from dllm_kernels.cli.sample import Colour, Json, Pause, Preset, View, live_view
 from dllm_kernels.cli.streams import LARGEST, check_writable, file_bytes, write_file, write_text
@@ -51,6 +51,7 @@ def edit(
     attention: Attention = None,
     device: Device = None,
     dtype: Dtype = None,
+    weights: Weights = None,
     preset: Preset = None,
     json: Json = False,
     view: View = True,
@@ -66,7 +67,7 @@ def edit(
     if write:
         check_writable(file.resolve())
     text = _decoded(file, data)
-    loaded, tokenizer = load(model, attention, device, dtype, infills=True)
+    loaded, tokenizer = load(model, attention, device, dtype, weights, infills=True)
     from dllm_kernels.edit import propose
 
     console = Console(stderr=True)

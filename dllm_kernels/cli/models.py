@@ -53,6 +53,14 @@ Dtype = Annotated[
         autocompletion=one_of("float32", "bfloat16", "float16"),
     ),
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="How linear layers store their weights, on the CPU: float32, bfloat16 or int8.",
+        rich_help_panel=MODEL_PANEL,
+        autocompletion=one_of("float32", "bfloat16", "int8"),
+    ),
+]
 
 
 @contextmanager
@@ -76,6 +84,7 @@ def load(
     attention: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    weights: str | None = None,
     *,
     infills: bool = False,
 ):
@@ -91,7 +100,7 @@ def load(
         logging.set_verbosity_error()  # a mistake is one line, ours
         if attention is None and infills and "bidirectional" in attentions(name):
             attention = "bidirectional"
-        model, tokenizer = dk.load(name, device=device, dtype=dtype, attention=attention)
+        model, tokenizer = dk.load(name, device=device, dtype=dtype, attention=attention, weights=weights)
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer")
     return model, tokenizer

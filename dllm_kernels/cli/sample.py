@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from dllm_kernels.cli.commands import GENERATE, fail
-from dllm_kernels.cli.models import Attention, Device, Dtype, Model, load, one_of
+from dllm_kernels.cli.models import Attention, Device, Dtype, Model, Weights, load, one_of
 from dllm_kernels.cli.narrow_help import Command
 from dllm_kernels.cli.options import Infilling, Sampling, assignments, given, with_rule
 from dllm_kernels.cli.partial import Partial
@@ -132,6 +132,7 @@ def sample(
     attention: Attention = None,
     device: Device = None,
     dtype: Dtype = None,
+    weights: Weights = None,
     preset: Preset = None,
     jsonl: Jsonl = None,
     output: Output = None,
@@ -144,7 +145,7 @@ def sample(
 ) -> None:
     options = given(context, preset)
     where = Where(output, json, view, colour, pause, replay, compare)
-    load_model = partial(load, model, attention, device, dtype)
+    load_model = partial(load, model, attention, device, dtype, weights)
     if _is_file_of_prompts(prompt, "PROMPT", jsonl, where):
         _run_file("sample", jsonl, output, load_model, options)
         return
@@ -163,6 +164,7 @@ def infill(
     attention: Attention = None,
     device: Device = None,
     dtype: Dtype = None,
+    weights: Weights = None,
     preset: Preset = None,
     draft: Annotated[
         bool, typer.Option("--draft", help="The given text may change too, by --edit-threshold.")
@@ -183,7 +185,7 @@ def infill(
     options |= {"pinned": False} if draft else {}
     options |= {"allowed": allow} if allow else {}
     where = Where(output, json, view, colour, pause, replay, compare)
-    load_model = partial(load, model, attention, device, dtype, infills=True)
+    load_model = partial(load, model, attention, device, dtype, weights, infills=True)
     if _is_file_of_prompts(file, "FILE", jsonl, where):
         _run_file("infill", jsonl, output, load_model, options)
         return
@@ -201,12 +203,13 @@ def choose(
     attention: Attention = None,
     device: Device = None,
     dtype: Dtype = None,
+    weights: Weights = None,
     json: Json = False,
 ) -> None:
     from dllm_kernels.cli.records import print_json
 
     text = given_text(prompt, "the prompt")
-    loaded, tokenizer = load(model, attention, device, dtype)
+    loaded, tokenizer = load(model, attention, device, dtype, weights)
     import dllm_kernels as dk
 
     found = dk.choose(loaded, text, choice, tokenizer=tokenizer, normalize=normalize, chat=chat)

@@ -22,6 +22,7 @@ from dllm_kernels.models.families import Family, family_of, token_ids
 from dllm_kernels.models.safetensors_io import fill_weights, own_storages, plan_weights, write_weights
 from dllm_kernels.models.savable import refuse_unsavable
 from dllm_kernels.models.staging import CONFIG, interrupted_save, recover, staged
+from dllm_kernels.models.stored_weights import store_weights
 from dllm_kernels.models.tokenizer_files import FILES, read_tokenizer
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def load(
     attention: str | None = None,
     merge_projections: bool = False,
     base: str | Path | None = None,
+    weights: str | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """Return (model, tokenizer) of a checkpoint; the tokenizer is None if the checkpoint has none.
 
@@ -56,6 +58,9 @@ def load(
     merge_projections: queries, keys and values as one product without gradients, gate and up as another
     (`models.merged_projections`); a model whose projections are fused already stays as it is.
     base: the base model of an adapter, in place of the one that its adapter_config.json names.
+    weights: "bfloat16" | "int8", on the CPU: linear layers store their weights rounded, and read them once
+    for few rows (`models.stored_weights`); "float32": as they are, but read so. The vocabulary projection
+    keeps its dtype. None: the stock layers.
     The model is a stock transformers model in eval mode. Called directly it sees what it was trained to see
     (`attention.see_as_trained`). A weight that is missing, left over or of the wrong shape is an error. No
     code of the checkpoint is run, and its weights are never in memory twice.
@@ -63,6 +68,10 @@ def load(
     folder = checkpoint_folder(name)
     device, dtype = _placement(device, dtype)
     model, tokenizer = read_checkpoint(folder, device, dtype, attention, merge_projections, base=base)
+    if weights is not None:
+        if merge_projections:
+            raise ValueError(f"merge_projections has no meaning with weights={weights!r}")
+        store_weights(model, weights)
     see_as_trained(model)
     found = str(name) not in EMBEDDED and Path(name).expanduser().is_dir()
     model.name_or_path = str(folder.resolve() if found else name)  # which peft records as the base

@@ -20,6 +20,7 @@ _ADDITIONS = {
     "lora_": "an adapter; save the model that peft_model.merge_and_unload() returns",
     "base_layer": "an adapter; save the model that peft_model.merge_and_unload() returns",
     "modules_to_save": "an adapter; save the model that peft_model.merge_and_unload() returns",
+    ".scales": "weights stored as int8; save the model as dk.load reads it without weights=",
     "parametrizations": "a parametrization; call torch.nn.utils.parametrize.remove_parametrizations first",
     "_fsdp_wrapped_module": "FSDP; save a model that holds the gathered state_dict",
     "_checkpoint_wrapped_module": "activation checkpointing; save the model without it",

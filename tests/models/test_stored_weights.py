@@ -1,0 +1,192 @@
+"""`dk.load(weights=...)`: linear layers with rounded weights, in models of every published layout."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import dllm_kernels as dk
+from dllm_kernels.models.stored_weights import FEW_ROWS, SkinnyLinear, StoredLinear, store_weights
+from tests.models.published_checkpoints import PUBLISHED
+from tests.sampling.tiny_models import MASK, prompts_of, tiny_model
+
+STORED = (SkinnyLinear, StoredLinear)
+
+
+def layers_of(model) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, STORED)]
+
+
+def model_with(kind: str, *options, **more):
+    model = copy.deepcopy(tiny_model(*options, **more))
+    store_weights(model, kind)
+    return model
+
+
+def rounded(model, kind: str):
+    """The stock model with the weights that `kind` stands for."""
+    model = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            weight = module.weight.data
+            if kind == "bfloat16":
+                module.weight.data = weight.bfloat16().float()
+            elif kind == "int8":
+                quantized, scales = dk.quantize_weight(weight)
+                module.weight.data = quantized * scales
+    return model
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_checkpoints_load_with_stored_weights(name, kind, tmp_path):
+    folder = PUBLISHED[name].write(tmp_path)
+    stock, _ = dk.load(folder, device="cpu")
+    model, _ = dk.load(folder, device="cpu", weights=kind)
+    assert len(layers_of(model)) >= 4
+    head = model.get_output_embeddings()
+    assert type(head) is type(stock.get_output_embeddings()) and head.weight.dtype == torch.float32
+    ids = torch.randint(0, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, got = (one(input_ids=ids).logits for one in (stock, model))
+    size = expected.abs().max()
+    share = {"float32": 1e-5, "bfloat16": 3e-2, "int8": 1e-1}[kind]
+    assert float((got - expected).abs().max()) < share * float(size)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("attention", ["block_causal", "bidirectional"])
+def test_tokens_are_those_of_the_stock_model_with_these_weights(kind, attention):
+    stock = tiny_model(attention=attention)
+    model = model_with(kind, attention=attention)
+    prompts, options = prompts_of(5, 12, 3), dict(max_new_tokens=16, threshold=0.4)
+    expected = dk.sample(rounded(stock, kind), prompts, **options)
+    assert dk.sample(model, prompts, **options).sequences.equal(expected.sequences)
+
+
+def test_int8_layers_are_near_those_with_rounded_weights():
+    stock, model = tiny_model(), model_with("int8")
+    exact = rounded(stock, "int8")
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
+    for name, layer in model.named_modules():
+        if isinstance(layer, StoredLinear) and layer.in_features == 32:
+            with torch.no_grad():
+                expected, got = exact.get_submodule(name)(x), layer(x)
+            assert float((got - expected).norm() / expected.norm()) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_a_row_has_the_same_tokens_alone_and_in_a_batch(kind):
+    model, prompts = model_with(kind), prompts_of(5, 12, 3)
+    options = dict(max_new_tokens=16, threshold=0.4, stop_on_eos=False, logprobs=0)
+    together = dk.sample(model, prompts, **options)
+    for row, prompt in enumerate(prompts):
+        alone = dk.sample(model, [prompt], row_ids=[row], **options)
+        width = alone.sequences.shape[1]
+        assert together.sequences[row, :width].equal(alone.sequences[0])
+        torch.testing.assert_close(together.logprobs[row, :width], alone.logprobs[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_a_compiled_model_writes_the_same(kind):
+    model, prompts = model_with(kind), prompts_of(5, 12)
+    options = dict(max_new_tokens=16, threshold=0.4)
+    plain, compiled = (dk.sample(model, prompts, compile=compile, **options) for compile in (False, True))
+    assert plain.sequences.equal(compiled.sequences)
+
+
+def test_float32_layers_take_the_stock_product_for_many_rows_gradients_and_autocast(monkeypatch):
+    layer = nn.Linear(24, 40)
+    expected = copy.deepcopy(layer)
+    layer.__class__ = SkinnyLinear
+    calls = []
+    monkeypatch.setattr(
+        "dllm_kernels.models.stored_weights.skinny_linear",
+        lambda *arguments: calls.append(1) or dk.skinny_linear(*arguments),
+    )
+    few, many = torch.randn(FEW_ROWS, 24), torch.randn(FEW_ROWS + 1, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(few), expected(few), rtol=1e-5, atol=1e-5)
+        assert len(calls) == 1
+        assert layer(many).equal(expected(many))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(few).equal(expected(few))
+    layer(few).sum().backward()
+    expected(few).sum().backward()
+    assert layer.weight.grad.equal(expected.weight.grad) and len(calls) == 1
+
+
+def test_rounded_weights_are_not_trained():
+    model = model_with("int8")
+    assert not any("proj.weight" in name for name, _ in model.named_parameters())
+    ids = torch.randint(0, MASK, (1, 8))
+    with pytest.raises(NotImplementedError, match="skinny_linear: no derivative"):
+        model(input_ids=ids).logits.sum().backward()
+
+
+def test_weights_take_the_bytes_that_they_are_stored_in():
+    def size(model) -> int:
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear | StoredLinear)]
+        return sum(layer.weight.nbytes for layer in layers if layer is not model.lm_head)
+
+    stock = size(tiny_model())
+    assert size(model_with("bfloat16")) * 2 == size(model_with("int8")) * 4 == stock
+
+
+def test_modules_that_are_more_than_a_linear_layer_stay():
+    model = copy.deepcopy(tiny_model())
+    layer = model.model.layers[0]
+    layer.self_attn.q_proj.register_forward_hook(lambda module, arguments, output: output)
+    layer.mlp.up_proj.weight = layer.mlp.gate_proj.weight  # shared
+    count = sum(isinstance(module, nn.Linear) for module in model.modules())
+    assert store_weights(model, "int8") == count - 1 - 3  # the head too
+    assert type(layer.self_attn.q_proj) is type(layer.mlp.up_proj) is nn.Linear
+
+
+def test_encoders_have_stored_weights_too():
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
+    )
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(config).eval()
+    ids = torch.randint(0, 60, (2, 9))
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert store_weights(model, "int8") == 2 * 6 + 1
+        got = model(ids).logits
+    assert float((got - expected).abs().max()) < 0.1 * float(expected.abs().max())
+
+
+def test_rounded_models_are_not_saved_by_accident(tmp_path):
+    with pytest.raises(ValueError, match="weights stored as int8; save the model as dk"):
+        dk.save(model_with("int8"), None, tmp_path / "int8")
+    assert not (tmp_path / "int8").exists()
+    model = model_with("bfloat16")
+    dk.save(model, None, tmp_path / "bfloat16")
+    again, _ = dk.load(tmp_path / "bfloat16", device="cpu")
+    prompts = prompts_of(5)
+    expected = dk.sample(model, prompts, max_new_tokens=8)
+    assert dk.sample(again, prompts, max_new_tokens=8).sequences.equal(expected.sequences)
+
+
+def test_a_layer_says_what_it_is():
+    layer = model_with("int8").model.layers[0].mlp.up_proj
+    assert repr(layer) == "StoredLinear(in_features=32, out_features=48, weight=int8)"
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="weights is 'int4'; allowed: float32, bfloat16, int8"):
+        dk.load("tiny-python", weights="int4")
+    with pytest.raises(ValueError, match="merge_projections has no meaning with weights='int8'"):
+        dk.load("tiny-python", weights="int8", merge_projections=True)
+    with pytest.raises(ValueError, match="is for models on the CPU, and this one is on meta"):
+        store_weights(copy.deepcopy(tiny_model()).to("meta"), "int8")
+    config = transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2)
+    with pytest.raises(ValueError, match="this GPT2LMHeadModel has no plain nn"):
+        store_weights(transformers.GPT2LMHeadModel(config), "int8")
+    broken = copy.deepcopy(tiny_model())
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="weight holds infinities or NaN"):
+        store_weights(broken, "int8")
