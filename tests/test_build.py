@@ -297,12 +297,12 @@ def test_import_is_light():
 
 
 def test_info_reports_versions_and_what_is_missing():
-    result = run(sys.executable, "-m", "dllm_kernels.cli", "info", "--json")
+    result = run(sys.executable, "-m", "dllm_kernels", "info", "--json")
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout)
     assert facts["instruction set picked"] in facts["instruction sets"]
     assert all(" - " not in line and ": " in line for line in facts["missing"])
-    plain = run(sys.executable, "-m", "dllm_kernels.cli", "info").stdout
+    plain = run(sys.executable, "-m", "dllm_kernels", "info").stdout
     assert f"torch: {facts['torch']}" in plain
     assert all(line in plain for line in facts["missing"])
 

@@ -122,7 +122,7 @@ def test_another_colour_is_refused():
 
 @pytest.mark.parametrize("kind", ["file", "dumb"])
 def test_nothing_is_drawn_without_a_terminal(kind, monkeypatch):
-    monkeypatch.setenv("TERM", "dumb" if kind == "dumb" else "xterm")
+    monkeypatch.setattr(Console, "_environ", {"TERM": "dumb" if kind == "dumb" else "xterm"})
     console = Console(file=StringIO(), force_terminal=kind == "dumb")
     with TerminalView(Letters(), MASK, console=console) as view:
         view(Event(torch.tensor([[0, MASK]]), []))
@@ -130,7 +130,9 @@ def test_nothing_is_drawn_without_a_terminal(kind, monkeypatch):
 
 
 def test_no_colour_leaves_the_terminal_without_colours(monkeypatch):
-    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(
+        Console, "_environ", {"NO_COLOR": "1"}
+    )  # rich holds the dict that `datasets` replaces
     console = screen()
     with TerminalView(Letters(), MASK, console=console, pause=1e-3) as view:
         view(Event(torch.tensor([[0, 1]]), [1]))
