@@ -81,9 +81,9 @@ def test_loss_sums_and_gradients_equal_the_written_out_ones(case):
     assert float(output.nll_sum) == pytest.approx(sums["nll_sum"], rel=2e-6)
     if output.loss.requires_grad:
         for ours, theirs in zip(gradients_of(output.loss), gradients_of(loss), strict=True):
-            torch.testing.assert_close(
-                ours if ours is not None else torch.zeros_like(theirs), theirs, rtol=2e-5, atol=1e-7
-            )
+            ours = torch.zeros_like(theirs) if ours is None else ours
+            largest = float(theirs.abs().max())  # entries in which terms cancel keep the rounding of these
+            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-7 + 1e-5 * largest)
 
 
 @given(cases())
