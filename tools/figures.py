@@ -84,6 +84,9 @@ WHAT_OTHERS_DO = (
 )
 
 
+PEERS_SHOWN = ("peer[dllm, MDLMSampler]", "peer[fast-dllm, dual cache]")
+
+
 def first_page() -> str:
     """Compare times for the same tokens, as far as they were measured, and what each of the systems does."""
     names = {cache: f"sampling_bidirectional[{cache}]" for cache in ("none", "dual")}
@@ -101,18 +104,22 @@ def first_page() -> str:
 
     loop = duration(cases[names["none"]]["baselines"][LLADA]["seconds"]["median"])
     rows = (
-        ("128 identical tokens", ours("none"), loop, NOT_MEASURED, peer("peer[dllm, MDLMSampler]")),
+        ("128 identical tokens", ours("none"), loop, NOT_MEASURED, peer(PEERS_SHOWN[0])),
         (
             "128 tokens, approximate cache",
             ours("dual"),
             "has none",
-            peer("peer[fast-dllm, dual cache]"),
+            peer(PEERS_SHOWN[1]),
             NOT_MEASURED,
         ),
         *WHAT_OTHERS_DO,
     )
     table = grid(("", "dllm_kernels", LLADA, "Fast-dLLM", "dLLM"), rows)
-    return f"{table}\n\nTimes: medians of a 60M model, {measured_on(content)}\n"
+    text = f"{table}\n\nTimes: medians of a 60M model, {measured_on(content)}\n"
+    if found := [case for case in PEERS_SHOWN if case in peers]:
+        _, beside = on_cpu("peers", found)
+        text += f"Ratios: their checkouts beside ours, with equal tokens, {measured_on(beside)}\n"
+    return text
 
 
 def cpu_table() -> str:
