@@ -27,7 +27,8 @@ def store_weights(model: nn.Module, kind: str) -> int:
     that are not plain nn.Linear stay as they are. Rounded weights are no Parameters any more: they cannot be
     trained. Memory: one layer besides the model.
 
-    Raises ValueError for another kind, a model that is not on the CPU, and one without such layers.
+    Raises ValueError for another kind, a model that is not on the CPU, one without such layers, and for
+    infinities and NaN in int8; the model is then as it was.
     """
     if kind not in KINDS:
         raise ValueError(f"weights is {kind!r}; allowed: {', '.join(KINDS)}")
@@ -36,22 +37,26 @@ def store_weights(model: nn.Module, kind: str) -> int:
         raise ValueError(f"weights={kind!r} is for models on the CPU, and this one is on {device}")
     owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    stored = 0
-    for parent in list(model.modules()):
-        for name, module in list(parent._modules.items()):
-            if module is head or not is_plain_linear(module) or owners[id(module.weight)] > 1:
-                continue
-            if kind == "float32":
-                module.__class__ = SkinnyLinear
-            else:
-                parent._modules[name] = StoredLinear(module, kind)
-            stored += 1
-    if not stored:
+    found = [
+        (parent, name, module)
+        for parent in model.modules()
+        for name, module in parent._modules.items()
+        if module is not head and is_plain_linear(module) and owners[id(module.weight)] == 1
+    ]
+    if not found:
         raise ValueError(
             f"weights={kind!r}: this {type(model).__name__} has no plain nn.Linear beside its vocabulary "
             "projection, such as models with merged projections"
         )
-    return stored
+    for _, name, module in found if kind == "int8" else ():
+        if not module.weight.isfinite().all():
+            raise ValueError(f"weights={kind!r}: a weight of {name} holds infinities or NaN")
+    for parent, name, module in found:
+        if kind == "float32":
+            module.__class__ = SkinnyLinear
+        else:
+            parent._modules[name] = StoredLinear(module, kind)
+    return len(found)
 
 
 class SkinnyLinear(nn.Linear):

@@ -188,5 +188,6 @@ def test_what_cannot_be_is_refused():
         store_weights(transformers.GPT2LMHeadModel(config), "int8")
     broken = copy.deepcopy(tiny_model())
     broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
-    with pytest.raises(ValueError, match="weight holds infinities or NaN"):
+    with pytest.raises(ValueError, match="weights='int8': a weight of up_proj holds infinities or NaN"):
         store_weights(broken, "int8")
+    assert not layers_of(broken)
