@@ -13,6 +13,7 @@ namespace dllm {
 namespace {
 
 constexpr const char* op = "skinny_linear";
+constexpr int64_t kMostBytes = 1 << 17;  // products of two bytes whose sum fits 32 bits
 
 // Groups of the inputs of an int8 weight.
 int32_t checked_groups(const Tensor& weight, const std::optional<Tensor>& scales) {
@@ -30,6 +31,8 @@ int32_t checked_groups(const Tensor& weight, const std::optional<Tensor>& scales
         op, ": scales must be [outputs, groups] with groups of the ", inputs,
         " inputs that are equal and multiples of ", cpu::SkinnyProductParams::kPadding,
         ", or one group; got shape ", shape_text(*scales));
+  check(inputs / groups <= kMostBytes, op, ": a scale of an int8 weight may cover at most ", kMostBytes,
+        " inputs, got ", inputs / groups);
   return static_cast<int32_t>(groups);
 }
 
@@ -37,9 +40,8 @@ void check_arguments(const Tensor& x, const Tensor& weight, const std::optional<
   check(x.dim() >= 1, op, ": x must be [..., inputs], got shape ", shape_text(x));
   check_float(op, "x", x);
   check_dims(op, "weight", weight, 2, "[outputs, inputs]");
-  if (dtype_of(weight) != ScalarType::Char)
-    check_dtype(op, "weight", weight,
-                {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Char});
+  check_dtype(op, "weight", weight,
+              {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Char});
   check_same_device(op, "weight", weight, "x", x);
   check_size(op, "weight", weight, 1, x.size(-1), "the inputs of x");
   check_int(op, "the number of inputs", weight.size(1) + cpu::SkinnyProductParams::kPadding);

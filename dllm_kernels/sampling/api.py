@@ -123,8 +123,8 @@ def run(
     """Take every row to its end: on a GPU by replayed steps, where that can be."""
     if on_round is not None and not callable(on_round):
         raise TypeError(f"on_round is a {type(on_round).__name__}; it must be a function of a Round")
-    watched = on_round is not None or prefix_cache is not None
-    graph_loop = None if watched or not _may_record(plan, canvases) else graph_loop_of(plan)
+    by_host = on_round is not None or prefix_cache is not None or not _may_record(plan, canvases)
+    graph_loop = None if by_host else graph_loop_of(plan)
     if graph_loop is not None:
         try:
             return graph_loop(plan, canvases, stop_ids).run()

@@ -182,13 +182,12 @@ class _RowsOfCall(RowPages):
 
 def _key_of(plan: Plan) -> tuple:
     """Return all that keys and values depend on beside ids; equal tuples mean equal values."""
-    versions = tuple(
-        0 if tensor.is_inference() else tensor._version
-        for tensor in (*plan.model.parameters(), *plan.model.buffers())
-    )
+    # Torch does not count changes of inference tensors: a model of such weights finds nothing again.
+    versions = [object() if weight.is_inference() else weight._version for weight in plan.model.parameters()]
+    versions += [0 if buffer.is_inference() else buffer._version for buffer in plan.model.buffers()]
     kind = plan.device.type
     return (
-        *(weakref.ref(plan.model), plan.config.block_size, plan.config.compile, versions),
+        *(weakref.ref(plan.model), plan.config.block_size, plan.config.compile, *versions),
         *(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
         *map(state_of, plan.model.modules()),
     )

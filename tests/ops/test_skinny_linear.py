@@ -87,6 +87,19 @@ def test_extreme_bytes_do_not_saturate():
     torch.testing.assert_close(got.double(), x.double() @ weight.double().T, rtol=1e-6, atol=1e-3)
 
 
+def test_the_most_inputs_of_a_scale_do_not_overflow():
+    x, weight = torch.ones(1, 2**17), torch.full((1, 2**17), -128, dtype=torch.int8)
+    got = dk.skinny_linear(x, weight, scales=torch.ones(1, 1))
+    torch.testing.assert_close(got, torch.tensor([[-(2.0**24)]]), rtol=1e-6, atol=0)
+
+
+def test_no_inputs_give_the_bias():
+    bias = torch.randn(5)
+    for weight, scales in ((torch.zeros(5, 0), None), dk.quantize_weight(torch.zeros(5, 0))):
+        got = dk.skinny_linear(torch.zeros(3, 0), weight, bias, scales=scales)
+        assert torch.equal(got, bias.expand(3, 5))
+
+
 def test_quantized_weights_are_near_the_weights():
     _, weight, _ = arguments(0, 1, 256, 40)
     weight[3], weight[4, 64:128] = 0, 1e-30
@@ -209,7 +222,18 @@ BYTES, SCALES = dk.quantize_weight(WEIGHT, 64)
         (dict(x=X.double()), ValueError, "x must be float32 or bfloat16 or float16, got float64"),
         (dict(x=X[:, :100]), ValueError, r"weight.shape\[1\] must be 100"),
         (dict(weight=WEIGHT[0]), ValueError, r"weight must be \[outputs, inputs\], got shape \[128\]"),
-        (dict(weight=WEIGHT.double()), ValueError, "weight must be float32 .* got float64"),
+        (
+            dict(weight=WEIGHT.double()),
+            ValueError,
+            "weight must be float32 or bfloat16 or float16 or int8, got float64",
+        ),
+        (
+            dict(
+                x=torch.zeros(1, 2**18), weight=torch.zeros(4, 2**18, dtype=torch.int8), scales=SCALES[:, :1]
+            ),
+            ValueError,
+            "may cover at most 131072 inputs, got 262144",
+        ),
         (dict(weight=BYTES), ValueError, "an int8 weight needs scales"),
         (dict(scales=SCALES), ValueError, "scales go with an int8 weight"),
         (dict(weight=BYTES, scales=SCALES[:2]), ValueError, r"scales.shape\[0\] must be 4"),

@@ -107,6 +107,18 @@ def test_other_weights_empty_the_cache():
     assert cache.reused_tokens == 0
 
 
+def test_weights_whose_changes_torch_does_not_count_are_never_reused():
+    with torch.inference_mode():
+        model = copy.deepcopy(tiny_model())
+    cache, (prompt,) = dk.PrefixCache(tokens=512), prompts_of(40)
+    dk.sample(model, [prompt], prefix_cache=cache, **OPTIONS)
+    with torch.inference_mode():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(-1)
+    kept = dk.sample(model, [prompt], prefix_cache=cache, **OPTIONS)
+    assert kept.sequences.equal(dk.sample(model, [prompt], **OPTIONS).sequences)
+    assert cache.reused_tokens == 0
+
+
 @pytest.mark.parametrize("change", ["block_size", "hook", "buffer"])
 def test_other_settings_empty_the_cache(change):
     model, cache = copy.deepcopy(tiny_model()), dk.PrefixCache(tokens=512)
