@@ -55,7 +55,7 @@ def store_weights(model: nn.Module, kind: str) -> int:
         if kind == "float32":
             module.__class__ = SkinnyLinear
         else:
-            parent._modules[name] = StoredLinear(module, kind)
+            parent._modules[name] = StoredLinear.rounded(module, kind)
     return len(found)
 
 
@@ -72,22 +72,50 @@ class SkinnyLinear(nn.Linear):
 
 
 class StoredLinear(nn.Module):
-    """A linear layer with a weight in bfloat16, or in int8 with scales. The bias stays a Parameter."""
+    """A linear layer with a weight in 16 bits, or in int8 with scales. The bias stays a Parameter."""
 
     scales: Tensor | None
 
-    def __init__(self, linear: nn.Linear, kind: str):
+    def __init__(self, weight: Tensor, scales: Tensor | None, bias: nn.Parameter | None):
         super().__init__()
-        self.in_features, self.out_features, self.kind = linear.in_features, linear.out_features, kind
-        weight, scales = linear.weight.detach(), None
-        if kind == "int8":
-            weight, scales = quantize_weight(weight)
-        else:
-            weight = weight.bfloat16()
+        self.out_features, self.in_features = weight.shape
+        self.kind = str(weight.dtype).removeprefix("torch.")
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales)
-        self.bias = linear.bias
-        self.training = linear.training
+        self.bias = bias
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, scales: Tensor | None = None, bias: nn.Parameter | None = None
+    ) -> StoredLinear:
+        """Return a layer that stores a copy of `weight`, in eval mode.
+
+        weight: bfloat16 or float16 [out, in], or int8 [out, in] with scales: float32 [out, groups], one for
+        each in / groups inputs. bias: [out]. Raises ValueError for other dtypes and shapes.
+        """
+        quantized = weight.dtype == torch.int8
+        if weight.dim() != 2 or not (quantized or weight.dtype in (torch.bfloat16, torch.float16)):
+            raise ValueError(
+                f"weight is {weight.dtype} {[*weight.shape]}; it must be bfloat16, float16 or int8 [out, in]"
+            )
+        if quantized != (scales is not None):
+            raise ValueError(f"a weight in {weight.dtype} comes {'with' if quantized else 'without'} scales")
+        if quantized:
+            _check_scales(weight, scales)
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias is {[*bias.shape]}; it must be {[*weight.shape[:1]]}")
+        return cls(weight.clone(), None if scales is None else scales.clone(), bias).eval()
+
+    @classmethod
+    def rounded(cls, linear: nn.Linear, kind: str) -> StoredLinear:
+        """Return `linear` with its weight rounded to "bfloat16", or to "int8" with one scale per output."""
+        weight = linear.weight.detach()
+        parts = quantize_weight(weight) if kind == "int8" else (weight.bfloat16(), None)
+        return cls.of(*parts, linear.bias).train(linear.training)
+
+    def parts(self) -> tuple[Tensor, Tensor | None]:
+        """Return (weight [out, in], scales [out, groups] or None), as `of` takes them."""
+        return self.weight, self.scales
 
     def forward(self, x: Tensor) -> Tensor:
         """Project x [..., in] -> [..., out]. Raises NotImplementedError where a gradient is needed."""
@@ -95,3 +123,13 @@ class StoredLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, weight={self.kind}"
+
+
+def _check_scales(weight: Tensor, scales: Tensor) -> None:
+    rows, inputs = weight.shape
+    fits = scales.dim() == 2 and len(scales) == rows and scales.shape[1] and not inputs % scales.shape[1]
+    if scales.dtype != torch.float32 or not fits:
+        raise ValueError(
+            f"scales is {scales.dtype} {[*scales.shape]}; it must be float32 [{rows}, groups], and groups "
+            f"must divide the {inputs} inputs"
+        )

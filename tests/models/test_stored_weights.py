@@ -176,6 +176,39 @@ def test_a_layer_says_what_it_is():
     assert repr(layer) == "StoredLinear(in_features=32, out_features=48, weight=int8)"
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_layer_is_made_of_its_parts_and_gives_them_back(groups):
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randint(-127, 128, (6, 128), generator=generator, dtype=torch.int8)
+    scales = torch.rand(6, groups, generator=generator)
+    bias = nn.Parameter(torch.randn(6, generator=generator))
+    layer = StoredLinear.of(weight, scales, bias)
+    assert all(part.equal(given) for part, given in zip(layer.parts(), (weight, scales), strict=True))
+    assert (layer.in_features, layer.out_features, layer.training) == (128, 6, False)
+    x = torch.randint(-127, 128, (3, 128), generator=generator).float()
+    x[:, 0] = 127  # so that rounding to 8 bits is exact
+    whole = weight.double() * scales.double().repeat_interleave(128 // groups, dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), (x.double() @ whole.T + bias).float())
+    half = StoredLinear.of(weight.half())
+    assert half.parts()[0].dtype == torch.float16 and half.parts()[1] is None
+
+
+def test_parts_that_make_no_layer_are_refused():
+    weight = torch.zeros(4, 8, dtype=torch.int8)
+    for of, message in (
+        ((weight,), "a weight in torch.int8 comes with scales"),
+        ((weight.bfloat16(), torch.ones(4, 1)), "a weight in torch.bfloat16 comes without scales"),
+        ((weight.float(),), r"weight is torch.float32 \[4, 8\]; it must be bfloat16, float16 or int8"),
+        ((weight, torch.ones(4)), r"scales is torch.float32 \[4\]; it must be float32 \[4, groups\]"),
+        ((weight, torch.ones(4, 3)), "groups must divide the 8 inputs"),
+        ((weight, torch.ones(4, 1).half()), "scales is torch.float16"),
+        ((weight, torch.ones(4, 1), nn.Parameter(torch.ones(3))), r"bias is \[3\]; it must be \[4\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            StoredLinear.of(*of)
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="weights is 'int4'; allowed: float32, bfloat16, int8"):
         dk.load("tiny-python", weights="int4")
