@@ -208,6 +208,70 @@ struct CrossEntropyParams {
   void* chunk_max;        // Real [rows, chunks], workspace of the CPU where gradients replace logits
 };
 
+// ---- small kernels of a layer ----------------------------------------------------------------------------
+// Rows of one length; row r starts at (r / inner) · outer_stride + (r % inner) · inner_stride, in elements.
+struct RowsLayout {
+  int64_t inner, outer_stride, inner_stride;
+  DLLM_HOST_DEVICE int64_t offset(int64_t row) const {
+    return row / inner * outer_stride + row % inner * inner_stride;
+  }
+};
+
+// out = weight · round(x · rsqrt(mean x² + eps)), with x = round(x + residual) where there is a residual.
+// Rounding is to the storage type, once before and once after the product with weight.
+struct RmsNormParams {
+  DType dtype;
+  int64_t rows;
+  int32_t width;
+  float eps;
+  const void *x, *residual;  // [rows, width]; residual or null
+  RowsLayout x_layout, residual_layout;
+  const void* weight;  // [width]
+  void *out, *sum;     // [rows, width], contiguous; sum is null where residual is
+};
+
+// From the gradient of out, and that of the sum where there is one, to those of x and weight.
+struct RmsNormBackwardParams {
+  DType dtype;
+  int64_t rows;
+  int32_t width;
+  float eps;
+  const void *grad, *x, *grad_sum;  // [rows, width]; grad_sum or null: 0
+  RowsLayout grad_layout, x_layout, grad_sum_layout;
+  const void* weight;    // [width]
+  void* grad_x;          // [rows, width], contiguous
+  float* weight_sums;    // workspace [ceil(rows / rows_per_sum), width], or null: no gradient of weight
+  int64_t rows_per_sum;  // a function of the sizes alone
+  void* grad_weight;     // [width]
+};
+
+// out = round(silu(gate)) · up
+struct SiluMulParams {
+  DType dtype;
+  int64_t rows;
+  int32_t width;
+  const void *gate, *up;  // [rows, width]
+  RowsLayout gate_layout, up_layout;
+  void* out;  // [rows, width], contiguous; of the backward pass null
+  const void* grad;
+  RowsLayout grad_layout;
+  void *grad_gate, *grad_up;  // [rows, width], contiguous
+};
+
+// Of query and key: out = round(x · cos) + round(rotated · sin), where rotated = (−x₂, x₁) for the halves
+// x = (x₁, x₂) of a head. transposed: the gradient, out = x · cos + (y₂, −y₁) for the halves of y = x · sin.
+struct RotateHalfParams {
+  DType dtype;
+  int32_t batch, q_heads, kv_heads, length, head_dim;
+  bool transposed;
+  const void *query, *key;  // [batch, heads, length, head_dim]
+  HeadsLayout query_layout, key_layout;
+  const void *cos, *sin;  // [batch or 1, length, head_dim]
+  int64_t cos_batch_stride, cos_position_stride, sin_batch_stride, sin_position_stride;  // batch of 1: 0
+  void *query_out, *key_out;
+  HeadsLayout query_out_layout, key_out_layout;
+};
+
 // ---- commit and the way of rows --------------------------------------------------------------------------
 struct CommitParams {
   Rule rule;

@@ -10,6 +10,7 @@ import dllm_kernels as dk
 
 # The modules that register fake kernels load with their functions.
 LOADED = dk.block_attention, dk.kv_write_, dk.token_stats, dk.commit_
+LOADED += dk.rms_norm, dk.silu_mul, dk.rotate_half, dk.skinny_linear
 OPS = torch.ops.dllm_kernels
 HUGE = 2**31
 
@@ -35,6 +36,14 @@ def calls() -> dict[str, dict]:
         "skinny_linear": {
             "x": torch.randn(2, 3), "weight": torch.ones(5, 3, dtype=torch.int8), "bias": torch.randn(5),
             "scales": torch.rand(5, 1),
+        },
+        "rms_norm": {"x": torch.randn(2, 3), "weight": torch.randn(3), "eps": 1e-5},
+        "add_rms_norm": {
+            "x": torch.randn(2, 3), "residual": torch.randn(2, 3), "weight": torch.randn(3), "eps": 1e-5,
+        },
+        "silu_mul": {"gate": torch.randn(2, 3), "up": torch.randn(2, 3)},
+        "rotate_half": {
+            "query": q, "key": k, "cos": torch.randn(1, 4, 8), "sin": torch.randn(1, 4, 8),
         },
         "block_attention": {"q": q, "k": k, "v": k, "spans": int32(1, 4, 1, 2), "scale": 1.0},
         "cached_block_attention": {

@@ -32,6 +32,24 @@ def linear_loss_of_head(x):
     return dk.linear_diffusion_cross_entropy(torch.ones(3, 4, dtype=x.dtype), x, TARGETS, x[:3, 0].square())
 
 
+def norm(x):
+    return dk.rms_norm(x, x[0], 1e-5).pow(2).sum()
+
+
+def norm_of_sum(x):
+    out, total = dk.rms_norm(x, x[0], 1e-5, residual=x.square())
+    return out.pow(2).sum() + total.pow(2).sum()
+
+
+def gated(x):
+    return dk.silu_mul(x, 2 * x).pow(2).sum()
+
+
+def rotation(x):
+    angles = x[:, 0]
+    return sum(out.pow(3).sum() for out in dk.rotate_half(x, x, angles.cos(), angles.sin()))
+
+
 HEAD = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 # What is differentiated, and where.
 FUNCTIONS = {
@@ -40,6 +58,10 @@ FUNCTIONS = {
     loss_of_weights: torch.rand(3),
     linear_loss: torch.randn(3, 4, dtype=torch.float64),
     linear_loss_of_head: torch.randn(5, 4, dtype=torch.float64),
+    norm: torch.randn(3, 8),
+    norm_of_sum: torch.randn(3, 8),
+    gated: torch.randn(3, 8),
+    rotation: torch.randn(1, 2, 3, 8),
 }
 BY_NAME = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
 REFUSED = pytest.raises(NotImplementedError, match="no derivative is implemented; take a gradient of")

@@ -14,8 +14,18 @@ from .cross_entropy import (
     diffusion_cross_entropy_gradient_,
     linear_diffusion_cross_entropy,
 )
+from .layer import (
+    add_rms_norm,
+    rms_norm,
+    rms_norm_backward,
+    rotate_half,
+    rotate_half_backward,
+    silu_mul,
+    silu_mul_backward,
+)
 
 __all__ = [
+    "add_rms_norm",
     "advance_",
     "block_attention",
     "block_attention_backward",
@@ -25,5 +35,11 @@ __all__ = [
     "diffusion_cross_entropy_gradient_",
     "kv_write_",
     "linear_diffusion_cross_entropy",
+    "rms_norm",
+    "rms_norm_backward",
+    "rotate_half",
+    "rotate_half_backward",
+    "silu_mul",
+    "silu_mul_backward",
     "visible_keys",
 ]
