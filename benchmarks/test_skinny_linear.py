@@ -19,8 +19,9 @@ def test_skinny_linear(compare, pick, layer, rows, kind):
         weight, tolerance = wide.bfloat16(), 2e-2
     elif kind == "int8":
         (weight, scales), tolerance = dk.quantize_weight(wide), 1e-1
+    packed = dk.pack_weight(weight, scales)
     compare(
-        lambda x: dk.skinny_linear(x, weight, scales=scales),
+        lambda x: dk.skinny_linear(x, packed),
         {"float32 linear": lambda x: torch.nn.functional.linear(x, wide)},
         inputs=lambda: (torch.randn(rows, inputs),),
         title=f"skinny_linear, {rows} rows, {inputs} → {outputs}, {kind} weight",

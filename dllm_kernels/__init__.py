@@ -24,6 +24,8 @@ _MODULE_OF = {
     "rotate_half": "ops.rotate_half",
     "skinny_linear": "ops.skinny_linear",
     "quantize_weight": "ops.skinny_linear",
+    "pack_weight": "ops.skinny_linear",
+    "PackedWeight": "ops.skinny_linear",
     "diffusion_cross_entropy": "ops.cross_entropy",
     "linear_diffusion_cross_entropy": "ops.linear_cross_entropy",
     "BlockKVCache": "kv_cache",

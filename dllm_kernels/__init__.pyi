@@ -16,6 +16,8 @@ from dllm_kernels.ops.linear_cross_entropy import (
 from dllm_kernels.ops.rms_norm import rms_norm as rms_norm
 from dllm_kernels.ops.rotate_half import rotate_half as rotate_half
 from dllm_kernels.ops.silu_mul import silu_mul as silu_mul
+from dllm_kernels.ops.skinny_linear import PackedWeight as PackedWeight
+from dllm_kernels.ops.skinny_linear import pack_weight as pack_weight
 from dllm_kernels.ops.skinny_linear import quantize_weight as quantize_weight
 from dllm_kernels.ops.skinny_linear import skinny_linear as skinny_linear
 from dllm_kernels.ops.token_stats import TokenStats as TokenStats

@@ -1,7 +1,6 @@
-// A product for few rows: the weight is read once, as it is stored. Lanes run along the inputs. A tile of
-// some rows of the weight and a few rows of x keeps one accumulator for each pair, as many as a vector has
-// lanes, so that their sums over lanes end up in one vector. An output is one chain of multiply-adds in each
-// lane and one order of lanes, however many rows there are and whoever computes it.
+// Products of panels of weights with a few rows of x: tiles of rows and panels whose sums stay in registers.
+// An output is one chain of multiply-adds in the order of the inputs, however many rows there are, whichever
+// tile it falls into and whoever computes it.
 #include "cpu/skinny_linear.h"
 
 #include <math.h>
@@ -13,327 +12,308 @@ namespace {
 
 using Params = SkinnyProductParams;
 
-constexpr int kWeights = 4;                // rows of the weight in a tile
-constexpr int kTileX = kLanes / kWeights;  // rows of x in a tile
-constexpr int kRowsAtOnce = 64;            // rows of x that rows of the weight meet while these are in cache
-constexpr int kMostWidened = 4096;         // inputs of a weight whose rows are widened once for all rows of x
+constexpr int kPanel = Params::kPanel;
+constexpr int kVectors = kPanel / kLanes;          // of the outputs of a panel
+constexpr int kTilePanels = kLanes == 16 ? 3 : 1;  // panels of a tile
+constexpr int kSums = kTilePanels * kVectors;      // accumulators for each of its rows
+constexpr int kRowsAtOnce = 256;                   // rows whose sums exist at once
+constexpr int kMostInputs = 4096;                  // whose panels stay in cache while rows pass
 
 DLLM_SIMD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// ---- weights as floats -----------------------------------------------------------------------------------
-DLLM_SIMD Floats load_wide(const float* from) { return load(from); }
-#if defined(__AVX512F__)
-DLLM_SIMD __m256i load_halves(const void* from) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+// use(std::integral_constant<int, count>) for 1 <= count <= kMost.
+template <int kMost, class Use>
+DLLM_SIMD void with_count(int count, const Use& use) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) return with_count<kMost - 1>(count, use);
+  }
+  use(std::integral_constant<int, kMost>{});
 }
-DLLM_SIMD Floats load_wide(const BFloat16* from) {
-  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_halves(from)), 16);
-}
-DLLM_SIMD Floats load_wide(const Float16* from) { return (Floats)_mm512_cvtph_ps(load_halves(from)); }
-#elif defined(__AVX2__)
-DLLM_SIMD __m128i load_halves(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
-DLLM_SIMD Floats load_wide(const BFloat16* from) {
-  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_halves(from)), 16);
-}
-DLLM_SIMD Floats load_wide(const Float16* from) { return (Floats)_mm256_cvtph_ps(load_halves(from)); }
-#else
-template <class T>
-DLLM_SIMD Floats load_wide(const T* from) {
-  float wide[kLanes];
-  widen_row(from, wide, kLanes);
-  return load(wide);
-}
-#endif
 
-// ---- a tile ----------------------------------------------------------------------------------------------
-// Lines of memory that one pass over the inputs brings into the cache for a later one.
-struct Fetch {
-  const char* from = nullptr;
-  int lines_a_step = 0;
+// Brings the panels that lie behind those of a tile into the second level of cache while rows pass over
+// these: every pass fetches a share of them, some lines for every line that it reads.
+class Fetch {
+ public:
+  // panels: of `panel_bytes` each, `lines` of which a pass reads.
+  Fetch(const void* from, int64_t bytes, int lines, int pass, int passes) {
+    const int64_t share = passes > 1 && lines ? bytes / kLine / passes : 0;
+    from_ = static_cast<const char*>(from) + pass * share * kLine;
+    a_line_ = share ? static_cast<int>((share + lines - 1) / lines) : 0;
+  }
+  DLLM_SIMD void operator()(int line) const {
+    for (int i = 0; i < a_line_; i++)
+      __builtin_prefetch(from_ + (int64_t{line} * a_line_ + i) * kLine, 0, kSecondLevel);
+  }
 
-  DLLM_SIMD void operator()(int step) const {
-    for (int i = 0; i < lines_a_step; i++) __builtin_prefetch(from + (step * lines_a_step + i) * 64L);
+ private:
+  static constexpr int kLine = 64, kSecondLevel = 2;
+  const char* from_;
+  int a_line_;
+};
+
+// ---- float weights ---------------------------------------------------------------------------------------
+struct FloatPanels {
+  typedef float Unit;
+  static constexpr int kInputs = 1;  // of a unit
+  static DLLM_SIMD void widen(const Unit* units, Floats (&weight)[1]) { weight[0] = load(units); }
+};
+struct BFloat16Panels {
+  typedef uint32_t Unit;
+  static constexpr int kInputs = 2;
+  static DLLM_SIMD void widen(const Unit* units, Floats (&weight)[2]) {
+    const Ints pair = load(reinterpret_cast<const int32_t*>(units));
+    weight[0] = (Floats)(pair << 16);
+    weight[1] = (Floats)(pair & broadcast(static_cast<int32_t>(0xffff0000u)));
   }
 };
 
-// The sum over the lanes of sums[i] in lane i: every round zips and adds the halves of two vectors.
-template <int kHalf = kLanes / 2, class Vector>
-DLLM_SIMD Vector sum_lanes(Vector (&sums)[kLanes]) {
-  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+// sums[m][i] += the products of row m of x with vector i of the outputs.
+template <class Panels, int kRows, int kCount>
+void multiply(const typename Panels::Unit* weight, int64_t panel_stride, const float* x, int64_t x_stride,
+              int inputs, float (*sums)[kTilePanels * kPanel], const Fetch& fetch) {
+  constexpr int kInputs = Panels::kInputs, kWide = kCount * kVectors;
+  Floats sum[kRows][kWide];
 #pragma GCC unroll 8
-  for (int i = 0; i < kHalf; i++)
-    sums[i] = zip(sums[i], sums[i + kHalf], lanes) + zip_rest(sums[i], sums[i + kHalf], lanes);
-  if constexpr (kHalf > 1) return sum_lanes<kHalf / 2>(sums);
-  else return sums[0];
-}
-
-// Rows of the weight, of which `kStep` inputs are read together. tail: what is left, and zeros behind it:
-// reading on would leave the weight.
-template <class T, int kStep>
-struct WeightRows {
-  const T* data[kWeights];
-  alignas(64) T tail[kWeights][kStep];
-
-  // Rows first … end; in place of those behind the last one, the last.
-  WeightRows(const SkinnyLinearParams& p, int first, int end) {
-    const int left = p.inputs % kStep;
-    for (int n = 0; n < kWeights; n++) {
-      data[n] = static_cast<const T*>(p.weight) + least(first + n, end - 1) * p.weight_stride;
-      if (left) {
-        memset(tail[n], 0, sizeof tail[n]);
-        memcpy(tail[n], data[n] + p.inputs - left, left * sizeof(T));
+  for (int m = 0; m < kRows; m++)
+#pragma GCC unroll 4
+    for (int i = 0; i < kWide; i++) sum[m][i] = load(sums[m] + i * kLanes);
+  const auto add = [&](int k, int count) __attribute__((always_inline)) {
+    Floats w[kWide][kInputs];
+#pragma GCC unroll 4
+    for (int i = 0; i < kWide; i++)
+      Panels::widen(weight + (i / kVectors) * panel_stride + k / kInputs * kPanel + i % kVectors * kLanes,
+                    w[i]);
+#pragma GCC unroll 2
+    for (int j = 0; j < count; j++) {
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; m++) {
+        const Floats value = broadcast(x[m * x_stride + k + j]);
+#pragma GCC unroll 4
+        for (int i = 0; i < kWide; i++) sum[m][i] += value * w[i][j];
       }
     }
-  }
-};
-
-// The products of a tile, [x][weight] in one vector.
-template <class T>
-Floats multiply(const WeightRows<T, kLanes>& weight, const float* const (&x)[kTileX], int inputs,
-                const Fetch& fetch) {
-  Floats sums[kLanes] = {};
-  const auto add = [&](const Floats(&w)[kWeights], int k) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-    for (int m = 0; m < kTileX; m++) {
-      const Floats row = load(x[m] + k);
-#pragma GCC unroll 4
-      for (int n = 0; n < kWeights; n++) sums[m * kWeights + n] += row * w[n];
-    }
   };
-  Floats w[kWeights];
   int k = 0;
-  for (; k + kLanes <= inputs; k += kLanes) {
-    fetch(k / kLanes);
-#pragma GCC unroll 4
-    for (int n = 0; n < kWeights; n++) w[n] = load_wide(weight.data[n] + k);
-    add(w, k);
+  for (; k + kInputs <= inputs; k += kInputs) {
+    fetch(k / kInputs);
+    add(k, kInputs);
   }
-  if (k < inputs) {
+  if (kInputs > 1 && k < inputs) add(k, 1);
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; m++)
 #pragma GCC unroll 4
-    for (int n = 0; n < kWeights; n++) w[n] = load_wide(weight.tail[n]);
-    add(w, k);
-  }
-  return sum_lanes(sums);
+    for (int i = 0; i < kWide; i++) store(sums[m] + i * kLanes, sum[m][i]);
 }
 
 // ---- bytes -----------------------------------------------------------------------------------------------
-// Four products of bytes in each lane of 32 bits, added to `sum`. kOffset: x is made unsigned by adding 128,
-// whose products with the weight are taken off again.
+// Four products of bytes in each lane of 32 bits, added to `sum`. Weights are stored with 128 added.
+// kBiased: this is how they are multiplied; what the 128 add is taken off again.
 #if defined(__AVX512F__)
-constexpr int kBytes = 64;
-typedef __m512i Bytes;
-DLLM_SIMD Bytes load_bytes(const int8_t* from) { return _mm512_loadu_si512(from); }
-
 struct DotBytes {  // VNNI: unsigned times signed
-  static constexpr bool kOffset = true;
-  static DLLM_SIMD Bytes prepare(Bytes x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
-  static DLLM_SIMD Ints add(Ints sum, Bytes x, Bytes weight) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(weight));
+  static constexpr bool kBiased = true;
+  static constexpr int kRows = 8;
+  struct Weight {
+    Ints bytes;
+  };
+  static DLLM_SIMD Weight prepare(Ints bytes) { return {bytes}; }
+  static DLLM_SIMD Ints add(Ints sum, Weight weight, Ints x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weight.bytes), "v"(x));
     return sum;
   }
 };
 struct WidenBytes {
-  static constexpr bool kOffset = false;
-  static DLLM_SIMD Bytes prepare(Bytes x) { return x; }
-  static DLLM_SIMD __m512i half(Bytes x, int which) {
-    return _mm512_cvtepi8_epi16(which ? _mm512_extracti64x4_epi64(x, 1) : _mm512_castsi512_si256(x));
+  static constexpr bool kBiased = false;
+  static constexpr int kRows = 4;
+  struct Weight {
+    __m512i even, odd;
+  };
+  static DLLM_SIMD __m512i even(Ints bytes) {
+    return _mm512_srai_epi16(_mm512_slli_epi16((__m512i)bytes, 8), 8);
   }
-  static DLLM_SIMD Ints add(Ints sum, Bytes x, Bytes weight) {
-    return sum + (Ints)_mm512_madd_epi16(half(x, 0), half(weight, 0)) +
-           (Ints)_mm512_madd_epi16(half(x, 1), half(weight, 1));
+  static DLLM_SIMD __m512i odd(Ints bytes) { return _mm512_srai_epi16((__m512i)bytes, 8); }
+  static DLLM_SIMD Weight prepare(Ints bytes) {
+    const Ints plain = bytes ^ broadcast(static_cast<int32_t>(0x80808080u));
+    return {even(plain), odd(plain)};
+  }
+  static DLLM_SIMD Ints add(Ints sum, Weight weight, Ints x) {
+    return sum + (Ints)_mm512_madd_epi16(even(x), weight.even) + (Ints)_mm512_madd_epi16(odd(x), weight.odd);
   }
 };
 #elif defined(__AVX2__)
-constexpr int kBytes = 32;
-typedef __m256i Bytes;
-DLLM_SIMD Bytes load_bytes(const int8_t* from) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-}
 struct WidenBytes {  // |weight| times x with the sign of the weight: two such products fit 16 bits
-  static constexpr bool kOffset = false;
-  static DLLM_SIMD Bytes prepare(Bytes x) { return x; }
-  static DLLM_SIMD Ints add(Ints sum, Bytes x, Bytes weight) {
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(x, weight));
+  static constexpr bool kBiased = false;
+  static constexpr int kRows = 4;
+  struct Weight {
+    __m256i plain, magnitude;
+  };
+  static DLLM_SIMD Weight prepare(Ints bytes) {
+    const __m256i plain = (__m256i)(bytes ^ broadcast(static_cast<int32_t>(0x80808080u)));
+    return {plain, _mm256_abs_epi8(plain)};
+  }
+  static DLLM_SIMD Ints add(Ints sum, Weight weight, Ints x) {
+    const __m256i pairs = _mm256_maddubs_epi16(weight.magnitude, _mm256_sign_epi8((__m256i)x, weight.plain));
     return sum + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
   }
 };
 typedef WidenBytes DotBytes;
 #else
-constexpr int kBytes = 16;
-typedef int8_t Bytes __attribute__((vector_size(16)));
-DLLM_SIMD Bytes load_bytes(const int8_t* from) {
-  Bytes bytes;
-  memcpy(&bytes, from, sizeof bytes);
-  return bytes;
-}
 struct WidenBytes {
-  static constexpr bool kOffset = false;
-  static DLLM_SIMD Bytes prepare(Bytes x) { return x; }
-  static DLLM_SIMD Ints add(Ints sum, Bytes x, Bytes weight) {
-    for (int i = 0; i < 16; i++) sum[i / 4] += static_cast<int32_t>(x[i]) * weight[i];
+  static constexpr bool kBiased = false;
+  static constexpr int kRows = 2;
+  typedef Ints Weight;
+  static DLLM_SIMD Weight prepare(Ints bytes) { return bytes ^ broadcast(static_cast<int32_t>(0x80808080u)); }
+  static DLLM_SIMD Ints add(Ints sum, Weight weight, Ints x) {
+#pragma GCC unroll 4
+    for (int shift = 0; shift < 32; shift += 8) sum += (weight << shift >> 24) * (x << shift >> 24);
     return sum;
   }
 };
 typedef WidenBytes DotBytes;
 #endif
 
-// The products of the inputs of one group, [x][weight] in one vector.
-template <class Dot>
-Ints multiply_bytes(const WeightRows<int8_t, kBytes>& weight, const int8_t* const (&x)[kTileX], int first,
-                    int end, const Fetch& fetch) {
-  Ints sums[kLanes] = {};
-  const auto add = [&](const Bytes(&w)[kWeights], int k) __attribute__((always_inline)) {
+constexpr int kBytes = 4;  // of a unit of an int8 weight
+
+// Where the bytes of a tile's rows, their sums and the scales of its outputs lie.
+struct ByteRows {
+  const int8_t* x;
+  int64_t x_stride;
+  const int32_t* x_sums;  // of every group
+  const float* scales;    // of the tile's outputs, groups scale_stride apart
+  int64_t scale_stride;
+};
+
+// sums[m][i] += the scaled products of all groups.
+template <class Dot, int kRows, int kCount>
+void multiply(const int32_t* weight, int64_t panel_stride, const ByteRows& rows, int inputs, int groups,
+              float (*sums)[kTilePanels * kPanel], const Fetch& fetch) {
+  constexpr int kWide = kCount * kVectors;
+  const int group = inputs / groups;
+  for (int g = 0; g < groups; g++) {
+    Ints sum[kRows][kWide] = {};
+    const int end = (g + 1) * group;
+    for (int k = g * group; k < end; k += kBytes) {
+      fetch(k / kBytes);
+      typename Dot::Weight w[kWide];
 #pragma GCC unroll 4
-    for (int m = 0; m < kTileX; m++) {
-      const Bytes row = Dot::prepare(load_bytes(x[m] + k));
+      for (int i = 0; i < kWide; i++)
+        w[i] = Dot::prepare(
+            load(weight + i / kVectors * panel_stride + k / kBytes * kPanel + i % kVectors * kLanes));
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; m++) {
+        int32_t bytes;
+        memcpy(&bytes, rows.x + m * rows.x_stride + k, sizeof bytes);
+        const Ints x = broadcast(bytes);
 #pragma GCC unroll 4
-      for (int n = 0; n < kWeights; n++) {
-        Ints& sum = sums[m * kWeights + n];
-        sum = Dot::add(sum, row, w[n]);
+        for (int i = 0; i < kWide; i++) sum[m][i] = Dot::add(sum[m][i], w[i], x);
       }
     }
-  };
-  Bytes w[kWeights];
-  int k = first;
-  for (; k + kBytes <= end; k += kBytes) {
-    fetch((k - first) / kBytes);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; m++) {
+      const Ints bias = broadcast(Dot::kBiased ? 128 * rows.x_sums[m * groups + g] : 0);
 #pragma GCC unroll 4
-    for (int n = 0; n < kWeights; n++) w[n] = load_bytes(weight.data[n] + k);
-    add(w, k);
+      for (int i = 0; i < kWide; i++) {
+        const Floats products = __builtin_convertvector(sum[m][i] - bias, Floats);
+        float* to = sums[m] + i * kLanes;
+        store(to, load(to) + products * load(rows.scales + g * rows.scale_stride + i * kLanes));
+      }
+    }
   }
-  if (k < end) {
-#pragma GCC unroll 4
-    for (int n = 0; n < kWeights; n++) w[n] = load_bytes(weight.tail[n]);
-    add(w, k);
-  }
-  return sum_lanes(sums);
 }
 
-// The same of x = 0: what the way x was made unsigned adds.
-template <class Dot>
-Ints products_of_zeros(const WeightRows<int8_t, kBytes>& weight, int first, int end) {
-  alignas(64) static constexpr int8_t zeros[kBytes] = {};
-  const Bytes zero = Dot::prepare(load_bytes(zeros));
-  Ints sums[kLanes] = {};
-#pragma GCC unroll 4
-  for (int n = 0; n < kWeights; n++) {
-    Ints sum = {};
-    int k = first;
-    for (; k + kBytes <= end; k += kBytes) sum = Dot::add(sum, zero, load_bytes(weight.data[n] + k));
-    if (k < end) sum = Dot::add(sum, zero, load_bytes(weight.tail[n]));
-#pragma GCC unroll 4
-    for (int m = 0; m < kTileX; m++) sums[m * kWeights + n] = sum;
+// ---- tiles -----------------------------------------------------------------------------------------------
+typedef float Sums[kRowsAtOnce][kTilePanels * kPanel];
+
+// use(first row, rows, pass, passes): rows first … end in tiles of at most kMost, as even as can be.
+template <int kMost, class Use>
+DLLM_SIMD void for_tiles(int64_t first, int64_t end, const Use& use) {
+  const int tiles = static_cast<int>((end - first + kMost - 1) / kMost);
+  for (int i = 0; i < tiles; i++) {
+    const int count = static_cast<int>((end - first + tiles - i - 1) / (tiles - i));
+    use(first, count, i, tiles);
+    first += count;
   }
-  return sum_lanes(sums);
 }
 
-// ---- all outputs of an item ------------------------------------------------------------------------------
-// Packed rows of x from `row` on; in place of those behind the last one, the last.
-template <class T>
-struct XRows {
-  const T* data[kTileX];
-  XRows(const Params& p, int64_t row, int64_t last) {
-    for (int m = 0; m < kTileX; m++)
-      data[m] = static_cast<const T*>(p.packed) + least(row + m, last - 1) * p.padded_inputs();
-  }
-};
-
-// The rows of the weight behind a tile's, of which each pass of the tile fetches a share.
-struct NextRows {
-  const char* data = nullptr;
-  int64_t share = 0;  // bytes
-  int lines_a_step = 0;
-
-  // Where rows are contiguous and another tile follows.
-  NextRows(const Params& p, int first, int bytes, int64_t passes, int64_t steps) {
-    if (p.weight_stride != p.inputs || first + 2 * kWeights > p.outputs || !steps) return;
-    const int64_t row_bytes = static_cast<int64_t>(p.inputs) * bytes,
-                  lines = kWeights * row_bytes / 64 / passes;
-    data = static_cast<const char*>(p.weight) + (first + kWeights) * row_bytes;
-    share = lines * 64, lines_a_step = static_cast<int>((lines + steps - 1) / steps);
-  }
-  Fetch of(int64_t pass) const { return {data + pass * share, lines_a_step}; }
-};
-
-// Both fill tiles[i]: the outputs first … end of rows block + i * kTileX …, [x][weight].
-typedef Floats Tiles[kRowsAtOnce / kTileX];
-
-template <class T>
+template <class Panels>
 struct FloatWeight {
-  static void fill(const Params& p, int64_t block, int64_t last, int first, int end, Tiles& tiles) {
-    const int64_t passes = (last - block + kTileX - 1) / kTileX;
-    const NextRows next(p, first, sizeof(T), passes, p.inputs / kLanes);
-    const auto multiply_all = [&](const auto& weight) {
-      for (int64_t i = 0; i < passes; i++)
-        tiles[i] = multiply(weight, XRows<float>(p, block + i * kTileX, last).data, p.inputs, next.of(i));
-    };
-    const WeightRows<T, kLanes> weight(p, first, end);
-    if (sizeof(T) == sizeof(float) || passes == 1 || p.inputs > kMostWidened) return multiply_all(weight);
-    alignas(64) float widened[kWeights][kMostWidened];
-    SkinnyLinearParams wide = p;
-    wide.weight = widened, wide.weight_stride = kMostWidened;
-    for (int n = 0; n < kWeights; n++) widen_row(weight.data[n], widened[n], p.inputs);
-    multiply_all(WeightRows<float, kLanes>(wide, 0, kWeights));
+  static constexpr int kRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 2;
+
+  template <int kCount>
+  static void fill(const Params& p, int64_t first, int64_t end, int64_t panel, Sums& sums) {
+    const auto* weight = static_cast<const typename Panels::Unit*>(p.weight) + panel * p.panel_units();
+    for (int64_t row = first; row < end; row++) memset(sums[row - first], 0, sizeof sums[0]);
+    for (int begin = 0; begin < p.inputs; begin += kMostInputs) {
+      const int inputs = static_cast<int>(least(p.inputs - begin, kMostInputs));
+      const auto* from = weight + begin / Panels::kInputs * kPanel;
+      for_tiles<kRows>(first, end, [&](int64_t row, int rows, int pass, int passes) {
+        const float* x = static_cast<const float*>(p.read) + row * p.read_stride + begin;
+        const Fetch fetch(weight + kCount * p.panel_units(), kCount * p.panel_units() * 4L,
+                          inputs / Panels::kInputs, pass, passes);
+        with_count<kRows>(rows, [&](auto count) {
+          multiply<Panels, count, kCount>(from, p.panel_units(), x, p.read_stride, inputs, &sums[row - first],
+                                          fetch);
+        });
+      });
+    }
   }
   static float scale(const Params&, int64_t) { return 1.0f; }
 };
 
 template <class Dot>
 struct ByteWeight {
-  static void fill(const Params& p, int64_t block, int64_t last, int first, int end, Tiles& tiles) {
-    const int64_t passes = (last - block + kTileX - 1) / kTileX;
-    const WeightRows<int8_t, kBytes> weight(p, first, end);
-    const int group = p.inputs / p.groups;
-    const NextRows next(p, first, 1, passes * p.groups, group / kBytes);
-    for (int g = 0; g < p.groups; g++) {
-      const int begin = g * group;
-      Ints offset = {};
-      if constexpr (Dot::kOffset) offset = products_of_zeros<Dot>(weight, begin, begin + group);
-      alignas(64) float scales[kLanes];
-      for (int i = 0; i < kLanes; i++)
-        scales[i] = p.scales[least(first + i % kWeights, end - 1) * p.groups + g];
-      for (int64_t i = 0; i < passes; i++) {
-        const Ints products = multiply_bytes<Dot>(weight, XRows<int8_t>(p, block + i * kTileX, last).data,
-                                                  begin, begin + group, next.of(g * passes + i));
-        const Floats scaled = __builtin_convertvector(products - offset, Floats) * load(scales);
-        tiles[i] = g ? tiles[i] + scaled : scaled;
-      }
-    }
+  template <int kCount>
+  static void fill(const Params& p, int64_t first, int64_t end, int64_t panel, Sums& sums) {
+    const auto* weight = static_cast<const int32_t*>(p.weight) + panel * p.panel_units();
+    for (int64_t row = first; row < end; row++) memset(sums[row - first], 0, sizeof sums[0]);
+    for_tiles<Dot::kRows>(first, end, [&](int64_t row, int rows, int pass, int passes) {
+      const ByteRows bytes{static_cast<const int8_t*>(p.read) + row * p.read_stride, p.read_stride,
+                           p.x_sums + row * p.groups, p.scales + panel * kPanel, p.panels() * kPanel};
+      const Fetch fetch(weight + kCount * p.panel_units(), kCount * p.panel_units() * 4L, p.row_units(), pass,
+                        passes);
+      with_count<Dot::kRows>(rows, [&](auto count) {
+        multiply<Dot, count, kCount>(weight, p.panel_units(), bytes, p.padded_inputs(), p.groups,
+                                     &sums[row - first], fetch);
+      });
+    });
   }
   static float scale(const Params& p, int64_t row) { return p.x_scales[row]; }
 };
 
-// sums: of `count` outputs from `first` on.
-void write(const Params& p, int64_t row, int first, int count, const float* bias, float scale, float* sums) {
-  for (int n = 0; n < count; n++) sums[n] = sums[n] * scale + bias[n];
+// Writes the outputs of `panels` panels of a row; the last one may be partly beyond the outputs.
+DLLM_SIMD void write(const Params& p, int64_t row, int64_t panel, int panels, float scale, const float* bias,
+                     float* sums) {
+  const int64_t first = panel * kPanel;
+  const int count = static_cast<int>(least(panels * kPanel, p.outputs - first));
+  for (int i = 0; i < panels * kPanel; i++) sums[i] = sums[i] * scale + bias[i];
   with_storage_type(p.x_type, [&]<class T>(T) {
     narrow_row(sums, static_cast<T*>(p.out) + row * p.outputs + first, count);
   });
 }
 
-template <class Weight>
-void fill_item(const Params& p, int64_t item) {
-  const int begin = static_cast<int>(item * Params::kOutputs);
-  const int end = static_cast<int>(least(begin + Params::kOutputs, p.outputs));
-  float bias[Params::kOutputs] = {};
-  if (p.bias) widen_any(p.bias, p.bias_type, begin, end - begin, bias);
-  alignas(64) float results[kRowsAtOnce][Params::kOutputs];
+template <class Weight, int kCount>
+void fill_panels(const Params& p, int64_t panel) {
+  alignas(64) Sums sums;
+  alignas(64) float bias[kCount * kPanel] = {};
+  const int64_t first = panel * kPanel;
+  if (p.bias)
+    widen_any(p.bias, p.bias_type, first, static_cast<int>(least(kCount * kPanel, p.outputs - first)), bias);
   for (int64_t block = 0; block < p.rows; block += kRowsAtOnce) {
-    const int64_t last = least(block + kRowsAtOnce, p.rows);
-    for (int first = begin; first < end; first += kWeights) {
-      Tiles tiles;
-      Weight::fill(p, block, last, first, end, tiles);
-      for (int64_t row = block; row < last; row++) {
-        const auto* tile = reinterpret_cast<const float*>(&tiles[(row - block) / kTileX]);
-        memcpy(&results[row - block][first - begin], tile + (row - block) % kTileX * kWeights,
-               kWeights * sizeof(float));
-      }
-    }
-    for (int64_t row = block; row < last; row++)
-      write(p, row, begin, end - begin, bias, Weight::scale(p, row), results[row - block]);
+    const int64_t end = least(block + kRowsAtOnce, p.rows);
+    Weight::template fill<kCount>(p, block, end, panel, sums);
+    for (int64_t row = block; row < end; row++)
+      write(p, row, panel, kCount, Weight::scale(p, row), bias, sums[row - block]);
   }
 }
 
+template <class Weight>
+void fill_item(const Params& p, int64_t item) {
+  int64_t panel = item * Params::kItemPanels;
+  const int64_t end = least(panel + Params::kItemPanels, p.panels());
+  for (; panel + kTilePanels <= end; panel += kTilePanels) fill_panels<Weight, kTilePanels>(p, panel);
+  for (; panel < end; panel++) fill_panels<Weight, 1>(p, panel);
+}
+
+// ---- x as the product reads it ---------------------------------------------------------------------------
 constexpr int kChunk = 512;  // inputs that are widened together
 
 // use(first, count, values) for every chunk of a row of x.
@@ -359,7 +339,7 @@ void pack_bytes(const Params& p, int64_t row) {
   const bool finite = largest < 0x7f800000u;
   const float scale = float_of(largest) / 127;
   const float inverse = finite && scale > 0 ? 1 / scale : 0;
-  int8_t* to = static_cast<int8_t*>(p.packed) + row * p.padded_inputs();
+  int8_t* to = static_cast<int8_t*>(p.read) + row * p.read_stride;
   for_chunks(p, row, [&](int first, int count, const float* values) {
     for (int i = 0; i < count; i++) {
       const float rounded = finite ? rintf(values[i] * inverse) : 0;
@@ -367,19 +347,53 @@ void pack_bytes(const Params& p, int64_t row) {
     }
   });
   memset(to + p.inputs, 0, p.padded_inputs() - p.inputs);
+  const int group = p.padded_inputs() / p.groups;
+  for (int g = 0; g < p.groups; g++) {
+    int32_t sum = 0;
+    for (int i = 0; i < group; i++) sum += to[g * group + i];
+    p.x_sums[row * p.groups + g] = sum;
+  }
   p.x_scales[row] = finite ? scale : __builtin_nanf("");
 }
 
-void pack_floats(const Params& p, int64_t row) {
-  float* to = static_cast<float*>(p.packed) + row * p.padded_inputs();
-  widen_any(p.x, p.x_type, row * p.inputs, p.inputs, to);
-  memset(to + p.inputs, 0, (p.padded_inputs() - p.inputs) * sizeof(float));
+// ---- weights as panels -----------------------------------------------------------------------------------
+// The inputs of a row of the weight from `first` on, as `units` units.
+DLLM_SIMD void copy_units(const PackWeightParams& p, int64_t row, int first, int units, uint32_t* to) {
+  const int count = static_cast<int>(least(p.inputs - first, static_cast<int64_t>(units) * p.unit_inputs()));
+  const int64_t offset = row * p.weight_stride + first;
+  if (p.bytes) {
+    const uint8_t* from = static_cast<const uint8_t*>(p.weight) + offset;
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(to);
+    for (int i = 0; i < count; i++) bytes[i] = static_cast<uint8_t>(from[i] + 128);
+  } else if (p.weight_type == DType::bfloat16) {
+    memcpy(to, static_cast<const BFloat16*>(p.weight) + offset, count * sizeof(BFloat16));
+  } else {
+    widen_any(p.weight, p.weight_type, offset, count, reinterpret_cast<float*>(to));
+  }
 }
 
 }  // namespace
 
+void pack_panels(const PackWeightParams& p, long begin, long end) {
+  constexpr int kUnits = 64;  // of a row that are transposed together
+  for (int64_t panel = begin; panel < end; panel++) {
+    float* out = static_cast<float*>(p.out) + panel * p.panel_units();
+    for (int unit = 0; unit < p.row_units(); unit += kUnits) {
+      const int units = static_cast<int>(least(p.row_units() - unit, kUnits));
+      alignas(64) uint32_t rows[kPanel][kUnits] = {};
+      for (int64_t i = 0; i < least(kPanel, p.outputs - panel * kPanel); i++)
+        copy_units(p, panel * kPanel + i, unit * p.unit_inputs(), units, rows[i]);
+      transpose(reinterpret_cast<const float*>(rows), kUnits, kPanel, units, out + unit * kPanel, kPanel);
+    }
+  }
+}
+
 void pack_rows(const Params& p, long begin, long end) {
-  for (long row = begin; row < end; row++) p.scales ? pack_bytes(p, row) : pack_floats(p, row);
+  for (long row = begin; row < end; row++) {
+    if (p.scales) pack_bytes(p, row);
+    else
+      widen_any(p.x, p.x_type, row * p.inputs, p.inputs, static_cast<float*>(p.read) + row * p.read_stride);
+  }
 }
 
 void skinny_product(const Params& p, long begin, long end) {
@@ -387,8 +401,10 @@ void skinny_product(const Params& p, long begin, long end) {
     if (p.scales) {
       if (p.dot_bytes) fill_item<ByteWeight<DotBytes>>(p, item);
       else fill_item<ByteWeight<WidenBytes>>(p, item);
+    } else if (p.weight_type == DType::bfloat16) {
+      fill_item<FloatWeight<BFloat16Panels>>(p, item);
     } else {
-      with_storage_type(p.weight_type, [&]<class T>(T) { fill_item<FloatWeight<T>>(p, item); });
+      fill_item<FloatWeight<FloatPanels>>(p, item);
     }
   }
 }

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are stored in fewer bytes, and read by `skinny_linear`.
+"""Linear layers whose weights are packed for `skinny_linear`, and stored in fewer bytes.
 
 A step of a cached sampler computes a block of some 32 rows: the time of its linear layers is that of reading
 their weights. Activations stay in the model's dtype.
@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dllm_kernels.models.merged_projections import is_plain_linear
-from dllm_kernels.ops.skinny_linear import quantize_weight, skinny_linear
+from dllm_kernels.ops.skinny_linear import PackedWeight, pack_weight, quantize_weight, skinny_linear
 
 KINDS = ("float32", "bfloat16", "int8")
-FEW_ROWS = 64  # of float32 weights; beyond, the library's product is faster
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def store_weights(model: nn.Module, kind: str) -> int:
     """Store the weights of linear layers in `model` as `kind` from now on; return the number of layers.
 
-    "float32": as they are, but read by `skinny_linear` for few rows. "bfloat16", "int8": rounded, int8 with
-    one scale for each output. Embeddings, the vocabulary projection, shared weights, biases, norms and layers
-    that are not plain nn.Linear stay as they are. Rounded weights are no Parameters any more: they cannot be
-    trained. Memory: one layer besides the model.
+    "float32": as they are, "bfloat16", "int8": rounded, int8 with one scale for each output. Embeddings, the
+    vocabulary projection, shared weights, biases, norms and layers that are not plain nn.Linear stay as they
+    are. Stored weights are no Parameters any more: they cannot be trained, but gradients pass through their
+    layers. Memory: one layer besides the model.
 
     Raises ValueError for another kind, a model that is not on the CPU, one without such layers, and for
     infinities and NaN in int8; the model is then as it was.
@@ -52,36 +52,21 @@ def store_weights(model: nn.Module, kind: str) -> int:
         if not module.weight.isfinite().all():
             raise ValueError(f"weights={kind!r}: a weight of {name} holds infinities or NaN")
     for parent, name, module in found:
-        if kind == "float32":
-            module.__class__ = SkinnyLinear
-        else:
-            parent._modules[name] = StoredLinear.rounded(module, kind)
+        parent._modules[name] = StoredLinear.rounded(module, kind)
     return len(found)
 
 
-class SkinnyLinear(nn.Linear):
-    """An nn.Linear that multiplies few rows by `skinny_linear`, where no gradient is recorded."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Project x [..., in] -> [..., out]."""
-        few = x.numel() <= FEW_ROWS * self.in_features
-        plain = few and x.device.type == "cpu" and x.dtype == self.weight.dtype
-        if plain and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
-            return skinny_linear(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
-
-
 class StoredLinear(nn.Module):
-    """A linear layer with a weight in 16 bits, or in int8 with scales. The bias stays a Parameter."""
+    """A linear layer whose weight is packed for `skinny_linear`: float32, 16 bits, or int8 with scales.
 
-    scales: Tensor | None
+    The weight is no Parameter and stays on the CPU, in its dtype, when the module is moved; `state_dict` has
+    it as "weight", and "scales". The bias stays a Parameter.
+    """
 
-    def __init__(self, weight: Tensor, scales: Tensor | None, bias: nn.Parameter | None):
+    def __init__(self, packed: PackedWeight, dtype: torch.dtype, bias: nn.Parameter | None):
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.kind = str(weight.dtype).removeprefix("torch.")
-        self.register_buffer("weight", weight)
-        self.register_buffer("scales", scales)
+        self.packed, self.stored_dtype = packed, dtype
+        self.out_features, self.in_features = packed.outputs, packed.inputs
         self.bias = bias
 
     @classmethod
@@ -90,13 +75,14 @@ class StoredLinear(nn.Module):
     ) -> StoredLinear:
         """Return a layer that stores a copy of `weight`, in eval mode.
 
-        weight: bfloat16 or float16 [out, in], or int8 [out, in] with scales: float32 [out, groups], one for
-        each in / groups inputs. bias: [out]. Raises ValueError for other dtypes and shapes.
+        weight: float32, bfloat16 or float16 [out, in], or int8 [out, in] with scales: float32 [out, groups],
+        one for each in / groups inputs. bias: [out]. Raises ValueError for other dtypes and shapes.
         """
         quantized = weight.dtype == torch.int8
-        if weight.dim() != 2 or not (quantized or weight.dtype in (torch.bfloat16, torch.float16)):
+        if weight.dim() != 2 or not (quantized or weight.dtype in FLOATS):
             raise ValueError(
-                f"weight is {weight.dtype} {[*weight.shape]}; it must be bfloat16, float16 or int8 [out, in]"
+                f"weight is {weight.dtype} {[*weight.shape]}; it must be float32, bfloat16, float16 or int8 "
+                "[out, in]"
             )
         if quantized != (scales is not None):
             raise ValueError(f"a weight in {weight.dtype} comes {'with' if quantized else 'without'} scales")
@@ -104,25 +90,61 @@ class StoredLinear(nn.Module):
             _check_scales(weight, scales)
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"bias is {[*bias.shape]}; it must be {[*weight.shape[:1]]}")
-        return cls(weight.clone(), None if scales is None else scales.clone(), bias).eval()
+        return cls(pack_weight(weight.detach(), scales), weight.dtype, bias).eval()
 
     @classmethod
     def rounded(cls, linear: nn.Linear, kind: str) -> StoredLinear:
-        """Return `linear` with its weight rounded to "bfloat16", or to "int8" with one scale per output."""
+        """Return `linear` with its weight rounded to `kind`; int8 has one scale per output."""
         weight = linear.weight.detach()
-        parts = quantize_weight(weight) if kind == "int8" else (weight.bfloat16(), None)
+        parts = quantize_weight(weight) if kind == "int8" else (weight.to(getattr(torch, kind)), None)
         return cls.of(*parts, linear.bias).train(linear.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [out, in] as it is stored, unpacked: a new tensor."""
+        return self.parts()[0]
 
     def parts(self) -> tuple[Tensor, Tensor | None]:
         """Return (weight [out, in], scales [out, groups] or None), as `of` takes them."""
-        return self.weight, self.scales
+        weight, scales = self.packed.unpacked()
+        return weight.to(self.stored_dtype), scales
 
     def forward(self, x: Tensor) -> Tensor:
-        """Project x [..., in] -> [..., out]. Raises NotImplementedError where a gradient is needed."""
-        return skinny_linear(x, self.weight, self.bias, scales=self.scales)
+        """Project x [..., in] -> [..., out]. Where a gradient is recorded, x is not quantized."""
+        trained = self.bias is not None and self.bias.requires_grad
+        if torch.is_grad_enabled() and (x.requires_grad or trained):
+            weight, scales = self.parts()
+            if scales is not None:
+                weight = (weight.unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1)
+            return F.linear(x, weight.to(x.dtype), self.bias)
+        return skinny_linear(x, self.packed, self.bias)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, weight={self.kind}"
+        kind = str(self.stored_dtype).removeprefix("torch.")
+        return f"in_features={self.in_features}, out_features={self.out_features}, weight={kind}"
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight, scales = self.parts()
+        destination[prefix + "weight"] = weight
+        if scales is not None:
+            destination[prefix + "scales"] = scales
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        rest = dict(state_dict)
+        names = ("weight", "scales") if self.stored_dtype == torch.int8 else ("weight",)
+        given = [rest.pop(prefix + name, None) for name in names]
+        missing += [prefix + name for name, part in zip(names, given, strict=True) if part is None and strict]
+        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
+        if any(part is None for part in given):
+            return
+        if given[0].shape != (self.out_features, self.in_features) or given[0].dtype != self.stored_dtype:
+            errors.append(
+                f"{prefix}weight is {given[0].dtype} {[*given[0].shape]}; expected {self.stored_dtype} "
+                f"{[self.out_features, self.in_features]}"
+            )
+            return
+        self.packed = type(self).of(*given).packed
 
 
 def _check_scales(weight: Tensor, scales: Tensor) -> None:

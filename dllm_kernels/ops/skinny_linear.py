@@ -1,8 +1,11 @@
-"""A linear layer for few rows, with float or 8-bit weights."""
+"""A linear layer for few rows, with float or 8-bit weights that are packed once."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _library  # noqa: F401  (loads the operators)
@@ -13,15 +16,65 @@ from ._fake import register_fake
 _ops = torch.ops.dllm_kernels
 
 
+class PackedWeight(NamedTuple):
+    """A weight [outputs, inputs] in the order in which `skinny_linear` streams it; `pack_weight` makes it.
+
+    data: [panels, units, 16, inputs of a unit], panels of 16 outputs: float32 units of one input, bfloat16
+    units of two, or uint8 units of four (int8 + 128). scales: of int8, float32 [groups, 16 * panels], or
+    None. Zeros stand for what is missing in the last unit and in the last panel.
+    """
+
+    data: Tensor
+    scales: Tensor | None
+    outputs: int
+    inputs: int
+
+    def unpacked(self) -> tuple[Tensor, Tensor | None]:
+        """Return (weight [outputs, inputs], scales [outputs, groups] or None), as `pack_weight` took them,
+        but float32 for float16."""
+        panels, units, width, step = self.data.shape
+        rows = self.data.transpose(1, 2).reshape(panels * width, units * step)
+        weight = rows[: self.outputs, : self.inputs]
+        if self.scales is None:
+            return weight.contiguous(), None
+        return (weight - 128).view(torch.int8), self.scales[:, : self.outputs].t().contiguous()
+
+
+def pack_weight(weight: Tensor, scales: Tensor | None = None) -> PackedWeight:
+    """Return `weight` as `skinny_linear` reads it fastest: pack once, multiply often.
+
+    weight: [outputs, inputs] on the CPU, float32, bfloat16, float16 (packed as float32), or int8 with
+    `scales`, float32 [outputs, groups]. There is no derivative. Raises TypeError for arguments that are not
+    Tensors, ValueError for other shapes, dtypes and devices.
+    """
+    check_tensors(weight=weight)
+    check_optional_tensors(scales=scales)
+    _check_on_cpu("pack_weight", weight=weight)
+    if (weight.dtype == torch.int8) != (scales is not None):
+        needs = "an int8 weight needs scales" if scales is None else "scales go with an int8 weight"
+        raise ValueError(f"pack_weight: {needs}")
+    data = _ops.pack_weight(weight)
+    outputs, inputs = weight.shape
+    if scales is not None:
+        if scales.dim() != 2 or len(scales) != outputs or scales.dtype != torch.float32:
+            raise ValueError(
+                f"pack_weight: scales must be float32 [{outputs}, groups], got {scales.dtype} "
+                f"{[*scales.shape]}"
+            )
+        scales = F.pad(scales.detach().t(), (0, len(data) * 16 - outputs)).contiguous()
+    return PackedWeight(data, scales, outputs, inputs)
+
+
 def skinny_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scales: Tensor | None = None
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, *, scales: Tensor | None = None
 ) -> Tensor:
-    """Return x · weightᵀ + bias, for about 1 to 64 rows of x: the weight is read once.
+    """Return x · weightᵀ + bias; the weight is read once, which is what 1 to 64 rows of x wait for.
 
     x: [..., inputs], float32, bfloat16 or float16; the result [..., outputs] has its dtype.
-    weight: [outputs, inputs], float32, bfloat16, float16, or int8 with `scales`, float32 [outputs, groups]:
-    see `quantize_weight`. bias: [outputs], of any float type. Sums are float32, and a row's result does not
-    depend on the rows beside it. More rows are right too, but a library's product is faster then.
+    weight: a PackedWeight, or [outputs, inputs] in float32, bfloat16, float16, or int8 with `scales`, float32
+    [outputs, groups] (see `quantize_weight`), which every call packs. bias: [outputs], of any float type.
+    Sums are float32, and a row's result does not depend on the rows beside it. More rows are about as fast as
+    a library's product.
 
     int8: every row of x is quantized symmetrically to its largest magnitude, products and sums of bytes are
     exact (VNNI where the processor has it), and out = s_x Σ_g s_g Σ x_i w_i (W8A8, as LLM.int8() without
@@ -30,20 +83,34 @@ def skinny_linear(
     CPU tensors only. There is no derivative: a backward pass raises NotImplementedError. Raises TypeError for
     arguments that are not Tensors, ValueError for other shapes, dtypes and devices.
     """
-    check_tensors(x=x, weight=weight)
+    packed = weight if isinstance(weight, PackedWeight) else None
+    check_tensors(x=x, weight=packed.data if packed else weight)
     check_optional_tensors(bias=bias, scales=scales)
-    if x.is_cuda:
+    _check_on_cpu("skinny_linear", x=x)
+    if packed is None:
+        return _ops.skinny_linear(x, weight, bias, scales)
+    if scales is not None:
+        raise ValueError("skinny_linear: scales are those of the packed weight; pass them to pack_weight")
+    if x.dim() and x.shape[-1] != packed.inputs:
         raise ValueError(
-            "skinny_linear: x must be on the CPU, got cuda; use torch.nn.functional.linear there"
+            f"skinny_linear: weight.shape[1] must be {x.shape[-1]} (the inputs of x), got {packed.inputs}"
         )
-    return _ops.skinny_linear(x, weight, bias, scales)
+    return _ops.packed_linear(x, packed.data, packed.outputs, bias, packed.scales)
+
+
+def _check_on_cpu(name: str, **tensors: Tensor) -> None:
+    for argument, tensor in tensors.items():
+        if tensor.is_cuda:
+            raise ValueError(
+                f"{name}: {argument} must be on the CPU, got cuda; use torch.nn.functional.linear there"
+            )
 
 
 def quantize_weight(weight: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
     """Return int8 [outputs, inputs] and float32 scales [outputs, groups] of a weight: w ≈ w8 · scale.
 
     Symmetric, to nearest: the largest magnitude of a row, or of each `group_size` inputs of it, becomes 127.
-    weight: [outputs, inputs], any float dtype. group_size: a multiple of 64 that divides the inputs. Raises
+    weight: [outputs, inputs], any float dtype. group_size: a multiple of 4 that divides the inputs. Raises
     TypeError, or ValueError for other shapes and group sizes, and for infinities and NaN.
     """
     check_tensors(weight=weight)
@@ -53,19 +120,19 @@ def quantize_weight(weight: Tensor, group_size: int | None = None) -> tuple[Tens
         raise ValueError(f"quantize_weight: weight must be [outputs, inputs], got shape {list(weight.shape)}")
     inputs = weight.shape[1]
     size = max(inputs, 1) if group_size is None else integer("group_size", group_size, 1)
-    if group_size is not None and (size % 64 or inputs % size):
+    if group_size is not None and (size % 4 or inputs % size):
         raise ValueError(
-            f"quantize_weight: group_size must be a multiple of 64 that divides the {inputs} inputs, "
+            f"quantize_weight: group_size must be a multiple of 4 that divides the {inputs} inputs, "
             f"got {size}"
         )
     rows = weight.detach().float()
     if not rows.isfinite().all():
         raise ValueError("quantize_weight: weight holds infinities or NaN")
-    groups = rows.reshape(len(rows), -1, size) if inputs else rows.new_zeros(len(rows), 1, 1)
+    groups = rows.unflatten(1, (inputs // size, size)) if inputs else rows.new_zeros(len(rows), 1, 1)
     scales = groups.abs().amax(2) / 127
     steps = groups / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     quantized = steps.round().clamp(-127, 127).to(torch.int8)
-    return quantized.reshape(len(rows), -1)[:, :inputs].contiguous(), scales
+    return quantized.flatten(1)[:, :inputs].contiguous(), scales
 
 
 @register_fake("skinny_linear")
@@ -73,4 +140,19 @@ def _(x, weight, bias=None, scales=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-register_no_derivative("skinny_linear", "call it under torch.no_grad(), or use torch.nn.functional.linear")
+@register_fake("packed_linear")
+def _(x, weight, outputs, bias=None, scales=None):
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+@register_fake("pack_weight")
+def _(weight):
+    dtype = {torch.int8: torch.uint8, torch.bfloat16: torch.bfloat16}.get(weight.dtype, torch.float32)
+    inputs = 4 // dtype.itemsize  # of a unit
+    panels, units = -(-weight.shape[0] // 16), -(-weight.shape[1] // inputs)
+    return weight.new_empty((panels, units, 16, inputs), dtype=dtype)
+
+
+_REMEDY = "call it under torch.no_grad(), or use torch.nn.functional.linear"
+for _name in ("skinny_linear", "packed_linear", "pack_weight"):
+    register_no_derivative(_name, _REMEDY)

@@ -8,15 +8,13 @@ import transformers
 from torch import nn
 
 import dllm_kernels as dk
-from dllm_kernels.models.stored_weights import FEW_ROWS, SkinnyLinear, StoredLinear, store_weights
+from dllm_kernels.models.stored_weights import StoredLinear, store_weights
 from tests.models.published_checkpoints import PUBLISHED
 from tests.sampling.tiny_models import MASK, prompts_of, tiny_model
 
-STORED = (SkinnyLinear, StoredLinear)
-
 
 def layers_of(model) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, STORED)]
+    return [module for module in model.modules() if isinstance(module, StoredLinear)]
 
 
 def model_with(kind: str, *options, **more):
@@ -97,33 +95,53 @@ def test_a_compiled_model_writes_the_same(kind):
     assert plain.sequences.equal(compiled.sequences)
 
 
-def test_float32_layers_take_the_stock_product_for_many_rows_gradients_and_autocast(monkeypatch):
-    layer = nn.Linear(24, 40)
-    expected = copy.deepcopy(layer)
-    layer.__class__ = SkinnyLinear
-    calls = []
-    monkeypatch.setattr(
-        "dllm_kernels.models.stored_weights.skinny_linear",
-        lambda *arguments: calls.append(1) or dk.skinny_linear(*arguments),
-    )
-    few, many = torch.randn(FEW_ROWS, 24), torch.randn(FEW_ROWS + 1, 24)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(few), expected(few), rtol=1e-5, atol=1e-5)
-        assert len(calls) == 1
-        assert layer(many).equal(expected(many))
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer(few).equal(expected(few))
-    layer(few).sum().backward()
-    expected(few).sum().backward()
-    assert layer.weight.grad.equal(expected.weight.grad) and len(calls) == 1
-
-
-def test_rounded_weights_are_not_trained():
-    model = model_with("int8")
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_gradients_pass_through_layers_whose_weights_are_not_trained(kind):
+    stock, model = rounded(tiny_model(), kind), model_with(kind)
     assert not any("proj.weight" in name for name, _ in model.named_parameters())
-    ids = torch.randint(0, MASK, (1, 8))
-    with pytest.raises(NotImplementedError, match="skinny_linear: no derivative"):
-        model(input_ids=ids).logits.sum().backward()
+    ids = torch.randint(0, MASK, (1, 8), generator=torch.Generator().manual_seed(0))
+    for one in (stock, model):
+        one.zero_grad()
+        one(input_ids=ids).logits.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        expected = stock.get_parameter(name).grad
+        rounding = 1e-6 * float(expected.abs().max())
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=rounding)
+
+
+def test_a_bias_is_trained():
+    linear, x = nn.Linear(24, 40), torch.randn(5, 24)
+    expected = 2 * linear(x).sum(0).detach()
+    StoredLinear.rounded(linear, "float32")(x).square().sum().backward()
+    torch.testing.assert_close(linear.bias.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_a_state_dict_holds_the_weights(kind):
+    model, other = model_with(kind), model_with(kind)
+    for layer in layers_of(other):
+        weight, scales = layer.parts()
+        layer.packed = StoredLinear.of(torch.zeros_like(weight), scales).packed
+    state = model.state_dict()
+    name = "model.layers.0.mlp.up_proj."
+    assert state[name + "weight"].equal(model.get_submodule(name[:-1]).weight)
+    assert (name + "scales" in state) == (kind == "int8")
+    other.load_state_dict(state)
+    for mine, loaded in zip(layers_of(model), layers_of(other), strict=True):
+        assert loaded.packed.data.equal(mine.packed.data)
+    with pytest.raises(RuntimeError, match=r"Missing key.*up_proj\.weight"):
+        other.load_state_dict({key: value for key, value in state.items() if key != name + "weight"})
+    with pytest.raises(RuntimeError, match=r"up_proj.weight is .* \[1, 2\]; expected"):
+        other.load_state_dict(state | {name + "weight": state[name + "weight"][:1, :2]})
+
+
+def test_stored_weights_keep_their_dtype_when_the_model_is_moved():
+    model = model_with("int8").bfloat16()
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(3, 32).bfloat16()
+    with torch.no_grad():
+        assert layer(x).dtype == torch.bfloat16
+    assert layer.weight.dtype == torch.int8 and layer.parts()[1].dtype == torch.float32
 
 
 def test_weights_take_the_bytes_that_they_are_stored_in():
@@ -199,7 +217,7 @@ def test_parts_that_make_no_layer_are_refused():
     for of, message in (
         ((weight,), "a weight in torch.int8 comes with scales"),
         ((weight.bfloat16(), torch.ones(4, 1)), "a weight in torch.bfloat16 comes without scales"),
-        ((weight.float(),), r"weight is torch.float32 \[4, 8\]; it must be bfloat16, float16 or int8"),
+        ((weight.double(),), r"weight is torch.float64 \[4, 8\]; it must be float32, bfloat16, float16"),
         ((weight, torch.ones(4)), r"scales is torch.float32 \[4\]; it must be float32 \[4, groups\]"),
         ((weight, torch.ones(4, 3)), "groups must divide the 8 inputs"),
         ((weight, torch.ones(4, 1).half()), "scales is torch.float16"),

@@ -1,4 +1,4 @@
-"""skinny_linear beside products in float64: float weights, and bytes by their definition."""
+"""skinny_linear beside products in float64: float weights, and bytes by their definition; packed weights."""
 
 import pytest
 import torch
@@ -87,10 +87,11 @@ def test_extreme_bytes_do_not_saturate():
     torch.testing.assert_close(got.double(), x.double() @ weight.double().T, rtol=1e-6, atol=1e-3)
 
 
-def test_the_most_inputs_of_a_scale_do_not_overflow():
-    x, weight = torch.ones(1, 2**17), torch.full((1, 2**17), -128, dtype=torch.int8)
+@pytest.mark.parametrize("byte", [-128, 127])
+def test_the_most_inputs_of_a_scale_do_not_overflow(byte):
+    x, weight = torch.ones(1, 2**16), torch.full((1, 2**16), byte, dtype=torch.int8)
     got = dk.skinny_linear(x, weight, scales=torch.ones(1, 1))
-    torch.testing.assert_close(got, torch.tensor([[-(2.0**24)]]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, torch.tensor([[byte * 2.0**16]]), rtol=1e-6, atol=0)
 
 
 def test_no_inputs_give_the_bias():
@@ -103,7 +104,7 @@ def test_no_inputs_give_the_bias():
 def test_quantized_weights_are_near_the_weights():
     _, weight, _ = arguments(0, 1, 256, 40)
     weight[3], weight[4, 64:128] = 0, 1e-30
-    for size in (None, 64, 128):
+    for size in (None, 4, 64, 128):
         quantized, scales = dk.quantize_weight(weight, size)
         assert quantized.dtype == torch.int8 and scales.shape == (40, 256 // (size or 256))
         back = quantized.float() * scales.repeat_interleave(size or 256, 1)
@@ -179,7 +180,7 @@ for inputs in (64, 70, 1029):
     x, weight = (torch.randn(rows, inputs, generator=generator) for rows in (33, 70))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         results.append(dk.skinny_linear(x, weight.to(dtype)))
-    quantized, scales = dk.quantize_weight(weight)
+    quantized, scales = dk.quantize_weight(weight, 32 if inputs == 64 else None)
     results.append(dk.skinny_linear(x, quantized, scales=scales))
 weight, scales = torch.full((5, 4096), -128, dtype=torch.int8), torch.ones(5, 1)
 results.append(dk.skinny_linear(torch.ones(2, 4096), weight, scales=scales))
@@ -203,6 +204,70 @@ def test_opcheck_and_compile():
         torch.library.opcheck(torch.ops.dllm_kernels.skinny_linear, call)
     compiled = torch.compile(lambda x: dk.skinny_linear(x, weight, bias), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), dk.skinny_linear(x, weight, bias))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.sampled_from([0, 1, 2, 5, 8, 9, 32, 70, 300]),
+    inputs=st.integers(0, 140),
+    outputs=st.integers(0, 140),
+    kind=st.sampled_from([*DTYPES, torch.int8]),
+    x_dtype=st.sampled_from(DTYPES),
+    group=st.sampled_from([4, 32, 64]),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_packed_weights_give_the_same_and_can_be_unpacked(
+    rows, inputs, outputs, kind, x_dtype, group, bias, seed
+):
+    x, weight, added = arguments(seed, rows, inputs, outputs, x_dtype=x_dtype, bias=bias)
+    scales = None
+    if kind == torch.int8:
+        weight, scales = dk.quantize_weight(weight, group if inputs and inputs % group == 0 else None)
+    else:
+        weight = weight.to(kind)
+    packed = dk.pack_weight(weight, scales)
+    got = dk.skinny_linear(x, packed, added)
+    assert torch.equal(got, dk.skinny_linear(x, weight, added, scales=scales))
+    again, same_scales = packed.unpacked()
+    assert torch.equal(again.to(kind), weight)
+    assert same_scales is None if scales is None else torch.equal(same_scales, scales)
+    if rows and outputs and kind == torch.int8:
+        expected = quantized_product(x, weight, scales, added)
+        size = quantized_product(x.abs(), weight.abs(), scales) + (0 if added is None else added.abs())
+        rounding = 1e-5 + torch.finfo(x_dtype).eps + 2.0 / 127 * (x_dtype != torch.float32)
+        assert bool(((got.double() - expected).abs() <= rounding * size.double() + 1e-30).all())
+
+
+@pytest.mark.parametrize("inputs", [4096, 4097, 9001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_rows_are_read_in_parts(inputs, dtype):
+    x, weight, _ = arguments(9, 11, inputs, 50, dtype)
+    got = dk.skinny_linear(x, dk.pack_weight(weight))
+    expected = x.double() @ weight.double().T
+    assert bool(((got.double() - expected).abs() <= tolerance(x, weight, None, torch.float32)).all())
+
+
+def test_packing_needs_no_gradient_but_has_none():
+    weight = torch.nn.Parameter(torch.randn(5, 6))
+    with torch.no_grad():
+        packed = dk.pack_weight(weight)
+    with pytest.raises(NotImplementedError, match="pack_weight"):
+        dk.pack_weight(weight).data.sum().backward()
+    with pytest.raises(NotImplementedError, match="packed_linear"):
+        dk.skinny_linear(torch.randn(2, 6, requires_grad=True), packed).sum().backward()
+
+
+def test_opcheck_and_compile_of_packed_weights():
+    x, weight, bias = arguments(6, 5, 70, 20, bias=True)
+    for plain, scales in ((weight, None), (weight.bfloat16(), None), dk.quantize_weight(weight)):
+        torch.library.opcheck(torch.ops.dllm_kernels.pack_weight, (plain,))
+        packed = dk.pack_weight(plain, scales)
+        torch.library.opcheck(torch.ops.dllm_kernels.packed_linear, (x, packed.data, 20, bias, packed.scales))
+        compiled = torch.compile(
+            lambda x, packed=packed: dk.skinny_linear(x, packed, bias), fullgraph=True, backend="aot_eager"
+        )
+        assert torch.equal(compiled(x), dk.skinny_linear(x, packed, bias))
 
 
 def test_a_gradient_is_refused():
@@ -232,13 +297,13 @@ BYTES, SCALES = dk.quantize_weight(WEIGHT, 64)
                 x=torch.zeros(1, 2**18), weight=torch.zeros(4, 2**18, dtype=torch.int8), scales=SCALES[:, :1]
             ),
             ValueError,
-            "may cover at most 131072 inputs, got 262144",
+            "may cover at most 65536 inputs, got 262144",
         ),
         (dict(weight=BYTES), ValueError, "an int8 weight needs scales"),
         (dict(scales=SCALES), ValueError, "scales go with an int8 weight"),
         (dict(weight=BYTES, scales=SCALES[:2]), ValueError, r"scales.shape\[0\] must be 4"),
         (dict(weight=BYTES, scales=SCALES[0]), ValueError, r"scales must be \[outputs, groups\]"),
-        (dict(weight=BYTES, scales=SCALES.repeat(1, 2)), ValueError, "equal and multiples of 64"),
+        (dict(weight=BYTES, scales=SCALES[:, :1].repeat(1, 64)), ValueError, "equal and multiples of 4"),
         (dict(weight=BYTES, scales=SCALES.double()), ValueError, "scales must be float32"),
         (dict(bias=torch.zeros(5)), ValueError, r"bias.shape\[0\] must be 4"),
         (dict(bias=torch.zeros(4, dtype=torch.int32)), ValueError, "bias must be float32"),
@@ -256,7 +321,7 @@ def test_arguments_that_make_no_sense_are_refused(given, error, says):
         (dict(weight=BYTES), TypeError, "weight must be a float Tensor, got torch.int8"),
         (dict(weight=WEIGHT[0]), ValueError, r"weight must be \[outputs, inputs\]"),
         (dict(weight=WEIGHT / 0), ValueError, "weight holds infinities or NaN"),
-        (dict(weight=WEIGHT, group_size=48), ValueError, "group_size must be a multiple of 64"),
+        (dict(weight=WEIGHT, group_size=42), ValueError, "group_size must be a multiple of 4"),
         (dict(weight=WEIGHT, group_size=256), ValueError, "divides the 128 inputs, got 256"),
         (dict(weight=WEIGHT, group_size=0), ValueError, "group_size must lie in 1"),
     ],
@@ -264,3 +329,37 @@ def test_arguments_that_make_no_sense_are_refused(given, error, says):
 def test_weights_that_cannot_be_quantized_are_refused(given, error, says):
     with pytest.raises(error, match=says):
         dk.quantize_weight(**given)
+
+
+PACKED = dk.pack_weight(BYTES, SCALES)
+
+
+@pytest.mark.parametrize(
+    "call, error, says",
+    [
+        (lambda: dk.pack_weight(WEIGHT[0]), ValueError, r"weight must be \[outputs, inputs\]"),
+        (lambda: dk.pack_weight("w"), TypeError, "weight must be a Tensor, got str"),
+        (lambda: dk.pack_weight(WEIGHT.double()), ValueError, "float16 or int8, got float64"),
+        (lambda: dk.pack_weight(BYTES), ValueError, "an int8 weight needs scales"),
+        (lambda: dk.pack_weight(WEIGHT, SCALES), ValueError, "scales go with an int8 weight"),
+        (lambda: dk.pack_weight(BYTES, SCALES[:2]), ValueError, r"scales must be float32 \[4, groups\]"),
+        (lambda: dk.skinny_linear(X, PACKED, scales=SCALES), ValueError, "pass them to pack_weight"),
+        (lambda: dk.skinny_linear(X[:, :64], PACKED), ValueError, r"weight.shape\[1\] must be 64"),
+        (lambda: dk.skinny_linear(X, PACKED._replace(outputs=40)), ValueError, r"packed from \[40, 128\]"),
+        (lambda: dk.skinny_linear(X, PACKED._replace(outputs=-9)), ValueError, r"packed from \[-9, 128\]"),
+        (lambda: dk.skinny_linear(X, PACKED._replace(scales=None)), ValueError, "needs scales"),
+        (
+            lambda: dk.skinny_linear(X, PACKED._replace(scales=PACKED.scales[:, :5])),
+            ValueError,
+            r"scales.shape\[1\] must be 16",
+        ),
+        (
+            lambda: dk.skinny_linear(X, PACKED._replace(scales=torch.ones(3, 16))),
+            ValueError,
+            "equal and multiples of 4, or of one group; got 3 groups",
+        ),
+    ],
+)
+def test_packed_weights_that_make_no_sense_are_refused(call, error, says):
+    with pytest.raises(error, match=says):
+        call()

@@ -119,15 +119,20 @@ def skinny_linear(draw: Draw) -> dict:
     weight, scales = draw.floats(outputs, inputs, dtype=draw.choice(FLOATS)), None
     if draw.chance(0.5):
         weight, scales = torch.randint(-128, 128, (outputs, inputs)).to(torch.int8), torch.rand(outputs, 1)
+    if draw.chance(0.5):
+        weight, scales = dk.pack_weight(weight, scales), None
     return {"x": x, "weight": weight, "bias": bias, "scales": scales}
 
 
 def check_skinny_linear(draw: Draw, call: dict, result) -> None:
-    x, weight = call["x"].double(), call["weight"].double()
-    if call["scales"] is not None:
+    weight, scales = call["weight"], call["scales"]
+    if isinstance(weight, dk.PackedWeight):
+        weight, scales = weight.unpacked()
+    x, weight = call["x"].double(), weight.double()
+    if scales is not None:
         scale = call["x"].float().abs().amax(1, keepdim=True) / 127
         x = (call["x"].float() * torch.where(scale > 0, 1 / scale, 0)).round().double() * scale.double()
-        weight = weight * call["scales"].double()
+        weight = weight * scales.double()
     bias = 0.0 if call["bias"] is None else call["bias"].double()
     size = x.abs() @ weight.abs().T + 1
     close("out", result.double() / size, (x @ weight.T + bias) / size, 1e-2)
