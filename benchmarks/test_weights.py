@@ -1,7 +1,11 @@
-"""A block of a 308M model with the dual cache: linear layers that store their weights in fewer bytes.
+"""Linear layers that store their weights in fewer bytes: a block with the dual cache, and loading.
 
-Both sides run the same forwards: one over the whole canvas, and one for each further token of the block.
-Tokens may differ where weights are rounded.
+A block: both sides run the same forwards, one over the whole canvas and one for each further token. Tokens
+may differ where weights are rounded.
+
+Loading is from a warm page cache, beside from_pretrained of the float32 checkpoint. That maps the file and
+reads it in the first forward, so that rows with one forward show what a user waits for. Memory is the peak
+that a call adds, pages of mapped files included.
 """
 
 import copy
@@ -9,6 +13,7 @@ import functools
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import dllm_kernels as dk
 from benchmarks.llada_shaped import parameters, random_model
@@ -40,5 +45,61 @@ def test_weights(compare, pick, smoke, kind):
         title=f"a block of {BLOCK} tokens, {parameters(stock)} model, dual cache, {kind} weights",
         tolerance={"atol": 0, "rtol": 0},
         tokens=lambda _: BLOCK,
+        rounds=ROUNDS,
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """checkpoint(kind, smoke): a folder with the model, its linear layers in float32, bfloat16 or int8."""
+
+    @functools.cache
+    def checkpoint(kind: str, smoke: bool):
+        folder = tmp_path_factory.mktemp(kind)
+        model = stock_model(smoke)
+        if kind != "float32":
+            model = copy.deepcopy(model)
+            store_weights(model, kind)
+        dk.save(model, None, folder)
+        return folder
+
+    return checkpoint
+
+
+@pytest.mark.parametrize("forward", [False, True], ids=["load", "first forward"])
+@pytest.mark.parametrize(
+    ("stored", "weights"),
+    [
+        ("float32", None),
+        ("float32", "bfloat16"),
+        ("float32", "int8"),
+        ("bfloat16", "bfloat16"),
+        ("int8", None),
+    ],
+)
+def test_loading(compare, smoke, checkpoint, stored, weights, forward):
+    folder, whole = checkpoint(stored, smoke), checkpoint("float32", smoke)
+    ids = torch.randint(2, stock_model(smoke).config.mask_token_id, (1, BLOCK))
+
+    def ours() -> None:
+        model, _ = dk.load(folder, device="cpu", weights=weights)
+        step(model)
+
+    def theirs() -> None:
+        step(LlamaForCausalLM.from_pretrained(whole, dtype=torch.float32))
+
+    def step(model) -> None:
+        if forward:
+            with torch.no_grad():
+                model(input_ids=ids, use_cache=False)
+
+    title = f"load a {parameters(stock_model(smoke))} model, {stored} in its file"
+    if weights not in (None, stored):
+        title += f", as {weights}"
+    compare(
+        ours,
+        {"from_pretrained in float32": theirs},
+        title=f"{title}, and run {BLOCK} tokens" if forward else title,
+        memory=True,
         rounds=ROUNDS,
     )

@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from dllm_kernels.models import merged_projections
 from dllm_kernels.models.adapters import base_name, is_adapter, merge_adapter_into, own_tokenizer
 from dllm_kernels.models.attention import see_as_trained, sees_whole_rows
 from dllm_kernels.models.checkpoint_files import ADAPTER, read_json, stored_tensors, write_json
+from dllm_kernels.models.checkpoint_layouts import Layout
 from dllm_kernels.models.config_json import check_tokens, own_entries, read_config
 from dllm_kernels.models.empty_models import empty_model, model_class, skeleton
 from dllm_kernels.models.families import Family, family_of, token_ids
+from dllm_kernels.models.incoming_layers import layers_to_store, receivers
+from dllm_kernels.models.quantization_config import QuantizationConfig, expect_quantized
 from dllm_kernels.models.safetensors_io import fill_weights, own_storages, plan_weights, write_weights
 from dllm_kernels.models.savable import refuse_unsavable
+from dllm_kernels.models.saved_weights import quantization_of, saved_state
 from dllm_kernels.models.staging import CONFIG, interrupted_save, recover, staged
-from dllm_kernels.models.stored_weights import store_weights
+from dllm_kernels.models.stored_weights import KINDS, check_stored, store_weights
 from dllm_kernels.models.tokenizer_files import FILES, read_tokenizer
 
 if TYPE_CHECKING:
@@ -58,20 +63,20 @@ def load(
     merge_projections: queries, keys and values as one product without gradients, gate and up as another
     (`models.merged_projections`); a model whose projections are fused already stays as it is.
     base: the base model of an adapter, in place of the one that its adapter_config.json names.
-    weights: "bfloat16" | "int8", on the CPU: linear layers store their weights rounded, and read them once
-    for few rows (`models.stored_weights`); "float32": as they are, but read so. The vocabulary projection
-    keeps its dtype. None: the stock layers.
+    weights: "float32" | "bfloat16" | "int8", on the CPU: linear layers store their weights so, packed and
+    read once for few rows (`models.stored_weights`). The vocabulary projection keeps its dtype. None: as the
+    checkpoint has them, int8 ones stored as they are and others in stock layers.
     The model is a stock transformers model in eval mode. Called directly it sees what it was trained to see
     (`attention.see_as_trained`). A weight that is missing, left over or of the wrong shape is an error. No
     code of the checkpoint is run, and its weights are never in memory twice.
     """
     folder = checkpoint_folder(name)
     device, dtype = _placement(device, dtype)
-    model, tokenizer = read_checkpoint(folder, device, dtype, attention, merge_projections, base=base)
     if weights is not None:
-        if merge_projections:
-            raise ValueError(f"merge_projections has no meaning with weights={weights!r}")
-        store_weights(model, weights)
+        check_stored(weights, device)
+    model, tokenizer = read_checkpoint(
+        folder, device, dtype, attention, merge_projections, base=base, weights=weights
+    )
     see_as_trained(model)
     found = str(name) not in EMBEDDED and Path(name).expanduser().is_dir()
     model.name_or_path = str(folder.resolve() if found else name)  # which peft records as the base
@@ -86,16 +91,21 @@ def read_checkpoint(
     merge_projections: bool = False,
     trained: bool = True,
     base: str | Path | None = None,
+    weights: str | None = None,
 ):
     """Return (model, tokenizer) of a folder, the model in eval mode and with its own mask.
 
     trained: False also reads checkpoints that were not trained for diffusion; their config's "diffusion"
-    entry then lists no attention.
+    entry then lists no attention. weights: as in `load`, or "stock": stock layers, int8 ones dequantized.
     """
+    if merge_projections and weights is not None:
+        raise ValueError(f"merge_projections has no meaning with weights={weights!r}")
     if is_adapter(folder):
         model, tokenizer = _read_adapted(folder, base, device, dtype, attention, trained)
         if merge_projections:
             merged_projections.merge_projections(model)
+        if weights in KINDS:
+            store_weights(model, weights)
         return model, tokenizer
     if base is not None:
         raise ValueError(f"base is {str(base)!r}, but {folder} is a whole model and no adapter")
@@ -111,12 +121,18 @@ def read_checkpoint(
         stored = stored_tensors(folder)
         kind = model_class(config, family.masked_lm, entries.get("architectures"))
         expected = skeleton(kind, config, dtype, sum(math.prod(tensor.shape) for tensor in stored.values()))
+        sizes = _quantized_layers(entries, expected, layout)
+        if sizes and weights != "stock":
+            _refuse_quantized(device, merge_projections)
+        layers = layers_to_store(expected, sizes, weights)
+        expect_quantized(expected, sizes)
         plan = plan_weights(expected, stored, layout, family.other_heads)
-        model = empty_model(kind, config, device, dtype)
+        without = [name for name, storing in layers.items() if storing.kind is not None]
+        model = empty_model(kind, config, device, dtype, without)
         _complete(model.config, config)
         if merge_projections:
             merged_projections.merge_projections(model)
-        fill_weights(model, plan, stored)
+        fill_weights(model, plan, stored, receivers(model, layers, dtype))
     if _version(folder) != version:
         raise ValueError(f"{folder} was replaced while it was read; load it again")
     return model.eval(), tokenizer
@@ -146,20 +162,28 @@ def save(
     _mask_token(folder, model.config, tokenizer)
     stale = _MODEL_FILES if tokenizer is None else _ALL_FILES
     with staged(folder, stale) as beside, _quiet(logging), _named_disk(folder):
+        quantization = quantization_of(model, None if own is None else own[1])
         if own is None:
-            weights = own_storages(model.state_dict())
+            weights = own_storages(saved_state(model))
             with _saved_by_any_process(model):
                 model.save_pretrained(beside, state_dict=weights, max_shard_size=max_shard_size)
+            more = {}
             if sees_whole_rows(model):  # for plain transformers, if the model was not loaded but marked
-                write_json(beside / CONFIG, {**read_json(beside / CONFIG), "is_causal": False})
+                more["is_causal"] = False
+            if quantization is not None:
+                more["quantization_config"] = quantization.entries()
+            if more:
+                write_json(beside / CONFIG, {**read_json(beside / CONFIG), **more})
         else:
             entries, written = own
             entries["torch_dtype"] = str(model.dtype).removeprefix("torch.")
+            if quantization is not None:
+                entries["quantization_config"] = quantization.entries()
             write_json(beside / CONFIG, entries)
             special = {key: entries.get(key) for key in ("bos_token_id", "pad_token_id", "mask_token_id")}
             ends = list(token_ids(model.config.eos_token_id)) or None
             write_json(beside / GENERATION, {**special, "eos_token_id": ends})
-            write_weights(model, beside, written, max_shard_size)
+            write_weights(saved_state(model), beside, written, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
 
@@ -201,6 +225,22 @@ def _read_config(folder: Path):
     return entries, family, *read_config(entries, family)
 
 
+def _quantized_layers(entries: dict, skeleton: nn.Module, layout: Layout | None) -> dict[str, int | None]:
+    """Return the int8 layers that config.json names, by stock name -> inputs per scale (None: all)."""
+    if not entries.get("quantization_config"):
+        return {}
+    names = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+    written = {name: name if layout is None else layout.own_module_name(name) for name in names}
+    return QuantizationConfig.of_entries(entries["quantization_config"]).sizes(written)
+
+
+def _refuse_quantized(device: torch.device, merge_projections: bool) -> None:
+    if device.type != "cpu":
+        raise ValueError(f"its weights are int8, for models on the CPU, and device is {device}; give 'cpu'")
+    if merge_projections:
+        raise ValueError("merge_projections has no meaning with int8 weights")
+
+
 def _read_adapted(
     folder: Path,
     base: str | Path | None,
@@ -219,7 +259,7 @@ def _read_adapted(
         ) from error
     if of_base.resolve() == folder.resolve():
         raise ValueError(f"{folder} is an adapter that names itself as its base model; give base=")
-    model, tokenizer = read_checkpoint(of_base, device, dtype, attention, trained=trained)
+    model, tokenizer = read_checkpoint(of_base, device, dtype, attention, trained=trained, weights="stock")
     merge_adapter_into(model, folder)
     tokenizer = own_tokenizer(folder, model.config, tokenizer)
     model.config.mask_token_id = _mask_token(folder, model.config, tokenizer)

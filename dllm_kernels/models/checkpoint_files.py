@@ -13,6 +13,7 @@ from torch import Tensor
 WEIGHTS = "model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 ADAPTER = "adapter_config.json"
+_READ_AT_ONCE = 2**26  # bytes
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -31,19 +32,29 @@ class Stored:
 
 
 class OpenFiles:
-    """Safetensors files that are read in turn, each open from its first tensor until it is closed."""
+    """Safetensors files that are read in turn.
+
+    Pages that were read stay in the memory of the process as long as the file is open, so that it is opened
+    again after every 64 MiB.
+    """
 
     def __init__(self):
         self._open: dict[Path, safe_open] = {}
+        self._read: dict[Path, int] = {}
 
     def read(self, name: str, file: Path) -> Tensor:
         """Return a tensor mapped from the file; its pages are released with the tensor and the file."""
+        if self._read.get(file, 0) >= _READ_AT_ONCE:
+            self.close(file)
         if file not in self._open:
-            self._open[file] = _opened(file)
-        return self._open[file].get_tensor(name)
+            self._open[file], self._read[file] = _opened(file), 0
+        tensor = self._open[file].get_tensor(name)
+        self._read[file] += tensor.nbytes
+        return tensor
 
     def close(self, file: Path) -> None:
         self._open.pop(file, None)
+        self._read.pop(file, None)
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:

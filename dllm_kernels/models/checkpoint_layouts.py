@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+_SCALES = ".weight_scale"  # beside a quantized weight
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,22 @@ class Layout:
         return {**own, "diffusion": diffusion} if diffusion else own
 
     def stock_names(self, name: str) -> tuple[str, ...]:
-        """Return the stock names of the tensors that the weight `name` holds."""
+        """Return the stock names of the tensors that the weight `name`, or the scales of a weight, holds."""
+        if name.endswith(_SCALES):
+            return tuple(stock + "_scale" for stock in self.stock_names(name.removesuffix("_scale")))
         stock = self.weights.get(_LAYER.sub("{}", name), name)
         return _numbered((stock,) if isinstance(stock, str) else stock, name)
 
     def own_name(self, stock: str) -> str:
-        """Return the layout's name of the weight with this stock name."""
+        """Return the layout's name of the weight, or of the scales of a weight, with this stock name."""
+        if stock.endswith(_SCALES):
+            return self.own_name(stock.removesuffix("_scale")) + "_scale"
         own = {ours: theirs for theirs, ours in self.weights.items()}.get(_LAYER.sub("{}", stock), stock)
         return _numbered((own,), stock)[0]
+
+    def own_module_name(self, stock: str) -> str:
+        """Return the layout's name of the layer with this stock name."""
+        return self.own_name(f"{stock}.weight").removesuffix(".weight")
 
 
 def _numbered(names: tuple[str, ...], source: str) -> tuple[str, ...]:

@@ -16,7 +16,9 @@ _SOFTWARE = {
     "_attn_implementation_internal", "experts_implementation", "_experts_implementation",
     "_experts_implementation_internal", "_commit_hash", "use_kernels",
 }  # fmt: skip
-_NOT_OF_THE_MODEL = {"model_type", "architectures", "dtype", "torch_dtype", *_SOFTWARE}
+_NOT_OF_THE_MODEL = {
+    "model_type", "architectures", "dtype", "torch_dtype", "quantization_config", *_SOFTWARE
+}  # fmt: skip
 
 _SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -35,8 +37,6 @@ def read_config(entries: dict, family: Family):
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
-    if entries.get("quantization_config"):
-        raise ValueError("config.json has a quantization_config; quantized weights are not read")
     layout = _layout(entries, family)
     architecture = family.architecture
     if layout is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -49,9 +49,35 @@ def skeleton(kind: type, config, dtype: torch.dtype, elements: int | None = None
         ) from error
 
 
-def empty_model(kind: type, config, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Return a model with uninitialised weights."""
-    return _built(kind, config, device, dtype)
+def empty_model(
+    kind: type, config, device: torch.device, dtype: torch.dtype, without: Collection[str] = ()
+) -> nn.Module:
+    """Return a model with uninitialised weights. without: names of nn.Linear whose weight stays on meta."""
+    if not without:
+        return _built(kind, config, device, dtype)
+    hook = nn.modules.module.register_module_parameter_registration_hook(_linear_weights_on_meta())
+    try:
+        model = _built(kind, config, device, dtype)
+    finally:
+        hook.remove()
+    made: dict[int, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.weight.is_meta and name not in without:
+            empty = nn.Parameter(torch.empty_like(module.weight, device=device))
+            module.weight = made.setdefault(id(module.weight), empty)
+    model.tie_weights()
+    return model
+
+
+def _linear_weights_on_meta() -> Callable:
+    thread = threading.get_ident()
+
+    def replace(module: nn.Module, name: str, weight: nn.Parameter | None) -> nn.Parameter | None:
+        if name != "weight" or not isinstance(module, nn.Linear) or threading.get_ident() != thread:
+            return weight
+        return nn.Parameter(torch.empty_like(weight, device="meta"))
+
+    return replace
 
 
 def _built(kind: type, config, device: torch.device, dtype: torch.dtype) -> nn.Module:

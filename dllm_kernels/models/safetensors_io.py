@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import save_file
@@ -67,11 +68,16 @@ def plan_weights(
     return fills
 
 
-def fill_weights(model: nn.Module, fills: list[Fill], stored: Mapping[str, Stored]) -> None:
-    """Read every weight of `model` as planned.
+def fill_weights(
+    model: nn.Module,
+    fills: list[Fill],
+    stored: Mapping[str, Stored],
+    receivers: Mapping[str, Callable[[Tensor], None]] = MappingProxyType({}),
+) -> None:
+    """Read every weight of `model` as planned; those that `receivers` names are handed over instead.
 
-    Besides the model, memory holds pages of the files being read and the result of one conversion. Weights
-    that the model ties must be equal if the checkpoint holds several of them.
+    Besides the model, memory holds a few pages of the file being read and the result of one conversion.
+    Weights that the model ties must be equal if the checkpoint holds several of them.
     """
     state = model.state_dict(keep_vars=True)
     fills = sorted(fills, key=lambda fill: stored[fill.sources[0]].file)
@@ -79,15 +85,25 @@ def fill_weights(model: nn.Module, fills: list[Fill], stored: Mapping[str, Store
     files = OpenFiles()
     filled: dict[int, str] = {}
     for index, fill in enumerate(fills):
-        _fill(state, fill, [files.read(name, stored[name].file) for name in fill.sources], filled)
+        weights = fill.weights([files.read(name, stored[name].file) for name in fill.sources])
+        _fill(state, weights, filled, receivers)
+        del weights  # which keeps the file mapped
         for file in {stored[name].file for name in fill.sources}:
             if last[file] == index:
                 files.close(file)
 
 
-def _fill(state: dict[str, Tensor], fill: Fill, tensors: list[Tensor], filled: dict[int, str]) -> None:
-    """Fill weights. filled: ids -> names they were filled as. No part of a file outlives the call."""
-    for name, tensor in fill.weights(tensors).items():
+def _fill(
+    state: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    filled: dict[int, str],
+    receivers: Mapping[str, Callable[[Tensor], None]],
+) -> None:
+    """Fill weights by name. filled: ids -> names they were filled as. Only receivers keep parts of files."""
+    for name, tensor in weights.items():
+        if name in receivers:
+            receivers[name](tensor)
+            continue
         target = state[name].detach()
         twin = filled.setdefault(id(state[name]), name)
         if twin == name:
@@ -96,13 +112,13 @@ def _fill(state: dict[str, Tensor], fill: Fill, tensors: list[Tensor], filled: d
             raise ValueError(f"{name} differs from {twin}, to which config.json ties it")
 
 
-def write_weights(model: nn.Module, folder: Path, layout: Layout, max_shard_size: str) -> None:
-    """Write the weights of `model` under the layout's names; of tied weights only the first one."""
+def write_weights(state: dict[str, Tensor], folder: Path, layout: Layout, max_shard_size: str) -> None:
+    """Write the weights of a model under the layout's names; of tied weights only the first one."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     weights: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in own_storages(model.state_dict()).items():
+    for name, tensor in own_storages(state).items():
         if tensor.data_ptr() not in seen:
             weights[layout.own_name(name)] = tensor.contiguous()
             seen.add(tensor.data_ptr())

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dllm_kernels.models.empty_models import skeleton
+from dllm_kernels.models.quantization_config import expect_quantized
+from dllm_kernels.models.saved_weights import int8_layers, saved_state
 
 # Wrappers by the name of their class -> what to save instead.
 _WRAPPERS = {
@@ -20,7 +22,6 @@ _ADDITIONS = {
     "lora_": "an adapter; save the model that peft_model.merge_and_unload() returns",
     "base_layer": "an adapter; save the model that peft_model.merge_and_unload() returns",
     "modules_to_save": "an adapter; save the model that peft_model.merge_and_unload() returns",
-    ".scales": "weights stored as int8; save the model as dk.load reads it without weights=",
     "parametrizations": "a parametrization; call torch.nn.utils.parametrize.remove_parametrizations first",
     "_fsdp_wrapped_module": "FSDP; save a model that holds the gathered state_dict",
     "_checkpoint_wrapped_module": "activation checkpointing; save the model without it",
@@ -40,11 +41,13 @@ def refuse_unsavable(model: object) -> None:
     quantized = getattr(model, "hf_quantizer", None) or getattr(model.config, "quantization_config", None)
     if quantized:
         raise ValueError(f"{described} is quantized, which dk.load does not read; save model.dequantize()")
-    state = model.state_dict(keep_vars=True)
+    state = saved_state(model, keep_vars=True)
     for name, tensor in state.items():
         if reason := _odd(tensor):
             raise ValueError(f"{name} of {described} is {reason}")
-    expected = skeleton(type(model), model.config, model.dtype).state_dict(keep_vars=True)
+    stock = skeleton(type(model), model.config, model.dtype)
+    expect_quantized(stock, int8_layers(model))
+    expected = stock.state_dict(keep_vars=True)
     if added := sorted(state.keys() - expected.keys()):
         of = (reason for part, reason in _ADDITIONS.items() if any(part in name for name in added))
         reason = next(of, "something that was put into it; merge or remove that first")

@@ -17,6 +17,7 @@ from dllm_kernels.ops.skinny_linear import PackedWeight, pack_weight, quantize_w
 
 KINDS = ("float32", "bfloat16", "int8")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_ROUNDED_AT_ONCE = 2**17  # numbers, so that they stay in the cache of a core
 
 
 def store_weights(model: nn.Module, kind: str) -> int:
@@ -30,30 +31,42 @@ def store_weights(model: nn.Module, kind: str) -> int:
     Raises ValueError for another kind, a model that is not on the CPU, one without such layers, and for
     infinities and NaN in int8; the model is then as it was.
     """
+    check_stored(kind, next(model.parameters()).device)
+    found = linear_layers(model, kind)
+    for name, module in found.items() if kind == "int8" else ():
+        if not module.weight.isfinite().all():
+            raise ValueError(f"weights={kind!r}: the weight of {name} holds infinities or NaN")
+    for name, module in found.items():
+        model.set_submodule(name, StoredLinear.rounded(module, kind))
+    return len(found)
+
+
+def check_stored(kind: str, device: torch.device) -> None:
+    """Raise ValueError unless weights can be stored as `kind` on `device`."""
     if kind not in KINDS:
         raise ValueError(f"weights is {kind!r}; allowed: {', '.join(KINDS)}")
-    device = next(model.parameters()).device
     if device.type != "cpu":
         raise ValueError(f"weights={kind!r} is for models on the CPU, and this one is on {device}")
+
+
+def linear_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
+    """Return the layers of `model` whose weights can be stored as `kind`, by name; ValueError if none."""
     owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    found = [
-        (parent, name, module)
-        for parent in model.modules()
-        for name, module in parent._modules.items()
-        if module is not head and is_plain_linear(module) and owners[id(module.weight)] == 1
-    ]
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if module is not head
+        and is_plain_linear(module)
+        and owners[id(module.weight)] == places[id(module)] == 1
+    }
     if not found:
         raise ValueError(
             f"weights={kind!r}: this {type(model).__name__} has no plain nn.Linear beside its vocabulary "
             "projection, such as models with merged projections"
         )
-    for _, name, module in found if kind == "int8" else ():
-        if not module.weight.isfinite().all():
-            raise ValueError(f"weights={kind!r}: a weight of {name} holds infinities or NaN")
-    for parent, name, module in found:
-        parent._modules[name] = StoredLinear.rounded(module, kind)
-    return len(found)
+    return found
 
 
 class StoredLinear(nn.Module):
@@ -96,8 +109,7 @@ class StoredLinear(nn.Module):
     def rounded(cls, linear: nn.Linear, kind: str) -> StoredLinear:
         """Return `linear` with its weight rounded to `kind`; int8 has one scale per output."""
         weight = linear.weight.detach()
-        parts = quantize_weight(weight) if kind == "int8" else (weight.to(getattr(torch, kind)), None)
-        return cls.of(*parts, linear.bias).train(linear.training)
+        return cls.of(*round_weight(weight, kind, weight.dtype), linear.bias).train(linear.training)
 
     @property
     def weight(self) -> Tensor:
@@ -115,7 +127,7 @@ class StoredLinear(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or trained):
             weight, scales = self.parts()
             if scales is not None:
-                weight = (weight.unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1)
+                weight = dequantize(weight, scales)
             return F.linear(x, weight.to(x.dtype), self.bias)
         return skinny_linear(x, self.packed, self.bias)
 
@@ -145,6 +157,34 @@ class StoredLinear(nn.Module):
             )
             return
         self.packed = type(self).of(*given).packed
+
+
+def round_weight(weight: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return (weight, scales) as `StoredLinear.of` takes them, of a float weight [out, in] cast to `dtype`.
+
+    kind: one of KINDS; "int8" has one scale per output. Memory: a few rows besides the result. ValueError for
+    infinities and NaN in int8.
+    """
+    kept = getattr(torch, kind)
+    if weight.dtype == kept and torch.promote_types(kept, dtype) == dtype:  # neither cast changes anything
+        return weight, None
+    stored = torch.empty(weight.shape, dtype=kept)
+    scales = torch.empty(len(weight), 1) if kind == "int8" else None
+    rows = max(1, _ROUNDED_AT_ONCE // max(1, weight.shape[1]))
+    for start in range(0, len(weight), rows):
+        some = slice(start, start + rows)
+        part = weight[some].to(dtype)
+        if scales is None:
+            stored[some] = part
+        else:
+            stored[some], scales[some] = quantize_weight(part)
+    return stored, scales
+
+
+def dequantize(weight: Tensor, scales: Tensor) -> Tensor:
+    """Return int8 [out, in] times scales [out, groups], in float32."""
+    groups = weight.unflatten(1, (scales.shape[1], -1))
+    return (groups * scales[..., None]).flatten(1)
 
 
 def _check_scales(weight: Tensor, scales: Tensor) -> None:

@@ -177,18 +177,6 @@ def test_encoders_have_stored_weights_too():
     assert float((got - expected).abs().max()) < 0.1 * float(expected.abs().max())
 
 
-def test_rounded_models_are_not_saved_by_accident(tmp_path):
-    with pytest.raises(ValueError, match="weights stored as int8; save the model as dk"):
-        dk.save(model_with("int8"), None, tmp_path / "int8")
-    assert not (tmp_path / "int8").exists()
-    model = model_with("bfloat16")
-    dk.save(model, None, tmp_path / "bfloat16")
-    again, _ = dk.load(tmp_path / "bfloat16", device="cpu")
-    prompts = prompts_of(5)
-    expected = dk.sample(model, prompts, max_new_tokens=8)
-    assert dk.sample(again, prompts, max_new_tokens=8).sequences.equal(expected.sequences)
-
-
 def test_a_layer_says_what_it_is():
     layer = model_with("int8").model.layers[0].mlp.up_proj
     assert repr(layer) == "StoredLinear(in_features=32, out_features=48, weight=int8)"
@@ -239,6 +227,6 @@ def test_what_cannot_be_is_refused():
         store_weights(transformers.GPT2LMHeadModel(config), "int8")
     broken = copy.deepcopy(tiny_model())
     broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
-    with pytest.raises(ValueError, match="weights='int8': a weight of up_proj holds infinities or NaN"):
+    with pytest.raises(ValueError, match=r"the weight of model\.layers\.1\.mlp\.up_proj holds infinities"):
         store_weights(broken, "int8")
     assert not layers_of(broken)

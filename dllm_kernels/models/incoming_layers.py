@@ -1,0 +1,86 @@
+"""Linear layers of a model that is being read, stored as soon as their tensors are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dllm_kernels.models.quantization_config import SCALE
+from dllm_kernels.models.stored_weights import KINDS, StoredLinear, dequantize, linear_layers, round_weight
+
+
+class Storing(NamedTuple):
+    """How to read a linear layer: kind, of `KINDS` or None, a stock layer; quantized: int8 in the file."""
+
+    kind: str | None
+    quantized: bool
+
+
+def layers_to_store(
+    skeleton: nn.Module, quantized: Mapping[str, int | None], weights: str | None
+) -> dict[str, Storing]:
+    """Return the layers that are not read as the file has them, or not into an nn.Linear, by name.
+
+    skeleton: the stock model on the meta device. quantized: its layers that are int8 in the file. weights:
+    that of `dk.load`; None stores int8 layers as they are, and "stock" makes stock layers of them.
+    """
+    stored = weights in KINDS
+    plain = linear_layers(skeleton, weights or "int8") if stored or quantized else {}
+    kind = "int8" if weights is None else weights if stored else None
+    found = {name: Storing(kind if name in plain else None, True) for name in quantized}
+    if stored:
+        found |= {name: Storing(kind, False) for name in plain if name not in quantized}
+    return found
+
+
+def receivers(
+    model: nn.Module, layers: Mapping[str, Storing], dtype: torch.dtype
+) -> dict[str, Callable[[Tensor], None]]:
+    """Return what takes the tensors of `layers` in place of the model's weights, by name of the tensor.
+
+    dtype: of the model; weights that are not quantized are cast to it before they are rounded.
+    """
+    found: dict[str, Callable[[Tensor], None]] = {}
+    for name, how in layers.items():
+        layer = _IncomingLayer(model, name, how, dtype)
+        for part in ("weight", SCALE) if how.quantized else ("weight",):
+            found[f"{name}.{part}"] = layer.receiver(part)
+    return found
+
+
+class _IncomingLayer:
+    """Collects the weight of a layer, and its scales where there are any."""
+
+    def __init__(self, model: nn.Module, name: str, how: Storing, dtype: torch.dtype):
+        self.model, self.name, self.how, self.dtype = model, name, how, dtype
+        self.parts: dict[str, Tensor] = {}
+
+    def receiver(self, part: str) -> Callable[[Tensor], None]:
+        def receive(tensor: Tensor) -> None:
+            self.parts[part] = tensor
+            if len(self.parts) == 1 + self.how.quantized:
+                self._finish()
+
+        return receive
+
+    def _finish(self) -> None:
+        weight, scales = self.parts.pop("weight"), self.parts.pop(SCALE, None)
+        linear = self.model.get_submodule(self.name)
+        if scales is not None:
+            scales = scales.float()
+            if not scales.isfinite().all():
+                raise ValueError(f"{self.name}.{SCALE} holds infinities or NaN")
+        if self.how.kind is None:
+            linear.weight.detach().copy_(dequantize(weight, scales))
+            return
+        if scales is None:
+            try:
+                weight, scales = round_weight(weight, self.how.kind, self.dtype)
+            except ValueError:
+                raise ValueError(f"{self.name}.weight holds infinities or NaN, which int8 has not") from None
+        elif self.how.kind != "int8":
+            weight, scales = dequantize(weight, scales).to(getattr(torch, self.how.kind)), None
+        self.model.set_submodule(self.name, StoredLinear.of(weight, scales, linear.bias))

@@ -1,0 +1,44 @@
+"""The tensors of a model as a checkpoint holds them: stored layers in their bytes, the others as they are."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dllm_kernels.models.checkpoint_layouts import Layout
+from dllm_kernels.models.quantization_config import SCALE, QuantizationConfig
+from dllm_kernels.models.stored_weights import StoredLinear
+
+
+def saved_state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint of `model` by name. keep_vars: Parameters, not their data."""
+    renamed = {f"{name}.scales": f"{name}.{SCALE}" for name in _stored_layers(model)}
+    state = model.state_dict(keep_vars=keep_vars)
+    return {renamed.get(name, name): tensor for name, tensor in state.items()}
+
+
+def int8_layers(model: nn.Module) -> dict[str, int | None]:
+    """Return the layers of `model` that are stored as int8, by name -> inputs per scale (None: all)."""
+    return {
+        name: None if len(layer.packed.scales) == 1 else layer.in_features // len(layer.packed.scales)
+        for name, layer in _stored_layers(model).items()
+        if layer.packed.scales is not None
+    }
+
+
+def quantization_of(model: nn.Module, layout: Layout | None) -> QuantizationConfig | None:
+    """Return what config.json says of the int8 layers of `model`; None if it has none.
+
+    layout: of the checkpoint, whose names of layers are used; None: the stock one.
+    """
+    sizes = int8_layers(model)
+    if not sizes:
+        return None
+    kinds = (nn.Linear, StoredLinear)
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    written = {name: name if layout is None else layout.own_module_name(name) for name in names}
+    others = [written[name] for name in names if name not in sizes]
+    return QuantizationConfig.of_layers({written[name]: size for name, size in sizes.items()}, others)
+
+
+def _stored_layers(model: nn.Module) -> dict[str, StoredLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, StoredLinear)}
