@@ -198,6 +198,23 @@ __device__ __attribute__((noinline)) void function_with_a_kilobyte() {
   __shared__ volatile unsigned char bytes[1024];
   bytes[threadIdx.x] = 1;
 }
+// ---- launches that may begin before the one before them has ended
+__global__ void overlapping_without_wait(float* out) { out[threadIdx.x] = 1; }
+__global__ void overlapping_copy_before_wait(float* out) {
+  float* x = dynamic_shared<float>();
+  if (threadIdx.x < 16) cp_async(x + 4 * threadIdx.x, out + 4 * threadIdx.x);
+  cp_async_wait_group<0>();
+  griddepcontrol_wait();
+}
+__global__ void overlapping_copy_after_wait(float* out) {  // right
+  float* x = dynamic_shared<float>();
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
+  if (threadIdx.x < 16) cp_async(x + 4 * threadIdx.x, out + 4 * threadIdx.x);
+  cp_async_commit_group();
+  cp_async_wait_group<0>();
+}
+
 template <Asking asking>
 __global__ void a_kilobyte_of_a_function(float*) {
   function_with_a_kilobyte<asking>();
@@ -259,6 +276,9 @@ extern "C" __attribute__((visibility("default"))) const char* diagnose(const cha
       KERNEL(before_a_tensor),
       KERNEL(beyond_an_array),
       KERNEL(trap),
+      KERNEL(overlapping_without_wait),
+      KERNEL(overlapping_copy_before_wait),
+      KERNEL(overlapping_copy_after_wait),
 #undef KERNEL
   };
   static std::string diagnosis;
@@ -266,7 +286,9 @@ extern "C" __attribute__((visibility("default"))) const char* diagnose(const cha
   for (const auto& [known, kernel] : kKernels) {
     if (known != name) continue;
     try {
-      diagnosis = cudaGetErrorString(launch_kernel(kernel, 1, kThreads, 4 * kThreads, nullptr, out));
+      const auto launch =
+          known.starts_with("overlapping") ? launch_overlapping<float*> : launch_kernel<float*>;
+      diagnosis = cudaGetErrorString(launch(kernel, 1, kThreads, 4 * kThreads, nullptr, out));
       if (diagnosis == "cudaSuccess") diagnosis.clear();
     } catch (const std::exception& error) {
       diagnosis = error.what();

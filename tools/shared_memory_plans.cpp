@@ -11,6 +11,8 @@
 #include "cuda/commit/config.h"
 #include "cuda/cross_entropy/config.h"
 #include "cuda/linear_token_stats/sm90/config.h"
+#include "cuda/skinny_linear/sm80/config.h"
+#include "cuda/skinny_linear/sm90/config.h"
 
 namespace dllm::cuda {
 namespace {
@@ -42,8 +44,16 @@ void plans_of_hopper() {
 }
 
 template <int kRows>
-void plan_of_linear_stats() {
+void plans_of_streamed_weights() {
   plan(of("sm90::linear_states_kernel", kRows), sm90::LinearStatsTiles<kRows>::kSharedBytes);
+  plan(of("sm90::linear_kernel", kRows), sm90::StreamedLinearTiles<kRows>::kSharedBytes);
+}
+
+template <int kRows>
+void plans_of_linear() {
+  const std::string rows = std::to_string(kRows);
+  plan("sm80::linear_kernel<" + rows + ",0>", sm80::LinearTiles<kRows, false>::kSharedBytes);
+  plan("sm80::linear_kernel<" + rows + ",1>", sm80::LinearTiles<kRows, true>::kSharedBytes);
 }
 
 void print_plans(int64_t limit) {
@@ -52,10 +62,12 @@ void print_plans(int64_t limit) {
   plans_of_ampere<256>();
   plans_of_hopper<64>();
   plans_of_hopper<128>();
-  plan_of_linear_stats<8>();
-  plan_of_linear_stats<16>();
-  plan_of_linear_stats<32>();
-  plan_of_linear_stats<64>();
+  plans_of_streamed_weights<8>();
+  plans_of_streamed_weights<16>();
+  plans_of_streamed_weights<32>();
+  plans_of_streamed_weights<64>();
+  plans_of_linear<32>();
+  plans_of_linear<64>();
   plan("commit_kernel", commit_shared_bytes(kMaxCandidates, true));
   plan("cross_entropy_in_place_kernel", resident_bytes(INT64_MAX / 2, limit));
 }

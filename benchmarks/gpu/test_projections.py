@@ -1,4 +1,5 @@
-"""A decoder layer on a GPU with its projections merged, and as transformers has it."""
+"""Linear layers of few rows on a GPU beside those of torch; a decoder layer, its projections merged and as
+transformers has it."""
 
 import copy
 
@@ -7,6 +8,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+import dllm_kernels as dk
 from dllm_kernels.models.merged_projections import merge_projections
 
 WARM_UP = 3
@@ -57,5 +59,34 @@ def test_merged_projections(compare, pick, device, rows):
         title=f"decoder layer, merged projections, {rows} rows",
         flops=2 * rows * sum(p.numel() for p in stock.parameters() if p.dim() == 2),
         bytes=sum(p.nbytes for p in stock.parameters()),
+        tolerance={"atol": 5e-2, "rtol": 5e-2},
+    )
+
+
+LAYERS = {"qkv": (4096, 12_288), "o": (4096, 4096), "gate and up": (4096, 24_576), "down": (12_288, 4096)}
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("rows", [32, 64])
+def test_skinny_linear(compare, pick, device, rows, layer, weights):
+    """The layers of LLaDA-8B; bytes also against the bfloat16 weight that they stand for."""
+    rows, (inputs, outputs) = pick(rows, 4), pick(LAYERS[layer], (128, 96))
+
+    def problem():
+        x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
+        weight = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16) / inputs**0.5
+        if weights == "bfloat16":
+            return x, weight, None, weight
+        weight8, scales = dk.quantize_weight(weight)
+        return x, weight8, scales, (weight8 * scales).bfloat16()
+
+    compare(
+        lambda x, weight, scales, _: dk.skinny_linear(x, weight, scales=scales),
+        {"F.linear, bfloat16": lambda x, weight, scales, wide: torch.nn.functional.linear(x, wide)},
+        inputs=problem,
+        title=f"skinny_linear, {rows} rows, {layer}, {weights}",
+        flops=2 * rows * inputs * outputs,
+        bytes=inputs * outputs * (2 if weights == "bfloat16" else 1),
         tolerance={"atol": 5e-2, "rtol": 5e-2},
     )

@@ -44,20 +44,46 @@ inline cudaError_t allow_shared_memory(const void* kernel, size_t bytes) {
   return bytes <= known->second ? cudaSuccess : cudaErrorLaunchOutOfResources;
 }
 
-// One CTA of `threads` threads and `shared_bytes` of dynamic shared memory for each cell of `grid`.
+// One CTA of `threads` threads and `shared_bytes` of dynamic shared memory for each cell of `grid`, with the
+// attributes of `config`.
 template <class... Parameters>
-cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
-                          cudaStream_t stream, const Parameters&... arguments) {
+cudaError_t launch_configured(cudaLaunchConfig_t config, void (*kernel)(Parameters...), dim3 grid,
+                              int threads, size_t shared_bytes, cudaStream_t stream,
+                              const Parameters&... arguments) {
   if (shared_bytes > 0) {
     const cudaError_t status = allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
     if (status != cudaSuccess) return status;
   }
-  cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// Begins when all that was launched before has ended.
+template <class... Parameters>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+                          cudaStream_t stream, const Parameters&... arguments) {
+  return launch_configured({}, kernel, grid, threads, shared_bytes, stream, arguments...);
+}
+
+// Begins as soon as the kernel before allows it, so that launch and prologue cost no time of their own: every
+// CTA of the kernel calls griddepcontrol_wait(). Kernels compiled for GPUs before Hopper do not wait there,
+// and begin when the kernel before has ended.
+template <class... Parameters>
+cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+                               cudaStream_t stream, const Parameters&... arguments) {
+  cudaFuncAttributes compiled{};
+  const cudaError_t status = cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel));
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute overlapping{};
+  overlapping.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlapping.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.attrs = &overlapping;
+  config.numAttrs = compiled.ptxVersion >= 90;
+  return launch_configured(config, kernel, grid, threads, shared_bytes, stream, arguments...);
 }
 
 // A row of `ctas` CTAs, none included.

@@ -10,15 +10,11 @@
 
 #include "core/params.h"
 #include "cuda/ptx.cuh"
+#include "cuda/widen.cuh"
 
 namespace dllm::cuda {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widen(__half x) { return __half2float(x); }
-__device__ inline double widen(double x) { return x; }
 
 // NaN becomes −inf, +inf the largest float, as on the CPU.
 __device__ inline float tame(float x) { return fminf(fmaxf(x, -HUGE_VALF), FLT_MAX); }

@@ -88,6 +88,22 @@ __device__ inline void bar_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Of a launch that may begin before the kernel before it in the stream has ended (launch_overlapping):
+// griddepcontrol_wait() returns once that kernel has ended and what it wrote is there. Until then a thread
+// reads and writes nothing that others may write or read. Code for GPUs before Hopper has neither, and such
+// launches begin after.
+__device__ inline void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Once all CTAs have called it or ended, the launch after this one may begin.
+__device__ inline void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // Two floats in one register, `low` in the lower half.
 template <class T>
 __device__ uint32_t pack(float low, float high) {

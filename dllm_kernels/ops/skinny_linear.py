@@ -80,15 +80,18 @@ def skinny_linear(
     exact (VNNI where the processor has it), and out = s_x Σ_g s_g Σ x_i w_i (W8A8, as LLM.int8() without
     outliers [Dettmers et al. 2022]). A row that is not finite gives NaN.
 
-    CPU tensors only. There is no derivative: a backward pass raises NotImplementedError. Raises TypeError for
-    arguments that are not Tensors, ValueError for other shapes, dtypes and devices.
+    On CUDA weights are read as they are, not packed, and bytes are widened, exactly: x is not quantized
+    (W8A16, or W8A32 where x is float32).
+
+    There is no derivative: a backward pass raises NotImplementedError. Raises TypeError for arguments that
+    are not Tensors, ValueError for other shapes, dtypes and devices.
     """
     packed = weight if isinstance(weight, PackedWeight) else None
     check_tensors(x=x, weight=packed.data if packed else weight)
     check_optional_tensors(bias=bias, scales=scales)
-    _check_on_cpu("skinny_linear", x=x)
     if packed is None:
         return _ops.skinny_linear(x, weight, bias, scales)
+    _check_on_cpu("skinny_linear", x=x)
     if scales is not None:
         raise ValueError("skinny_linear: scales are those of the packed weight; pass them to pack_weight")
     if x.dim() and x.shape[-1] != packed.inputs:

@@ -27,8 +27,9 @@ void Order::arrange(std::vector<int>& threads) {
 }
 
 // ---- life of a CTA -----------------------------------------------------------------------------
-void Cta::start(const void* the_kernel, dim3 grid, dim3 block_dim, const std::function<void()>& the_body) {
-  kernel = the_kernel, body = &the_body;
+void Cta::start(const void* the_kernel, dim3 grid, dim3 block_dim, bool may_overlap,
+                const std::function<void()>& the_body) {
+  kernel = the_kernel, body = &the_body, overlapping = may_overlap;
   gridDim = grid, blockDim = block_dim;
   threads = block_dim.x * block_dim.y * block_dim.z;
   order.random.seed(order.seed);
@@ -47,13 +48,15 @@ void Cta::run(uint3 which) {
   for (auto& pending : rendezvous) pending.clear();
   queue.clear();
   for (int i = 0; i < threads; i++) {
-    thread[i] = {new_fiber(i, [] { (*cta.body)(), cta.exit(); }), Thread::ready, nullptr, {}, 0};
+    thread[i] = {
+        new_fiber(i, [] { (*cta.body)(), cta.exit(); }), Thread::ready, nullptr, {}, 0, !overlapping};
     queue.push_back(i);
   }
   order.arrange(queue);
   next = 0;
   failure.clear();
   alive = threads;
+  waited = !overlapping;
   poison_shared_memory();
   reset_asynchronous();
   current = queue[next++];
@@ -74,7 +77,9 @@ void Cta::go_on() {
     simt_switch(&left.context, thread[current].context);
     return;
   }
-  const std::string unfinished = alive > 0 ? deadlock() : unfinished_asynchronous();
+  std::string unfinished = alive > 0 ? deadlock() : unfinished_asynchronous();
+  if (unfinished.empty() && !waited)
+    unfinished = "an overlapping launch, which ends without griddepcontrol_wait()";
   if (!unfinished.empty()) failure = kernel_text() + ": " + unfinished;
   switches++;
   simt_switch(&left.context, scheduler);
@@ -102,6 +107,15 @@ void Cta::exit() {
   go_on();
   __builtin_unreachable();
 }
+
+void Cta::check_waited(const char* what, Site site) const {
+  if (!thread[current].after)
+    fail_at(
+        what + std::string(": griddepcontrol_wait() is missing before it, the launch before may still run"),
+        Where(site));
+}
+
+void griddepcontrol_wait() { cta.waited = cta.thread[cta.current].after = true; }
 
 void fail(const char* text, Site site) { fail_at(text, Where(site)); }
 

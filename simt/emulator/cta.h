@@ -28,6 +28,7 @@ struct Thread {
   const char* what;  // it waits at
   Site site;
   int predicates;  // of the barrier it waited at
+  bool after;      // griddepcontrol_wait(): the launch before has ended
 };
 
 struct Barrier {
@@ -52,12 +53,14 @@ struct Cta {
   const void* kernel = nullptr;  // null: nothing runs
   const std::function<void()>* body;
   int threads;
+  bool overlapping;  // the launch before may still run
   Order order;
 
   // ---- of this CTA
   uint3 block;
   int current;  // the running thread
   int alive;    // threads that have not exited
+  bool waited;  // for the launch before: any thread
   std::vector<Thread> thread;
   std::vector<uint3> index;  // of each thread
   std::vector<int> queue;    // ready threads from `next` on
@@ -67,13 +70,15 @@ struct Cta {
   Context scheduler;
   std::string failure;
 
-  void start(const void* kernel, dim3 grid, dim3 block_dim, const std::function<void()>& body);
+  void start(const void* kernel, dim3 grid, dim3 block_dim, bool overlapping,
+             const std::function<void()>& body);
   void run(uint3 block);  // throws the diagnosis of what went wrong
   void finish();
 
   void wait(const char* what, Site site);
   void wake(std::vector<int>& waiting);
   [[noreturn]] void exit();
+  void check_waited(const char* what, Site site) const;
 
  private:
   void go_on();

@@ -53,14 +53,17 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
       grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ)
     return cudaErrorInvalidConfiguration;
   if (!fits(kernel, config.dynamicSmemBytes)) return cudaErrorInvalidValue;
+  bool overlapping = false;
   for (unsigned i = 0; i < config.numAttrs; i++)
     if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) return cudaErrorNotSupported;
+    else if (config.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      overlapping = config.attrs[i].val.programmaticStreamSerializationAllowed;
 
   static std::mutex one_at_a_time;
   const std::lock_guard guard(one_at_a_time);
   const Running running;
   const FaultsReported faults;
-  cta.start(kernel, grid, block, thread);
+  cta.start(kernel, grid, block, overlapping, thread);
   reserve_shared_memory(config.dynamicSmemBytes, static_cast<int>(threads));
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   for (uint64_t i = 0; i < blocks; i++) {
@@ -84,6 +87,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
   attributes->sharedSizeBytes = simt::static_bytes_of(kernel);
+  attributes->ptxVersion = 10 * simt::kDevices[simt::device].major;
   return cudaSuccess;
 }
 

@@ -208,6 +208,7 @@ void* dynamic_shared() { return arena + kDynamicBase; }
 
 void cp_async(void* shared, const void* global, Site site) {
   const Where where = site;
+  if (global) cta.check_waited("cp_async", site);
   size_t at = 0;
   if (!find(shared, at)) fail_at("cp_async to an address outside shared memory", where);
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)

@@ -151,6 +151,7 @@ void mbarrier_wait_parity(void* address, unsigned parity, Site site) {
 void cp_async_bulk_tensor(void* shared, const CUtensorMap& encoded, void* barrier, const int* coordinates,
                           int rank, Site site) {
   const Where where = site;
+  cta.check_waited("cp_async_bulk_tensor", site);
   BoxCopy copy{};
   memcpy(&copy.map, &encoded, sizeof copy.map);
   if (copy.map.rank != rank)
@@ -173,6 +174,15 @@ void cp_async_bulk_tensor(void* shared, const CUtensorMap& encoded, void* barrie
   check_access(Access::write, shared, bytes, where);
   start_copy(shared, bytes);
   copies.push_back(copy);
+}
+
+void check_prefetch(const CUtensorMap& encoded, int rank, Site site) {
+  BoxMap map;
+  memcpy(&map, &encoded, sizeof map);
+  if (map.rank != rank)
+    fail_at("a prefetch with " + std::to_string(rank) + " coordinates of a tensor map of rank " +
+                std::to_string(map.rank),
+            Where(site));
 }
 
 bool progress_asynchronous() {

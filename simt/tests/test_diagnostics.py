@@ -58,13 +58,19 @@ WRONG_SM90 = {
     "registers_given_by_taking": "setmaxnreg_inc: a thread that holds 168 cannot take 160 in all",
     "buffer_released_too_early": "(asynchronous copy is still on its way|races with a)",
 }
+WRONG_OVERLAPPING = {
+    "overlapping_without_wait": "an overlapping launch, which ends without griddepcontrol_wait",
+    "overlapping_copy_before_wait": r"cp_async: griddepcontrol_wait\(\) is missing before it",
+}
 RIGHT = ["narrow_neighbours", "padding", "pipeline", "producer_and_consumer", "half_warps"]
 
 
-def diagnose(kernel: str, order: int, family: str = "", size: int = 64) -> tuple[str, torch.Tensor]:
+def diagnose(
+    kernel: str, order: int, family: str = "", size: int = 64, capability: int = 8
+) -> tuple[str, torch.Tensor]:
     function = getattr(simt.library(), f"diagnose{family}")
     function.restype = ctypes.c_char_p
-    with simt.in_place_of_cpu(order):
+    with simt.in_place_of_cpu(order, capability):
         out = torch.ones(size)
         return function(kernel.encode(), ctypes.c_void_p(out.data_ptr())).decode(), out
 
@@ -102,6 +108,14 @@ def test_a_right_kernel_for_hopper_is_not(kernel, order):
 def test_sums_of_products_are_there_after_the_wait_and_not_before(order):
     text, out = diagnose("sums_before_and_after_the_wait", order, "_sm90", 64 * 64)
     assert text == "" and out[:128].isnan().all() and (out[128:256] == 64).all()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_overlapping_launch_waits_for_the_one_before_it(order):
+    for kernel, expected in WRONG_OVERLAPPING.items():
+        assert re.search(expected, diagnose(kernel, order, capability=9)[0])
+        assert diagnose(kernel, order, capability=8)[0] == ""  # no launch overlaps before Hopper
+    assert diagnose("overlapping_copy_after_wait", order, capability=9)[0] == ""
 
 
 NEVER, FOR_THIS_LAUNCH, AS_OUR_LAUNCHES_DO = range(3)

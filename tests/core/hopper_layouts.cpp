@@ -3,6 +3,8 @@
 #include "cuda/block_attention/sm90/dispatch.h"
 #include "cuda/linear_token_stats/sm90/config.h"
 #include "cuda/linear_token_stats/sm90/dispatch.h"
+#include "cuda/skinny_linear/config.h"
+#include "cuda/skinny_linear/dispatch.h"
 #include "cuda/sm90/matrix_descriptor.h"
 
 using namespace dllm;
@@ -53,7 +55,7 @@ void vocabulary_ranges(int vocabulary, int* ids, int* count) {
   *ids = ranges.ids;
   *count = ranges.count;
 }
-int linear_rows(long rows) { return sm90::linear_rows(rows); }
+int stream_rows(long rows) { return sm90::stream_rows(rows); }
 
 bool linear_serves(int capability, int hidden_type, int weight_type, bool float64, int hidden_size,
                    long weight_stride, long hidden, long weight) {
@@ -65,5 +67,27 @@ bool linear_serves(int capability, int hidden_type, int weight_type, bool float6
   p.hidden = reinterpret_cast<const void*>(hidden);
   p.weight = reinterpret_cast<const void*>(weight);
   return sm90::serves(p, float64, capability);
+}
+
+// Tiles, steps and splits, and the first step of each split and of the one beyond.
+void splits_of_linear(int outputs, int inputs, int element_bytes, int* sizes, int* begins) {
+  const LinearSplits splits = linear_splits(outputs, inputs, element_bytes);
+  sizes[0] = splits.tiles, sizes[1] = splits.steps, sizes[2] = splits.splits;
+  for (int i = 0; i <= splits.splits; i++) begins[i] = splits.begin(i);
+}
+
+int kernel_of_linear(int capability, int x_type, int weight_type, bool bytes, int inputs, int groups,
+                     long weight_stride, long x, long weight) {
+  SkinnyLinearParams p{};
+  static const float scale = 1;
+  p.x_type = static_cast<DType>(x_type);
+  p.weight_type = static_cast<DType>(weight_type);
+  p.scales = bytes ? &scale : nullptr;
+  p.inputs = inputs;
+  p.groups = groups;
+  p.weight_stride = weight_stride;
+  p.x = reinterpret_cast<const void*>(x);
+  p.weight = reinterpret_cast<const void*>(weight);
+  return static_cast<int>(linear_kernel(p, capability));
 }
 }

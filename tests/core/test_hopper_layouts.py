@@ -1,6 +1,7 @@
 """Shared-memory layouts, work order and choice of the Hopper kernels, without a GPU."""
 
 import ctypes
+import itertools
 import os
 import subprocess
 from pathlib import Path
@@ -25,13 +26,19 @@ def hopper(tmp_path_factory) -> ctypes.CDLL:
     loaded.hopper_serves.restype = ctypes.c_bool
     loaded.hopper_serves.argtypes = [ctypes.c_int] * 5 + [ctypes.c_long] * 2
     loaded.linear_serves.restype = ctypes.c_bool
+    loaded.kernel_of_linear.argtypes = [
+        *[ctypes.c_int] * 3,
+        ctypes.c_bool,
+        *[ctypes.c_int] * 2,
+        *[ctypes.c_long] * 3,
+    ]
     loaded.linear_serves.argtypes = [
         *[ctypes.c_int] * 3,
         ctypes.c_bool,
         ctypes.c_int,
         *[ctypes.c_long] * 3,
     ]
-    loaded.linear_rows.argtypes = [ctypes.c_long]
+    loaded.stream_rows.argtypes = [ctypes.c_long]
     return loaded
 
 
@@ -154,7 +161,7 @@ def test_ranges_of_whole_units_cover_the_vocabulary(hopper, vocabulary):
 
 
 def test_rows_of_a_cta_are_as_few_as_the_product_allows(hopper):
-    rows = {n: hopper.linear_rows(n) for n in (1, 8, 9, 16, 17, 32, 33, 64, 65, 10**9)}
+    rows = {n: hopper.stream_rows(n) for n in (1, 8, 9, 16, 17, 32, 33, 64, 65, 10**9)}
     assert list(rows.values()) == [8, 8, 16, 16, 32, 32, 64, 64, 64, 64]
 
 
@@ -194,3 +201,59 @@ def test_the_hopper_kernel_serves_16_bit_projections(hopper, change):
 )
 def test_other_projections_are_left_to_the_library(hopper, change):
     assert not hopper.linear_serves(*(LINEAR | change).values())
+
+
+# ---- skinny_linear -------------------------------------------------------------------------------------
+@given(st.integers(1, 2**31 - 200), st.integers(1, 2**31 - 200), st.sampled_from([1, 2]))
+def test_splits_cover_the_inputs_and_have_enough_of_them(hopper, outputs, inputs, element_bytes):
+    sizes, begins = (ctypes.c_int * 3)(), (ctypes.c_int * 17)()
+    hopper.splits_of_linear(outputs, inputs, element_bytes, sizes, begins)
+    tiles, steps, splits = sizes
+    assert (tiles - 1) * 128 < outputs <= tiles * 128
+    assert (steps - 1) * 128 < inputs * element_bytes <= steps * 128
+    borders = list(begins)[: splits + 1]
+    assert borders[0] == 0 and borders[-1] == steps and 1 <= splits <= 16
+    assert splits == 1 or min(b - a for a, b in itertools.pairwise(borders)) >= 4
+    assert splits == 1 or tiles * (splits - 1) < 96
+
+
+ANY_TYPES, SM80, SM90 = range(3)
+SKINNY = {
+    "capability": 90,
+    "x_type": 1,
+    "weight_type": 1,
+    "bytes": False,
+    "inputs": 4096,
+    "groups": 1,
+    "weight_stride": 4096,
+    "x": 256,
+    "weight": 512,
+}
+
+
+@pytest.mark.parametrize(
+    "change, kernel",
+    [
+        ({}, SM90),
+        ({"x_type": 2, "weight_type": 2}, SM90),
+        ({"inputs": 8, "weight_stride": 8}, SM90),
+        ({"weight_stride": 8192}, SM90),
+        ({"capability": 80}, SM80),
+        ({"capability": 100}, SM80),
+        ({"weight_stride": 0}, SM80),
+        ({"bytes": True, "weight_type": 0}, SM80),
+        ({"bytes": True, "weight_type": 0, "groups": 64}, SM80),
+        ({"bytes": True, "weight_type": 0, "groups": 128}, ANY_TYPES),
+        ({"bytes": True, "weight_type": 0, "inputs": 4088}, ANY_TYPES),
+        ({"bytes": True, "weight_type": 0, "weight_stride": 4104}, ANY_TYPES),
+        ({"x_type": 0, "weight_type": 0}, ANY_TYPES),
+        ({"x_type": 2}, ANY_TYPES),
+        ({"inputs": 0}, ANY_TYPES),
+        ({"inputs": 4092}, ANY_TYPES),
+        ({"weight_stride": 4100}, ANY_TYPES),
+        ({"x": 258}, ANY_TYPES),
+        ({"weight": 520}, ANY_TYPES),
+    ],
+)
+def test_a_linear_layer_goes_to_the_kernel_that_can_read_it(hopper, change, kernel):
+    assert hopper.kernel_of_linear(*(SKINNY | change).values()) == kernel

@@ -113,6 +113,12 @@ __device__ inline void cp_async_bulk_tensor(void* shared, const TensorMap& map, 
       "l"(&map), "r"(shared_address(&barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
       : "memory");
 }
+// cp.async.bulk.prefetch.tensor: the box as above into the L2 cache. A hint, which changes no value that
+// anyone reads.
+__device__ inline void cp_async_bulk_prefetch_tensor(const TensorMap& map, int x, int y) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(x), "r"(y)
+               : "memory");
+}
 
 // ---- setmaxnreg ----------------------------------------------------------------------------------
 // The registers of each thread of a warpgroup, all of whose threads call it: a multiple of 8 from 24 to 240.

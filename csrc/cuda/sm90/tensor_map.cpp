@@ -1,5 +1,7 @@
 #include "cuda/sm90/tensor_map.h"
 
+#include "cuda/sm90/matrix_descriptor.h"
+
 namespace dllm::cuda {
 namespace {
 
@@ -47,6 +49,14 @@ cudaError_t encode_tensor_map(TensorMap& map, DType dtype, const void* data, con
   return encode_shape(map, dtype, data, shape);
 }
 cudaError_t encode_tensor_map(TensorMap& map, DType dtype, const void* data, const TensorShape<4>& shape) {
+  return encode_shape(map, dtype, data, shape);
+}
+
+cudaError_t encode_panel_map(TensorMap& map, DType dtype, const void* data, int64_t rows, int64_t columns,
+                             int64_t stride, int box_rows) {
+  const TensorShape<2> shape{{static_cast<uint64_t>(columns), static_cast<uint64_t>(rows)},
+                             {static_cast<uint64_t>(2 * stride)},
+                             {kPanelColumns, static_cast<uint32_t>(box_rows)}};
   return encode_shape(map, dtype, data, shape);
 }
 

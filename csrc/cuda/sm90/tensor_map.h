@@ -27,4 +27,8 @@ struct TensorShape {
 cudaError_t encode_tensor_map(TensorMap& map, DType dtype, const void* data, const TensorShape<2>& shape);
 cudaError_t encode_tensor_map(TensorMap& map, DType dtype, const void* data, const TensorShape<4>& shape);
 
+// Of `rows` rows of `columns` values, `stride` apart: boxes of one panel of box_rows rows.
+cudaError_t encode_panel_map(TensorMap& map, DType dtype, const void* data, int64_t rows, int64_t columns,
+                             int64_t stride, int box_rows);
+
 }  // namespace dllm::cuda

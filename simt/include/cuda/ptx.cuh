@@ -49,6 +49,9 @@ inline void bar_arrive(int id, int threads, simt::Site site = simt::Site::curren
   simt::barrier("bar_arrive", id, threads, false, false, site);
 }
 
+inline void griddepcontrol_wait() { simt::griddepcontrol_wait(); }
+inline void griddepcontrol_launch_dependents() {}
+
 template <class T>
 uint32_t pack(float low, float high) {
   const T pair[2] = {T(low), T(high)};

@@ -21,6 +21,10 @@ using Site = std::source_location;  // where in a kernel a barrier or collective
 // Returns how many of them had a true predicate.
 int barrier(const char* what, int id, int threads, bool wait, bool predicate, Site site);
 
+// ---- the launch before this one
+// Until a thread of an overlapping launch has called it, its copies fail; some thread of each CTA has to.
+void griddepcontrol_wait();
+
 // ---- warp collectives
 // Waits for the lanes of `mask`; the last to come calls work(exchanges, mask), where exchanges[lane] is what
 // that lane passed here. `orders_memory`: what lanes wrote before is seen by the others after.

@@ -19,6 +19,8 @@ void fence_proxy_async();
 // ---- TMA
 void cp_async_bulk_tensor(void* shared, const CUtensorMap& map, void* barrier, const int* coordinates,
                           int rank, Site site);
+// A prefetch does nothing here, if the tensor map has this rank.
+void check_prefetch(const CUtensorMap& map, int rank, Site site);
 
 // ---- setmaxnreg
 void setmaxnreg_dec(int count, Site site);

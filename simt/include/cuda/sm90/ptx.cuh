@@ -51,6 +51,9 @@ inline void cp_async_bulk_tensor(void* shared, const TensorMap& map, Mbarrier& b
   const int coordinates[] = {x, y, z, w};
   simt::cp_async_bulk_tensor(shared, map, &barrier, coordinates, 4, site);
 }
+inline void cp_async_bulk_prefetch_tensor(const TensorMap& map, int, int, SIMT_SITE) {
+  simt::check_prefetch(map, 2, site);
+}
 
 // ---- setmaxnreg
 template <int kRegisters>
