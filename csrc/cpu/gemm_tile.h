@@ -67,15 +67,15 @@ DLLM_SIMD void gemm_tile(Left a, Right b, Result c, int steps, const Floats* kee
 }
 
 // The same for any number of rows.
-template <int kRows = kTileRows>
-void gemm(Left a, Right b, Result c, int rows, int steps, const Floats* keep) {
+template <int kRows = kTileRows, class Fetch = FetchNothing>
+void gemm(Left a, Right b, Result c, int rows, int steps, const Floats* keep, const Fetch& fetch = {}) {
   for (; rows >= kRows; rows -= kRows) {
-    gemm_tile<kRows>(a, b, c, steps, keep);
+    gemm_tile<kRows>(a, b, c, steps, keep, fetch);
     a.data += kRows * a.row;
     c.data += kRows * c.row;
   }
   if constexpr (kRows > 1) {
-    if (rows > 0) gemm<(kRows > 4 ? 4 : kRows / 2)>(a, b, c, rows, steps, keep);
+    if (rows > 0) gemm<(kRows > 4 ? 4 : kRows / 2)>(a, b, c, rows, steps, keep, fetch);
   }
 }
 

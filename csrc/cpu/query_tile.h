@@ -8,6 +8,33 @@
 
 namespace dllm::cpu::DLLM_ISA {
 
+// Rows that are read next, and are brought into the second level of cache while products are computed: a line
+// of memory every second step, since more at a time than the processor keeps in flight would make it wait.
+class RowsAhead {
+ public:
+  void clear() { rows_ = next_ = 0; }
+  template <typename T>
+  void set_rows(int dim) {
+    lines_ = (dim * static_cast<int>(sizeof(T)) + kLine - 1) / kLine;
+  }
+  void add(const void* row) { data_[rows_++] = static_cast<const char*>(row); }
+
+  DLLM_SIMD void fetch(int step) {
+    if (step % 2 || next_ == rows_) return;
+    __builtin_prefetch(data_[next_] + line_ * kLine, 0, kSecondLevel);
+    if (++line_ == lines_) line_ = 0, next_++;
+  }
+
+ private:
+  static constexpr int kLine = 64, kSecondLevel = 2;
+  const char* data_[2 * kMaxChunk];
+  int rows_ = 0, next_ = 0, line_ = 0, lines_ = 1;
+};
+struct FetchAhead {
+  RowsAhead* rows;
+  DLLM_SIMD void operator()(int step) const { rows->fetch(step); }
+};
+
 class QueryTile {
  public:
   QueryTile(TileRows rows, int head_dim, float scale) : rows_(rows), dim_(head_dim), scale_(scale) {
@@ -34,20 +61,17 @@ class QueryTile {
   void attend(const SequenceSpans& sequence, bool dense, KRow k_row, VRow v_row) {
     const TileSpans spans(sequence, rows_);
     const int limit = chunk_keys(dim_), panels = rows_.panels();
+    ahead_.set_rows<T>(dim_);
     for (KeyRange next, keys = spans.next(0, limit); keys.begin < keys.end; keys = next) {
       next = spans.next(keys.end, limit);
       const bool* seen = keys.full || spans.mark_seen(keys, seen_) ? nullptr : seen_;
       const float* k = float_rows<T>(k_row, dense, keys, seen, dim_, keys_);
       const float* v = float_rows<T>(v_row, dense, keys, seen, dim_, values_);
-      for (int panel = 0; panel < panels; panel++) {
-        if (!dense) {  // dense rows are fetched ahead by the processor
-          for (int key = next.begin + panel; key < next.end; key += panels) {
-            prefetch_row(k_row(key), dim_);
-            prefetch_row(v_row(key), dim_);
-          }
-        }
-        attend_chunk(spans, keys, k, v, panel);
+      ahead_.clear();
+      if (!dense) {  // dense rows are fetched ahead by the processor
+        for (int key = next.begin; key < next.end; key++) ahead_.add(k_row(key)), ahead_.add(v_row(key));
       }
+      for (int panel = 0; panel < panels; panel++) attend_chunk(spans, keys, k, v, panel);
     }
   }
 
@@ -69,7 +93,7 @@ class QueryTile {
   void attend_chunk(const TileSpans& spans, KeyRange keys, const float* k, const float* v, int panel) {
     const int count = keys.end - keys.begin;
     const float* query = query_ + panel * kPanel * dim_;
-    gemm({k, dim_, 1}, {query, kPanel}, {scores_, kPanel}, count, dim_, kOverwrite);
+    gemm({k, dim_, 1}, {query, kPanel}, {scores_, kPanel}, count, dim_, kOverwrite, FetchAhead{&ahead_});
 
     if (!keys.full) {
       spans.mark_visible(keys, panel * kPanel, visible_);
@@ -80,7 +104,7 @@ class QueryTile {
     softmax(scores_, count, max_ + panel * kPanel, sum_ + panel * kPanel, decay);
 
     float* output = output_ + panel * kPanel * dim_;
-    gemm({v, 1, dim_}, {scores_, kPanel}, {output, kPanel}, dim_, count, decay);
+    gemm({v, 1, dim_}, {scores_, kPanel}, {output, kPanel}, dim_, count, decay, FetchAhead{&ahead_});
   }
 
   // Turns a column of scores per lane into weights 2^(score - max); decay: by how much earlier weights
@@ -116,6 +140,7 @@ class QueryTile {
   int dim_;
   float scale_;
   bool seen_[kMaxChunk];
+  RowsAhead ahead_;
   alignas(64) float max_[kMaxTileQueries], sum_[kMaxTileQueries];
   alignas(64) float scores_[kMaxChunk * kPanel];             // [key][query]
   alignas(64) int32_t visible_[kMaxChunk * kPanel];          // [key][query], -1 or 0
