@@ -59,12 +59,13 @@ def merge_projections(model: nn.Module) -> int:
 
 def is_plain_linear(module: object) -> bool:
     """Return whether `module` computes x · weightᵀ + bias alone: no adapter, quantization or hook."""
-    return (
-        type(module) is nn.Linear
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and "forward" not in vars(module)  # where accelerate puts its own
-    )
+    return type(module) is nn.Linear and runs_as_its_class(module)
+
+
+def runs_as_its_class(module: nn.Module) -> bool:
+    """Return whether a call of `module` runs the forward of its class alone, without hooks."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return not hooks and "forward" not in vars(module)  # where accelerate puts its own
 
 
 class MergedLinear(nn.Linear):

@@ -23,10 +23,10 @@ _ROUNDED_AT_ONCE = 2**17  # numbers, so that they stay in the cache of a core
 def store_weights(model: nn.Module, kind: str) -> int:
     """Store the weights of linear layers in `model` as `kind` from now on; return the number of layers.
 
-    "float32": as they are, "bfloat16", "int8": rounded, int8 with one scale for each output. Embeddings, the
-    vocabulary projection, shared weights, biases, norms and layers that are not plain nn.Linear stay as they
-    are. Stored weights are no Parameters any more: they cannot be trained, but gradients pass through their
-    layers. Memory: one layer besides the model.
+    "float32": as they are, "bfloat16", "int8": rounded, int8 with one scale for each output, and the
+    vocabulary projection too. Embeddings, shared weights, biases, norms and layers that are not plain
+    nn.Linear stay as they are. Stored weights are no Parameters any more: they cannot be trained, but
+    gradients pass through their layers. Memory: one layer besides the model.
 
     Raises ValueError for another kind, a model that is not on the CPU, one without such layers, and for
     infinities and NaN in int8; the model is then as it was.
@@ -57,11 +57,11 @@ def linear_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
     found = {
         name: module
         for name, module in model.named_modules()
-        if module is not head
-        and is_plain_linear(module)
+        if is_plain_linear(module)
         and owners[id(module.weight)] == places[id(module)] == 1
+        and (kind == "int8" or module is not head)
     }
-    if not found:
+    if all(module is head for module in found.values()):
         raise ValueError(
             f"weights={kind!r}: this {type(model).__name__} has no plain nn.Linear beside its vocabulary "
             "projection, such as models with merged projections"

@@ -7,6 +7,7 @@ from torch.ops.dllm_kernels alike.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from dllm_kernels import _library  # noqa: F401
 from dllm_kernels._arguments import check_optional_tensors, check_tensors
 from dllm_kernels.ops._autograd import register_no_derivative
 from dllm_kernels.ops._fake import register_fake
+from dllm_kernels.ops.skinny_linear import PackedWeight, skinny_linear
 from dllm_kernels.ops.stats_options import StatsOptions, checked_options, with_options
 
 if TYPE_CHECKING:
@@ -99,7 +101,7 @@ def token_stats(
 @with_options
 def linear_token_stats(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     bias: Tensor | None = None,
     *,
     noise_ids: Tensor | None = None,
@@ -108,10 +110,11 @@ def linear_token_stats(
 ) -> TokenStats:
     """Return `token_stats` of hidden · weightᵀ + bias, without storing these logits.
 
-    hidden: [..., H]; weight: [V, H]; bias: [V]; each float32, bfloat16 or float16. On the CPU products
-    and sums are float32 whatever the storage, and a row's result does not depend on the rows beside it.
-    The same holds on Hopper GPUs if hidden and weight are both bfloat16 or both float16, H is a
-    multiple of 8, rows are contiguous and begin at multiples of 16 bytes, and precision is "float32".
+    hidden: [..., H]; weight: [V, H]; bias: [V]; each float32, bfloat16 or float16. weight may also be a
+    PackedWeight, as `skinny_linear` multiplies it; the logits of a chunk of rows then exist for a moment.
+    On the CPU products and sums are float32 whatever the storage, and a row's result does not depend on the
+    rows beside it. The same holds on Hopper GPUs if hidden and weight are both bfloat16 or both float16, H is
+    a multiple of 8, rows are contiguous and begin at multiples of 16 bytes, and precision is "float32".
     Otherwise the projection on CUDA is the library's, in the dtype of weight and in chunks of rows. The
     other arguments are those of `token_stats`; top_p, top_k and previous need stored logits and are refused.
     """
@@ -122,25 +125,43 @@ def linear_token_stats(
             raise ValueError(
                 f"linear_token_stats: {name} needs stored logits; leave it None, or call token_stats on them"
             )
-    check_tensors(hidden=hidden, weight=weight)
+    packed = weight if isinstance(weight, PackedWeight) else None
+    check_tensors(hidden=hidden, weight=packed.data if packed else weight)
     check_optional_tensors(bias=bias, noise_ids=noise_ids)
     checked = checked_options("linear_token_stats", options)
+    if packed:
+        return TokenStats(
+            *_stats_in_chunks(
+                hidden,
+                lambda some: skinny_linear(some, packed, bias),
+                packed.outputs,
+                {"noise_ids": noise_ids, **checked},
+            )
+        )
     return TokenStats(*_ops.linear_token_stats(hidden, weight, bias, noise_ids=noise_ids, **checked))
 
 
 def chunked_linear_token_stats(hidden, weight, bias=None, *options) -> tuple[Tensor, ...]:
     """Compute linear_token_stats by the library's product, a chunk of rows at a time."""
-    shape = hidden.shape[:-1]
-    hidden = hidden.reshape(-1, hidden.shape[-1]).to(weight.dtype)
     schema = _ops.chunked_linear_token_stats.default._schema
     named = {argument.name: value for argument, value in zip(schema.arguments[3:], options, strict=False)}
-    noise_ids = named.pop("noise_ids", None)
+    return _stats_in_chunks(
+        hidden.to(weight.dtype), lambda some: F.linear(some, weight, bias), weight.shape[0], named
+    )
+
+
+def _stats_in_chunks(
+    hidden: Tensor, project: Callable[[Tensor], Tensor], vocabulary: int, options: dict
+) -> tuple[Tensor, ...]:
+    """Compute token_stats of the projected rows of hidden [..., H]; logits exist for a chunk of rows."""
+    shape, hidden = hidden.shape[:-1], hidden.reshape(-1, hidden.shape[-1])
+    noise_ids = options.pop("noise_ids", None)
     if noise_ids is None:
         noise_ids = torch.zeros(len(hidden), 3, dtype=torch.int32, device=hidden.device)
         noise_ids[:, 1] = torch.arange(len(hidden), device=hidden.device)
-    rows = max(1, CHUNK_LOGITS // weight.shape[0])
+    rows = max(1, CHUNK_LOGITS // max(vocabulary, 1))
     chunks = [
-        _ops.token_stats(F.linear(some, weight, bias), noise_ids=ids, **named)
+        _ops.token_stats(project(some), noise_ids=ids, **options)
         for some, ids in zip(hidden.split(rows), noise_ids.reshape(-1, 3).split(rows), strict=True)
     ]
     return tuple(torch.cat(field).reshape(shape) for field in zip(*chunks, strict=True))

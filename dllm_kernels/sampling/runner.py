@@ -18,8 +18,9 @@ from dllm_kernels._arguments import kind
 from dllm_kernels.models.attention import AS_A_FUNCTION, attention_by_view, view_not_handed_on
 from dllm_kernels.models.compiled import compiled, current
 from dllm_kernels.models.inference import inference
-from dllm_kernels.models.merged_projections import is_plain_linear
+from dllm_kernels.models.merged_projections import is_plain_linear, runs_as_its_class
 from dllm_kernels.models.probe import Traits
+from dllm_kernels.models.stored_weights import StoredLinear
 from dllm_kernels.ops.token_stats import TokenStats, linear_token_stats, token_stats
 from dllm_kernels.sampling.views import StepView
 
@@ -80,6 +81,8 @@ class ModelRunner:
         projection = self.head[-1]
         if is_plain_linear(projection):
             return linear_token_stats(outputs, projection.weight, projection.bias, **options)
+        if type(projection) is StoredLinear and runs_as_its_class(projection):
+            return linear_token_stats(outputs, projection.packed, projection.bias, **options)
         return token_stats(projection(outputs), **options)
 
     @contextmanager

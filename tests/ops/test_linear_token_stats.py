@@ -242,3 +242,23 @@ def test_an_unknown_precision_is_refused():
         ValueError, match="linear_token_stats: precision is 'half'; allowed: float32, float64"
     ):
         dk.linear_token_stats(torch.zeros(2, 4), torch.zeros(5, 4), precision="half")
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
+def test_packed_weights_give_the_statistics_of_their_logits(rows_at_once, monkeypatch):
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight = (torch.randn(rows, 40, generator=generator) for rows in (7, 90))
+    bias, noise_ids = torch.randn(90, generator=generator), torch.arange(21).view(7, 3).int()
+    monkeypatch.setattr("dllm_kernels.ops.token_stats.CHUNK_LOGITS", 90 * rows_at_once)
+    for packed in (dk.pack_weight(weight), dk.pack_weight(*dk.quantize_weight(weight))):
+        options = dict(temperature=0.7, seed=3, suppress_tokens=torch.tensor([4]), noise_ids=noise_ids)
+        got = dk.linear_token_stats(hidden, packed, bias, **options)
+        expected = dk.token_stats(dk.skinny_linear(hidden, packed, bias), **options)
+        for mine, theirs in zip(got[:5], expected[:5], strict=True):
+            assert mine.equal(theirs)
+        without = dk.linear_token_stats(hidden.view(7, 1, 40), packed, bias, temperature=0.7, seed=3)
+        assert without.token.flatten().equal(
+            dk.token_stats(dk.skinny_linear(hidden, packed, bias), temperature=0.7, seed=3).token
+        )
+    with pytest.raises(ValueError, match="top_k needs stored logits"):
+        dk.linear_token_stats(hidden, packed, top_k=4)
