@@ -82,7 +82,8 @@ def test_int8_models_are_written_in_the_layout_of_a_family(layout, tmp_path):
     config = json.loads((tmp_path / "own" / "config.json").read_text())
     assert config["model_type"] == layout
     head = "model.transformer.ff_out" if layout == "llada" else "lm_head"
-    assert config["quantization_config"]["ignore"] == [head]
+    assert config["quantization_config"]["ignore"] == []
+    assert tensors[f"{head}.weight"].dtype == torch.int8
     assert same(dk.load(tmp_path / "own", device="cpu")[0], model)
 
 
@@ -150,7 +151,7 @@ def test_the_checkpoint_is_that_of_compressed_tensors(tmp_path):
                 "input_activations": {**eight, "dynamic": True, "strategy": "token"},
             }
         },
-        "ignore": ["lm_head"],
+        "ignore": [],
         "kv_cache_scheme": None,
     }
     assert config["diffusion"]["attention"] == ["block_causal"]
@@ -262,7 +263,7 @@ def test_checkpoints_of_other_tools_are_read(tmp_path):
 
     def narrow(tensors):
         for name, tensor in list(tensors.items()):
-            if name.startswith("model.layers.1.mlp"):
+            if name.startswith(("model.layers.1.mlp", "lm_head")):
                 del tensors[name]
                 if not name.endswith("_scale"):
                     tensors[name] = tiny_model().state_dict()[name]
@@ -277,16 +278,13 @@ def test_checkpoints_of_other_tools_are_read(tmp_path):
     assert type(model.model.layers[1].mlp.up_proj) is nn.Linear
 
 
-def test_a_quantized_head_is_dequantized(tmp_path):
-    weight, scales = dk.quantize_weight(tiny_model().lm_head.weight)
-
-    def quantize(tensors):
-        tensors["lm_head.weight"], tensors["lm_head.weight_scale"] = weight, scales
-
+def test_the_vocabulary_projection_is_int8_too(tmp_path):
     saved(tmp_path)
-    changed(tmp_path, lambda config: config["quantization_config"].update(ignore=[]), quantize)
     model, _ = dk.load(tmp_path, device="cpu")
-    assert type(model.lm_head) is nn.Linear and model.lm_head.weight.equal(weight * scales)
+    assert isinstance(model.lm_head, StoredLinear)
+    weight, scales = model.lm_head.parts()
+    stock, _ = dk.load(tmp_path, device="cpu", weights="float32")
+    assert type(stock.lm_head) is nn.Linear and stock.lm_head.weight.equal(weight * scales)
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------
@@ -383,7 +381,7 @@ def test_tensors_that_do_not_fit_are_refused(tensors, message, tmp_path):
 def test_int8_weights_that_config_json_does_not_name_are_refused(tmp_path):
     saved(tmp_path)
     changed(tmp_path, lambda config: config.pop("quantization_config"))
-    with pytest.raises(ValueError, match=r"down_proj\.weight_scale .*is torch\.int8, not torch\.float32"):
+    with pytest.raises(ValueError, match=r"down_proj\.weight is torch\.int8, not torch\.float32"):
         dk.load(tmp_path, device="cpu")
 
 
