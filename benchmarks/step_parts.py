@@ -1,0 +1,220 @@
+"""What a step costs, where its time goes, and what fewer bytes for the weights cost in accuracy.
+
+    python -m benchmarks.step_parts --output docs/performance.json
+
+A step with the dual cache, 32 tokens of a canvas of 512, of a random model of LLaDA's architecture: its time
+with stock layers and with the weights of `dk.load(weights=...)`, in all and by part, in turns within one
+process; the same for one thread to all. Then the embedded model's accuracy with each kind of weights, as
+`dllm_train.recipes.tiny_python.evaluate` measures it. docs/performance.md is filled from the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import nn
+
+import dllm_kernels as dk
+from benchmarks import machine
+from benchmarks.llada_shaped import parameters, random_model
+from dllm_kernels.models.stored_weights import KINDS, StoredLinear, store_weights
+from dllm_kernels.sampling.runner import ModelRunner
+from dllm_kernels.sampling.views import StepView
+from dllm_train.recipes.tiny_python import evaluate
+
+BLOCK, CANVAS = 32, 512
+FEW, MANY = 2, 18  # steps of two runs, whose difference is that of so many steps without the refresh
+STOCK = "stock"
+ROUNDS = 5
+SCALING_KINDS = (STOCK, "float32", "int8")
+PARTS = ("linear layers", "vocabulary", "attention", "rest")
+
+
+class Stopwatch:
+    """Seconds spent in functions by the name of a part, without those of functions that they call."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._within: list[float] = []  # of each function that runs, seconds of watched functions in it
+
+    def watch(self, part: str, function: Callable) -> Callable:
+        def watched(*args, **kwargs):
+            start = time.perf_counter()
+            self._within.append(0.0)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent = time.perf_counter() - start
+                self.seconds[part] += spent - self._within.pop()
+                if self._within:
+                    self._within[-1] += spent
+
+        return watched
+
+    @contextmanager
+    def attached(self, places: dict[str, list[tuple[type, str]]]) -> Iterator[None]:
+        """Watch the methods of `places` within this context."""
+        with ExitStack() as stack:
+            for part, methods in places.items():
+                for owner, name in methods:
+                    stack.enter_context(
+                        mock.patch.object(owner, name, self.watch(part, getattr(owner, name)))
+                    )
+            yield
+
+
+PLACES = {
+    "linear layers": [(nn.Linear, "forward"), (StoredLinear, "forward")],
+    "vocabulary": [(ModelRunner, "statistics")],
+    "attention": [(StepView, "attend")],
+}
+
+
+def run_seconds(model, prompt: list[int], steps: int) -> dict[str, float]:
+    """Return the seconds of a sampled block, in all and by part."""
+    watch = Stopwatch()
+    with watch.attached(PLACES):
+        start = time.perf_counter()
+        dk.sample(
+            model, [prompt], max_new_tokens=BLOCK, block_size=BLOCK, steps=steps, cache="dual",
+            stop_on_eos=False,
+        )  # fmt: skip
+        total = time.perf_counter() - start
+    return {**watch.seconds, "all": total, "rest": total - sum(watch.seconds.values())}
+
+
+def step_seconds(models: dict[str, nn.Module], rounds: int, canvas: int) -> dict[str, dict[str, float]]:
+    """Return the median seconds of a step for each of `models`, which take turns: in all and by part."""
+    generator = torch.Generator().manual_seed(0)
+    highest = next(iter(models.values())).config.mask_token_id
+    prompt = torch.randint(2, highest, (canvas - BLOCK,), generator=generator).tolist()
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in models}
+    for round_number in range(rounds + 1):
+        for name, model in models.items():
+            few, many = (run_seconds(model, prompt, steps) for steps in (FEW, MANY))
+            if round_number:  # the first is to warm up
+                found[name].append({part: (many[part] - few[part]) / (MANY - FEW) for part in many})
+    return {
+        name: {part: statistics.median(one[part] for one in steps) for part in ("all", *PARTS)}
+        for name, steps in found.items()
+    }
+
+
+def with_weights(model: nn.Module, kind: str) -> nn.Module:
+    """Return `model`, or a copy that stores its weights as `kind`."""
+    if kind == STOCK:
+        return model
+    model = copy.deepcopy(model)
+    store_weights(model, kind)
+    return model
+
+
+def moved(model: nn.Module) -> dict[str, dict[str, float]]:
+    """Return bytes of weights that a step reads, and its operations, for linear layers and vocabulary."""
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | StoredLinear)]
+    groups = {"linear layers": [m for m in layers if m is not head], "vocabulary": [head]}
+    return {
+        name: {
+            "bytes": float(sum(stored_bytes(m) for m in group)),
+            "operations": float(sum(2 * BLOCK * m.in_features * m.out_features for m in group)),
+        }
+        for name, group in groups.items()
+    }
+
+
+def stored_bytes(layer: nn.Module) -> int:
+    return layer.packed.data.nbytes if isinstance(layer, StoredLinear) else layer.weight.nbytes
+
+
+def accuracy(kinds: tuple[str, ...], smoke: bool) -> dict[str, dict[str, float]]:
+    """Return figures of the embedded model with each kind of weights; agreement: the share of the tokens of
+    completed code that equal those of stock layers up to the first difference of a prompt."""
+    held_out, figures, completed = None, {}, {}
+    for kind in kinds:
+        weights = None if kind == STOCK else kind
+        model, tokenizer = dk.load("tiny-python", device="cpu", dtype=torch.float32, weights=weights)
+        if held_out is None:
+            _, held_out = evaluate.data.split(evaluate.data.collect_sources(None))
+            held_out = held_out[: 1 if smoke else None]
+            encoded = evaluate.data.encode_documents(held_out, tokenizer)
+            prompts = evaluate.spread(evaluate.code_prompts(encoded, tokenizer), 2 if smoke else 32)
+            gaps = [gap for ids in encoded for gap in evaluate.line_gaps(ids, tokenizer)]
+            gaps = evaluate.spread(gaps, 4 if smoke else 500)
+        output = dk.sample(model, prompts, max_new_tokens=BLOCK, stop_on_eos=False)
+        completed[kind] = [
+            output.sequences[row, len(prompt) : len(prompt) + BLOCK] for row, prompt in enumerate(prompts)
+        ]
+        figures[kind] = {
+            "bits_per_byte": evaluate.bounds(model, tokenizer, held_out, encoded, 1 if smoke else 4)[
+                "bd3lm_bits_per_byte"
+            ],
+            "additions": evaluate.additions(model, tokenizer, threshold=0.9)["exact"],
+            "infilled": evaluate.infilled_lines(model, tokenizer, gaps)["exact"],
+            "agreement": agreement(completed[STOCK], completed[kind]),
+        }
+    return figures
+
+
+def agreement(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+    same = sum(int((a == b).cumprod(0).sum()) for a, b in zip(expected, found, strict=True))
+    return same / sum(len(a) for a in expected)
+
+
+def thread_counts() -> list[int]:
+    cores = os.cpu_count() or 1
+    return sorted({1, cores, *(2**i for i in range(1, cores.bit_length()) if 2**i < cores)})
+
+
+def measure(smoke: bool) -> dict:
+    """Return all figures."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    size, rounds, canvas = ((2, 64, 256), 1, 64) if smoke else ((16, 1024, 50_257), ROUNDS, CANVAS)
+    stock = random_model(*size)
+    models = {kind: with_weights(stock, kind) for kind in (STOCK, *KINDS)}
+    about = machine.about("cpu")
+    figures = {
+        "machine": about,
+        "peaks": machine.peaks("cpu"),
+        "model": parameters(stock),
+        "canvas": canvas,
+        "block": BLOCK,
+        "moved": {kind: moved(model) for kind, model in models.items()},
+        "steps": step_seconds(models, rounds, canvas),
+    }
+    some = {kind: models[kind] for kind in SCALING_KINDS}
+    figures["threads"] = {}
+    for threads in thread_counts():
+        torch.set_num_threads(threads)
+        steps = step_seconds(some, max(1, rounds - 2), canvas)
+        figures["threads"][str(threads)] = {kind: step["all"] for kind, step in steps.items()}
+    torch.set_num_threads(about["threads"])
+    return figures | {"accuracy": accuracy((STOCK, *KINDS), smoke)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="JSON file that is written")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: the figures mean nothing")
+    options = parser.parse_args(arguments)
+    text = json.dumps(measure(options.smoke), indent=1) + "\n"
+    beside = options.output.with_name(options.output.name + ".tmp")
+    beside.write_text(text)
+    os.replace(beside, options.output)
+
+
+if __name__ == "__main__":
+    main()

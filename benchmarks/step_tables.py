@@ -1,0 +1,99 @@
+"""docs/performance.json, which `benchmarks.step_parts` writes, as tables and a plot."""
+
+from __future__ import annotations
+
+from benchmarks import charts
+from benchmarks.step_parts import PARTS, STOCK
+from benchmarks.tables import duration, grid, machine, percent
+
+NAMES = {STOCK: "stock layers, float32"}
+
+
+def steps(figures: dict) -> str:
+    """Return a table of a step's time by part for each kind of weights, and what was measured where."""
+    stock = figures["steps"][STOCK]["all"]
+    rows = [
+        [
+            NAMES.get(kind, f"`{kind}`"),
+            duration(step["all"]),
+            "" if kind == STOCK else f"{stock / step['all']:.2f}×",
+            *(duration(step[part]) for part in PARTS),
+        ]
+        for kind, step in figures["steps"].items()
+    ]
+    return (
+        f"{grid(['weights', 'step', 'faster', *PARTS], rows)}\n\n{figures['block']} tokens of a canvas of "
+        f"{figures['canvas']}, {figures['model']} model, dual cache. {_measured_on(figures)}\n"
+    )
+
+
+def limits(figures: dict) -> str:
+    """Return a table of the rates that the products of a step reach beside those of the machine."""
+    peaks, rows = figures["peaks"], []
+    for kind, step in figures["steps"].items():
+        for part, work in figures["moved"][kind].items():
+            read, computed = work["bytes"] / step[part], work["operations"] / step[part]
+            rows.append(
+                [
+                    NAMES.get(kind, f"`{kind}`"),
+                    part,
+                    f"{read / 1e9:.3g} GB/s ({percent(read / peaks['bytes'])})",
+                    f"{computed / 1e9:.3g} GFLOP/s ({percent(computed / peaks['flops'])})",
+                ]
+            )
+    return (
+        f"{grid(['weights', 'part', 'weights read', 'computed'], rows)}\n\nIn brackets: of a copy of memory, "
+        f"{peaks['bytes'] / 1e9:.3g} GB/s, and of a square product in float32, {peaks['flops'] / 1e9:.3g} "
+        f"GFLOP/s, on the same machine. {_measured_on(figures)}\n"
+    )
+
+
+def threads(figures: dict) -> str:
+    """Return a table of a step's time by the number of threads."""
+    counts = list(figures["threads"])
+    rows = [
+        [NAMES.get(kind, f"`{kind}`"), *(duration(figures["threads"][count][kind]) for count in counts)]
+        for kind in figures["threads"][counts[0]]
+    ]
+    columns = ["weights", *(f"{count} thread{'s' * (count != '1')}" for count in counts)]
+    return f"{grid(columns, rows)}\n\n{_measured_on(figures)}\n"
+
+
+def threads_plot(figures: dict) -> str:
+    """Return the same as an SVG file."""
+    kinds = figures["threads"][next(iter(figures["threads"]))]
+    lines = [
+        charts.Curve(
+            NAMES.get(kind, kind),
+            [(int(count), step[kind], step[kind], step[kind]) for count, step in figures["threads"].items()],
+        )
+        for kind in kinds
+    ]
+    chart = charts.curves("A step by the number of threads", "threads", lines, duration)
+    return charts.standalone([chart], charts.CURVE_WIDTH + 20, charts.CURVE_HEIGHT + 10)
+
+
+def accuracy(figures: dict) -> str:
+    """Return a table of speed beside accuracy for each kind of weights."""
+    stock = figures["steps"][STOCK]["all"]
+    rows = [
+        [
+            NAMES.get(kind, f"`{kind}`"),
+            f"{stock / figures['steps'][kind]['all']:.2f}×",
+            f"{found['bits_per_byte']:.4f}",
+            f"{found['additions']:.1%}",
+            f"{found['infilled']:.1%}",
+            f"{found['agreement']:.1%}",
+        ]
+        for kind, found in figures["accuracy"].items()
+    ]
+    columns = ["weights", "step", "bits per byte", "exact additions", "exact infilled lines", "agreement"]
+    return (
+        f"{grid(columns, rows)}\n\nSteps: of the {figures['model']} model above. Accuracy: of tiny-python on "
+        "held-out data; agreement: tokens of completed code up to the first that differs from those of stock "
+        f"layers. {_measured_on(figures)}\n"
+    )
+
+
+def _measured_on(figures: dict) -> str:
+    return f"Measured on {machine(figures['machine'])}."
