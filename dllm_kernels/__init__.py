@@ -32,6 +32,7 @@ _MODULE_OF = {
     "load": "models.checkpoint",
     "save": "models.checkpoint",
     "enable_attention": "models.attention",
+    "fuse_layers": "models.fused_layers",
     "sample": "sampling.api",
     "infill": "sampling.api",
     "PrefixCache": "sampling.prefix_cache",

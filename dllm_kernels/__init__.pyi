@@ -4,6 +4,7 @@ from dllm_kernels.kv_cache import BlockKVCache as BlockKVCache
 from dllm_kernels.models.attention import enable_attention as enable_attention
 from dllm_kernels.models.checkpoint import load as load
 from dllm_kernels.models.checkpoint import save as save
+from dllm_kernels.models.fused_layers import fuse_layers as fuse_layers
 from dllm_kernels.ops.advance import BlockRows as BlockRows
 from dllm_kernels.ops.advance import advance_ as advance_
 from dllm_kernels.ops.attention import block_attention as block_attention

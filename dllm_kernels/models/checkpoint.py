@@ -21,13 +21,14 @@ from dllm_kernels.models.checkpoint_layouts import Layout
 from dllm_kernels.models.config_json import check_tokens, own_entries, read_config
 from dllm_kernels.models.empty_models import empty_model, model_class, skeleton
 from dllm_kernels.models.families import Family, family_of, token_ids
+from dllm_kernels.models.fused_layers import fuse_layers
 from dllm_kernels.models.incoming_layers import layers_to_store, receivers
 from dllm_kernels.models.quantization_config import QuantizationConfig, expect_quantized
 from dllm_kernels.models.safetensors_io import fill_weights, own_storages, plan_weights, write_weights
 from dllm_kernels.models.savable import refuse_unsavable
 from dllm_kernels.models.saved_weights import quantization_of, saved_state
 from dllm_kernels.models.staging import CONFIG, interrupted_save, recover, staged
-from dllm_kernels.models.stored_weights import KINDS, check_stored, store_weights
+from dllm_kernels.models.stored_weights import KINDS, StoredLinear, check_stored, store_weights
 from dllm_kernels.models.tokenizer_files import FILES, read_tokenizer
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def load(
     merge_projections: bool = False,
     base: str | Path | None = None,
     weights: str | None = None,
+    fused: bool | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """Return (model, tokenizer) of a checkpoint; the tokenizer is None if the checkpoint has none.
 
@@ -66,6 +68,8 @@ def load(
     weights: "float32" | "bfloat16" | "int8", on the CPU: linear layers store their weights so, packed and
     read once for few rows (`models.stored_weights`). The vocabulary projection keeps its dtype. None: as the
     checkpoint has them, int8 ones stored as they are and others in stock layers.
+    fused: norms, rotations and gated MLPs are single operators (`models.fused_layers`), on devices that have
+    them. None: where linear layers are stored.
     The model is a stock transformers model in eval mode. Called directly it sees what it was trained to see
     (`attention.see_as_trained`). A weight that is missing, left over or of the wrong shape is an error. No
     code of the checkpoint is run, and its weights are never in memory twice.
@@ -77,6 +81,8 @@ def load(
     model, tokenizer = read_checkpoint(
         folder, device, dtype, attention, merge_projections, base=base, weights=weights
     )
+    if fused or (fused is None and any(isinstance(module, StoredLinear) for module in model.modules())):
+        fuse_layers(model)
     see_as_trained(model)
     found = str(name) not in EMBEDDED and Path(name).expanduser().is_dir()
     model.name_or_path = str(folder.resolve() if found else name)  # which peft records as the base

@@ -31,8 +31,8 @@ from dllm_kernels.ops.silu_mul import silu_mul
 
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 _OPERATORS = "rms_norm", "add_rms_norm", "silu_mul", "rotate_half"
-# Devices whose kernels are registered.
-_DEVICES = frozenset(
+# Types of devices whose kernels are registered.
+FUSING_DEVICES = frozenset(
     key.lower()
     for key in ("CPU", "CUDA")
     if all(torch._C._dispatch_has_kernel_for_dispatch_key(f"dllm_kernels::{op}", key) for op in _OPERATORS)
@@ -49,7 +49,8 @@ def fuse_layers(model: nn.Module) -> int:
     changes nothing. Works with gradients, which keep less in memory than the stock layers', with merged
     projections, stored weights, adapters, copies and pickles, and under torch.compile.
     """
-    if any(parameter.device.type not in _DEVICES for parameter in model.parameters()):
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if not devices <= FUSING_DEVICES | {"meta"}:
         return 0
     fused = 0
     for module in reversed([*model.modules()]):  # a layer after its norms
@@ -101,7 +102,7 @@ def _fits(first: Tensor, *others: Tensor) -> bool:
     """Return whether the operators take these tensors: plain, of one dtype, on one device with kernels."""
     device, dtype = first.device, first.dtype
     return (
-        device.type in _DEVICES
+        device.type in FUSING_DEVICES
         and dtype in _DTYPES
         and type(first) in _PLAIN
         and all(type(other) in _PLAIN and other.dtype == dtype and other.device == device for other in others)
