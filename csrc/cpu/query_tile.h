@@ -38,9 +38,13 @@ struct FetchAhead {
 class QueryTile {
  public:
   QueryTile(TileRows rows, int head_dim, float scale) : rows_(rows), dim_(head_dim), scale_(scale) {
-    const int columns = rows.panels() * kPanel;
-    memset(output_, 0, sizeof(float) * columns * dim_);
-    for (int i = 0; i < columns; i++) {
+    forget();
+  }
+
+  // No keys have been attended to.
+  void forget() {
+    memset(output_, 0, sizeof(float) * columns() * dim_);
+    for (int i = 0; i < columns(); i++) {
       max_[i] = -kInfinity;
       sum_[i] = 0.0f;
     }
@@ -56,14 +60,22 @@ class QueryTile {
     }
   }
 
-  // k_row(key) and v_row(key) find the rows of a key and its value; `dense`: neighbours follow each other.
+  // Attends to keys `first` … `end` - 1. k_row(key) and v_row(key) find the rows of a key and its value;
+  // `dense`: neighbours follow each other.
   template <typename T, typename KRow, typename VRow>
-  void attend(const SequenceSpans& sequence, bool dense, KRow k_row, VRow v_row) {
+  void attend(const SequenceSpans& sequence, bool dense, KRow k_row, VRow v_row, int first = 0,
+              int end = INT_MAX) {
     const TileSpans spans(sequence, rows_);
     const int limit = chunk_keys(dim_), panels = rows_.panels();
     ahead_.set_rows<T>(dim_);
-    for (KeyRange next, keys = spans.next(0, limit); keys.begin < keys.end; keys = next) {
-      next = spans.next(keys.end, limit);
+    const auto next_before_end = [&](int from) {
+      KeyRange keys = spans.next(from, limit);
+      keys.begin = keys.begin < end ? keys.begin : end;
+      keys.end = keys.end < end ? keys.end : end;
+      return keys;
+    };
+    for (KeyRange next, keys = next_before_end(first); keys.begin < keys.end; keys = next) {
+      next = next_before_end(keys.end);
       const bool* seen = keys.full || spans.mark_seen(keys, seen_) ? nullptr : seen_;
       const float* k = float_rows<T>(k_row, dense, keys, seen, dim_, keys_);
       const float* v = float_rows<T>(v_row, dense, keys, seen, dim_, values_);
@@ -72,6 +84,36 @@ class QueryTile {
         for (int key = next.begin; key < next.end; key++) ahead_.add(k_row(key)), ahead_.add(v_row(key));
       }
       for (int panel = 0; panel < panels; panel++) attend_chunk(spans, keys, k, v, panel);
+    }
+  }
+
+  // The state after some keys: a maximum and a sum for each column, and the weighted values
+  // [panel][dim][query].
+  static int64_t state_size(int columns, int dim) { return int64_t{columns} * (dim + 2); }
+  void save(float* state) const {
+    memcpy(state, max_, sizeof(float) * columns());
+    memcpy(state + columns(), sum_, sizeof(float) * columns());
+    memcpy(state + 2 * columns(), output_, sizeof(float) * columns() * dim_);
+  }
+  void restore(const float* state) {
+    memcpy(max_, state, sizeof(float) * columns());
+    memcpy(sum_, state + columns(), sizeof(float) * columns());
+    memcpy(output_, state + 2 * columns(), sizeof(float) * columns() * dim_);
+  }
+  // `state`: of the keys before; `more`: of other keys.
+  void merge(float* state, const float* more) const {
+    for (int first = 0; first < columns(); first += kLanes) {
+      const Floats before = load(state + first), other = load(more + first), highest = max(before, other);
+      const Floats shift = select(highest == -kInfinity, Floats{}, highest);
+      const Floats keep = exp2(before - shift), take = exp2(other - shift);
+      store(state + first, highest);
+      float *sum = state + columns() + first, *output = state + 2 * columns();
+      store(sum, load(sum) * keep + load(more + columns() + first) * take);
+      const int64_t place = int64_t{first} / kPanel * kPanel * dim_ + first % kPanel;
+      for (int d = 0; d < dim_; d++) {
+        float* to = output + place + d * kPanel;
+        store(to, load(to) * keep + load(more + 2 * columns() + place + d * kPanel) * take);
+      }
     }
   }
 
@@ -90,6 +132,8 @@ class QueryTile {
   }
 
  private:
+  int columns() const { return rows_.panels() * kPanel; }
+
   void attend_chunk(const TileSpans& spans, KeyRange keys, const float* k, const float* v, int panel) {
     const int count = keys.end - keys.begin;
     const float* query = query_ + panel * kPanel * dim_;

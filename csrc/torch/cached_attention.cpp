@@ -13,6 +13,9 @@
 namespace dllm {
 namespace {
 
+// With fewer tiles threads share the ranges of a tile, so that all of them have work to the end.
+constexpr int64_t kTilesPerThread = 4;
+
 std::tuple<Tensor, Tensor> cached_block_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
                                                       const Tensor& cache_k, const Tensor& cache_v,
                                                       const Tensor& page_table, const Tensor& cache_spans,
@@ -22,13 +25,21 @@ std::tuple<Tensor, Tensor> cached_block_attention_cpu(const Tensor& q, const Ten
   check_cached_attention(op, q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths);
   const CachedAttentionTensors tensors(op, q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans,
                                        q_lengths, scale);
-  const CachedAttentionParams p = tensors.params();
-
+  cpu::CachedAttentionItems p{tensors.params(), nullptr};
   check_contents(op, p);
 
+  Tensor states;
+  if (p.ranges() > 1 && p.tiles() < kTilesPerThread * torch::stable::get_num_threads()) {
+    states = torch::stable::new_empty(q, {p.tiles() * p.ranges() * p.state_floats()}, ScalarType::Float);
+    p.states = static_cast<float*>(states.data_ptr());
+  }
   const int64_t keys = p.q_len + static_cast<int64_t>(p.table_length) * p.page_size;
-  run_items(cpu::attention_items(p), 2.0 * q.numel() * keys,
+  run_items(p.items(), 2.0 * q.numel() * keys,
             [&](int64_t begin, int64_t end) { cpu::cached_block_attention(p, begin, end); });
+  if (p.states) {
+    run_items(p.tiles(), 4.0 * p.tiles() * p.ranges() * p.state_floats(),
+              [&](int64_t begin, int64_t end) { cpu::merge_cached_attention(p, begin, end); });
+  }
   return {tensors.attention.out, tensors.attention.lse};
 }
 

@@ -109,6 +109,53 @@ def test_bits_do_not_depend_on_threads_company_or_pages():
     assert torch.equal(alone[0], results[0][1])
 
 
+LONG = 1024  # keys of a range with a softmax of its own
+
+
+@given(st.data())
+def test_ranges_of_a_long_cache_equal_the_reference(data):
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    batch, length, dim = (
+        draw(st.integers(1, 2)),
+        draw(st.sampled_from([1, 32, 40])),
+        draw(st.sampled_from([8, 40])),
+    )
+    page_size = draw(st.sampled_from([17, 64, 700]))
+    pages = draw(st.integers(LONG // page_size, 3 * LONG // page_size + 1))
+    dtype = draw(st.sampled_from(list(TOLERANCE)))
+    call = random_call(batch, 1, draw(st.integers(1, 5)), length, dim, page_size, pages, dtype)
+    spans = random_spans(batch, draw(st.sampled_from([1, length])), pages * page_size, 2)
+    if draw(st.booleans()):
+        spans = spans // LONG * LONG  # whole ranges are unseen, and others begin at their first key
+    poison_unseen(*call[3:], spans)
+    q_lengths = torch.randint(0, length + 1, (batch,)).int() if draw(st.booleans()) else None
+    exact = (t.double().nan_to_num() for t in call[:5])
+    expected, expected_lse = reference.cached_block_attention(*exact, call[5], spans, None, q_lengths, 0.3)
+    outputs, threads = [], torch.get_num_threads()
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        outputs.append(cached_block_attention(*call, spans, q_lengths=q_lengths, scale=0.3, return_lse=True))
+    torch.set_num_threads(threads)
+    bound = TOLERANCE[dtype]
+    torch.testing.assert_close(outputs[0][0].double(), expected, rtol=bound, atol=bound)
+    torch.testing.assert_close(outputs[0][1].double(), expected_lse, rtol=1e-5, atol=1e-5)
+    for out, lse in outputs[1:]:
+        assert torch.equal(out, outputs[0][0]) and torch.equal(lse, outputs[0][1])
+
+
+def test_a_longer_page_table_changes_no_bit_of_a_sequence():
+    q, k, v, cache_k, cache_v, table = random_call(1, 2, 2, 32, 16, page_size=64, pages=40)
+    spans = torch.tensor([[[[5, 1500]]]], dtype=torch.int32)
+    short = cached_block_attention(q, k, v, cache_k, cache_v, table[:, :24], spans)
+    assert torch.equal(short, cached_block_attention(q, k, v, cache_k, cache_v, table, spans))
+    many = [tensor.expand(12, -1, -1, -1) for tensor in (q, k, v)]
+    together = cached_block_attention(
+        *many, cache_k, cache_v, table.expand(12, -1), spans.expand(12, -1, -1, -1)
+    )
+    assert torch.equal(together[7], short[0])
+
+
 def operator_cases():
     call, spans = random_call(), random_spans(2, 1, 20, 2)
     fresh, lengths = random_spans(2, 9, 9, 1), torch.tensor([9, 4], dtype=torch.int32)
