@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
+import dllm_kernels as dk
 from benchmarks import training_loops
 from benchmarks.peers.process import PeerProcess
 from benchmarks.test_sampling import BLOCK, random_model
@@ -45,16 +46,19 @@ def plain_model(smoke: bool) -> Qwen3ForCausalLM:
 @functools.cache
 def our_model(smoke: bool, mode: str) -> Qwen3ForCausalLM:
     """Return the model with the same weights and our attention; a smoke run compiles nothing."""
-    model = with_options(plain_model(smoke), "dllm", mode == "compiled" and not smoke)
+    compiled = mode.endswith("compiled") and not smoke
+    model = with_options(plain_model(smoke), "dllm", compiled, fused=mode.startswith("fused"))
     if mode == "selective":
         checkpoint_selectively(model)
     return model
 
 
-def with_options(model, attention: str, compiled: bool) -> Qwen3ForCausalLM:
-    """Return a copy of `model` with another attention, its layers compiled or not."""
+def with_options(model, attention: str, compiled: bool, fused: bool = False) -> Qwen3ForCausalLM:
+    """Return a copy of `model` with another attention, its layers fused and compiled or not."""
     model = copy.deepcopy(model)
     model.set_attn_implementation(attention)
+    if fused:
+        dk.fuse_layers(model)
     if compiled:
         torch.compiler.reset()
         model.base_model.compile(dynamic=False)
@@ -98,7 +102,13 @@ def assert_equal_steps(ours, plain, *inputs) -> None:
 
 SIZES = [("mdlm", 512, 2), ("bd3lm", 512, 2), ("bd3lm", 2048, 1), ("bd3lm", 4096, 1)]
 PLAIN = "dense mask, all logits"
-MODES = {"eager": "", "selective": ", selective checkpointing", "compiled": ", torch.compile"}
+MODES = {
+    "eager": "",
+    "fused": ", fused layers",
+    "selective": ", selective checkpointing",
+    "compiled": ", torch.compile",
+    "fused-compiled": ", fused layers, torch.compile",
+}
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -168,6 +168,11 @@ class DiffusionTrainingArguments(TrainingArguments):
         "Keep matrix products and attention for the backward pass, and recompute the rest of each layer; "
         "takes the place of gradient_checkpointing, which recomputes all.",
     )
+    fused_layers: bool = _option(
+        False,
+        "Compute norms, rotations and gated MLPs of the model by single operators that keep their inputs "
+        "alone for the backward pass (dk.fuse_layers).",
+    )
     # Evaluation
     eval_noise_seed: int = _option(0, "Seed of times and masks in evaluation, the same every time.")
     eval_noise_levels: list[float] = field(

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from dllm_kernels.models.fused_layers import FUSING_DEVICES, fuse_layers
 from dllm_kernels.models.staging import staged
 from dllm_train.annealing import annealed_reach
 from dllm_train.arguments import DiffusionTrainingArguments
@@ -88,6 +89,8 @@ class DiffusionTrainer(Trainer):
         if data_collator is None:
             data_collator = self._default_collator(processing_class)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        if args.fused_layers:
+            _fuse_layers(wrapped_model(model), args.device)
         if args.selective_checkpointing:
             checkpoint_selectively(wrapped_model(model))
         if self.is_fsdp_enabled:
@@ -450,6 +453,13 @@ def _check_arguments(trainer: type, model, args, given: dict) -> None:
             raise ValueError(
                 f"{name} is {getattr(args, name)!r}; it has a meaning for {where}, not for {trainer.__name__}"
             )
+
+
+def _fuse_layers(model: nn.Module, device: torch.device) -> None:
+    if device.type not in FUSING_DEVICES:
+        raise ValueError(f"fused_layers=True: there are no kernels of fused layers for {device.type}")
+    if not fuse_layers(model):
+        raise ValueError(f"fused_layers=True: no layer of this {type(model).__name__} can be fused")
 
 
 def _datasets(train_dataset, eval_dataset) -> Iterator[tuple[str, object]]:

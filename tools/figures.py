@@ -190,7 +190,13 @@ TRAINING = {
 }
 
 
-TRAINING_MODES = {"eager": "", "selective": ", selective checkpointing", "compiled": ", `torch.compile`"}
+TRAINING_MODES = {
+    "eager": "",
+    "fused": ", fused layers",
+    "selective": ", selective checkpointing",
+    "compiled": ", `torch.compile`",
+    "fused-compiled": ", fused layers, `torch.compile`",
+}
 
 
 def training_table() -> str:

@@ -317,15 +317,18 @@ def _only_global(code, name: str) -> bool:
 
 # ---- recognition -------------------------------------------------------------------------------------------
 def _reads_like(function: object, other: Callable) -> bool:
-    """Return whether two functions have the same bytecode, names and constants."""
-    codes = [getattr(inspect.unwrap(f), "__code__", None) for f in (function, other) if callable(f)]
-    if len(codes) < 2 or None in codes:
+    """Return whether two functions have the same bytecode, arguments, names and constants."""
+    if not callable(function):
         return False
-    first, second = (
-        (code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_consts[1:])
-        for code in codes
-    )
-    return first == second
+    first, second = inspect.unwrap(function), inspect.unwrap(other)
+    return isinstance(first, FunctionType) and _code(first) == _code(second)
+
+
+def _code(function: FunctionType) -> tuple:
+    code = function.__code__
+    constants = code.co_consts[1:]  # after the docstring
+    arguments = code.co_argcount, code.co_kwonlyargcount, function.__defaults__, function.__kwdefaults__
+    return code.co_code, code.co_names, code.co_varnames, code.co_freevars, constants, *arguments
 
 
 def _tried(forward: Callable, stock: Callable, module: object, x: Tensor, **kwargs) -> Callable | None:

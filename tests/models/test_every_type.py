@@ -35,6 +35,18 @@ def test_every_type_loads_what_is_saved(name, masked_lm, tmp_path):
     check(model, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "masked_lm"), CAUSAL + MASKED)
+def test_every_type_computes_the_same_with_fused_layers(name, masked_lm):
+    try:
+        model = tiny_model(name, masked_lm)
+    except NotTiny as reason:
+        pytest.skip(f"{name}: {reason}")
+    expected = logits(model)
+    dk.fuse_layers(model)
+    torch.testing.assert_close(logits(model), expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+
+
 @pytest.mark.parametrize(("name", "masked_lm"), SOME)
 def test_some_types_load_what_is_saved(name, masked_lm, tmp_path):
     check(tiny_model(name, masked_lm), tmp_path)

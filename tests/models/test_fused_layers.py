@@ -295,6 +295,12 @@ def apply_rotary_pos_emb(q, k, cos, sin):
     return q * cos - q.flip(-1) * sin, k * cos
 
 
+def test_a_rotation_with_another_default_is_left_alone():
+    stock = transformers.models.llama.modeling_llama.apply_rotary_pos_emb
+    other = types.FunctionType(stock.__code__, stock.__globals__, stock.__name__, (2,))
+    assert fused_layers._is_stock_rotation(stock) and not fused_layers._is_stock_rotation(other)
+
+
 def test_another_rotation_of_that_name_is_left_alone():
     assert dk.fuse_layers(Rotating()) == 0
 

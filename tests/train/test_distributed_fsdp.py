@@ -30,6 +30,7 @@ MODELS = {
     "bd3lm": ("qwen3", "block_causal"),  # its head and its embedding are one weight
     "bert": ("modernbert", "bidirectional"),  # so are its, and its embeddings would be a unit alone
 }
+FUSED = "mdlm", "bd3lm"
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,10 @@ def runs(folder):
         yield gradient_options(**inputs(folder, model, f"{model}-plain"))
         yield gradient_options(**inputs(folder, model, f"{model}-checkpointing"), gradient_checkpointing=True)
         yield gradient_options(**inputs(folder, model, f"{model}-selective"), selective_checkpointing=True)
+    for model in FUSED:
+        yield gradient_options(
+            **inputs(folder, model, f"{model}-fused"), fused_layers=True, gradient_checkpointing=True
+        )
     saved = dict(max_steps=4, save_strategy="steps", save_steps=2, bf16=True)
     yield options(**inputs(folder, "bd3lm", "whole"), **saved)
     checkpoint = folder / "whole" / "checkpoint-2"
@@ -68,8 +73,11 @@ def assert_sharded(run):
     return found
 
 
-@pytest.mark.parametrize("kind", ["plain", "checkpointing", "selective"])
-@pytest.mark.parametrize("model", MODELS)
+KINDS = [(model, kind) for model in MODELS for kind in ("plain", "checkpointing", "selective")]
+KINDS += [(model, "fused") for model in FUSED]
+
+
+@pytest.mark.parametrize("model, kind", KINDS)
 def test_gradients_are_those_of_one_process(folder, model, kind):
     run = folder / f"{model}-{kind}"
     assert assert_sharded(run)["gradient_checkpointing"] == (kind != "plain")

@@ -30,6 +30,7 @@ CASES = {
     ),
     "bd3lm": ("bd3lm", 8, {}),
     "bd3lm-incomplete": ("bd3lm", 9, dict(num_train_epochs=2, max_steps=-1)),
+    "bd3lm-fused": ("bd3lm", 8, dict(fused_layers=True)),
     "bd3lm-causal": ("bd3lm", 8, dict(clean="causal", ar_weight=0.5)),
     "dream": ("dream", 13, dict(num_train_epochs=1, max_steps=-1)),
     "mdlm-stream": ("mdlm", 13, dict(max_steps=4)),
