@@ -22,6 +22,7 @@ def convert(
     mask_token: str | None = None,
     chat_template: str | None = None,
     dtype: torch.dtype | str | None = None,
+    weights: str | None = None,
     tokenizer=None,
     base: str | Path | None = None,
     layout: str | None = None,
@@ -42,6 +43,8 @@ def convert(
         grow when they have no row for it; its rows start as the mean of the rows in use.
     chat_template: a Jinja template; None keeps the tokenizer's own, and gives masked LMs a default one.
     dtype: of the weights; None keeps the source's (float32 for GGUF files).
+    weights: "bfloat16" or "int8" for a model whose linear layers store their weights so, to sample and not to
+        train; q8_0 layers of a GGUF file keep its bytes as int8. None keeps the source's.
     tokenizer: one of transformers, or a folder that has one; None reads the source's.
     base: the base model of a source that is a peft adapter, in place of the one that it names.
     layout: a family's own config.json and weight names, such as "llada"; None is the stock layout.
@@ -61,8 +64,10 @@ def convert(
     from dllm_train.conversion.visibility import check_visibility
 
     marks.check_training(objective, block_size, shift)
+    if weights not in (None, "bfloat16", "int8"):
+        raise ValueError(f"weights is {weights!r:.80}; allowed: 'bfloat16', 'int8', None")
     target = free_target(source, target, overwrite)
-    model, tokenizer = read_source(source, dtype, tokenizer, base)
+    model, tokenizer = read_source(source, dtype, tokenizer, base, weights)
     trained = bool(model.config.diffusion["attention"])
     marks.mark(model, objective, block_size, shift)
     if tokenizer is not None:

@@ -78,6 +78,9 @@ def convert(
     ] = None,
     chat_template: Annotated[Path | None, typer.Option(help="A file with a Jinja template.")] = None,
     dtype: SaveDtype = None,
+    weights: Annotated[
+        str | None, typer.Option(help="bfloat16 or int8, for linear layers; to sample, not to train.")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="A folder with a tokenizer.")] = None,
     base: Base = None,
     layout: SaveLayout = None,
@@ -89,8 +92,8 @@ def convert(
         template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
         folder = write(
             source, target, objective=objective, block_size=block_size, shift=shift, mask_token=mask_token,
-            chat_template=template, dtype=dtype, tokenizer=tokenizer, base=base, layout=layout,
-            overwrite=overwrite,
+            chat_template=template, dtype=dtype, weights=weights, tokenizer=tokenizer, base=base,
+            layout=layout, overwrite=overwrite,
         )  # fmt: skip
     print(folder)
 

@@ -44,18 +44,33 @@ def receivers(
     dtype: of the model; weights that are not quantized are cast to it before they are rounded.
     """
     found: dict[str, Callable[[Tensor], None]] = {}
+    scratch = _Scratch()
     for name, how in layers.items():
-        layer = _IncomingLayer(model, name, how, dtype)
+        layer = _IncomingLayer(model, name, how, dtype, scratch)
         for part in ("weight", SCALE) if how.quantized else ("weight",):
             found[f"{name}.{part}"] = layer.receiver(part)
     return found
 
 
+class _Scratch:
+    """One tensor at a time, in the same memory: one for each layer would leave holes between what stays."""
+
+    def __init__(self):
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return a tensor without values, in place of the one before."""
+        size = shape.numel() * dtype.itemsize
+        if len(self._memory) < size:
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        return self._memory[:size].view(dtype).view(shape)
+
+
 class _IncomingLayer:
     """Collects the weight of a layer, and its scales where there are any."""
 
-    def __init__(self, model: nn.Module, name: str, how: Storing, dtype: torch.dtype):
-        self.model, self.name, self.how, self.dtype = model, name, how, dtype
+    def __init__(self, model: nn.Module, name: str, how: Storing, dtype: torch.dtype, scratch: _Scratch):
+        self.model, self.name, self.how, self.dtype, self.scratch = model, name, how, dtype, scratch
         self.parts: dict[str, Tensor] = {}
 
     def receiver(self, part: str) -> Callable[[Tensor], None]:
@@ -76,11 +91,8 @@ class _IncomingLayer:
         if self.how.kind is None:
             linear.weight.detach().copy_(dequantize(weight, scales))
             return
-        if scales is None:
-            try:
-                weight, scales = round_weight(weight, self.how.kind, self.dtype)
-            except ValueError:
-                raise ValueError(f"{self.name}.weight holds infinities or NaN, which int8 has not") from None
-        elif self.how.kind != "int8":
-            weight, scales = dequantize(weight, scales).to(getattr(torch, self.how.kind)), None
+        try:
+            weight, scales = round_weight(weight, self.how.kind, self.dtype, scales, self.scratch.empty)
+        except ValueError:
+            raise ValueError(f"{self.name}.weight holds infinities or NaN, which int8 has not") from None
         self.model.set_submodule(self.name, StoredLinear.of(weight, scales, linear.bias))

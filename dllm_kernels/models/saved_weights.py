@@ -17,12 +17,14 @@ def saved_state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
 
 
 def int8_layers(model: nn.Module) -> dict[str, int | None]:
-    """Return the layers of `model` that are stored as int8, by name -> inputs per scale (None: all)."""
-    return {
-        name: None if len(layer.packed.scales) == 1 else layer.in_features // len(layer.packed.scales)
-        for name, layer in _stored_layers(model).items()
-        if layer.packed.scales is not None
-    }
+    """Return the layers of `model` that are stored as int8, by name -> inputs per scale (None: all).
+
+    A layer that is one group, where others have groups of this size, counts as one of them.
+    """
+    layers = {name: layer for name, layer in _stored_layers(model).items() if layer.packed.scales is not None}
+    sizes = {name: layer.in_features // len(layer.packed.scales) for name, layer in layers.items()}
+    of_groups = {size for name, size in sizes.items() if size < layers[name].in_features}
+    return {name: size if size in of_groups else None for name, size in sizes.items()}
 
 
 def quantization_of(model: nn.Module, layout: Layout | None) -> QuantizationConfig | None:

@@ -7,6 +7,7 @@ their weights. Activations stay in the model's dtype.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -164,26 +165,33 @@ class StoredLinear(nn.Module):
         self.packed = type(self).of(*given).packed
 
 
-def round_weight(weight: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return (weight, scales) as `StoredLinear.of` takes them, of a float weight [out, in] cast to `dtype`.
+def round_weight(
+    weight: Tensor,
+    kind: str,
+    dtype: torch.dtype,
+    scales: Tensor | None = None,
+    empty: Callable[..., Tensor] = torch.empty,
+) -> tuple[Tensor, Tensor | None]:
+    """Return (weight, scales) as `StoredLinear.of` takes them, of a weight [out, in].
 
-    kind: one of KINDS; "int8" has one scale per output. Memory: a few rows besides the result. ValueError for
-    infinities and NaN in int8.
+    weight: float, cast to `dtype` first, or int8 with its scales. kind: one of KINDS; a float weight has one
+    scale per output as "int8". empty: makes the weight that is returned. Memory: a few rows besides the
+    result. ValueError for infinities and NaN in int8.
     """
     kept = getattr(torch, kind)
-    if weight.dtype == kept and torch.promote_types(kept, dtype) == dtype:  # neither cast changes anything
-        return weight, None
-    stored = torch.empty(weight.shape, dtype=kept)
-    scales = torch.empty(len(weight), 1) if kind == "int8" else None
+    if weight.dtype == kept and (scales is not None or torch.promote_types(kept, dtype) == dtype):
+        return weight, scales  # no cast changes anything
+    stored = empty(weight.shape, dtype=kept)
+    made = torch.empty(len(weight), 1) if kind == "int8" else None
     rows = max(1, _ROUNDED_AT_ONCE // max(1, weight.shape[1]))
     for start in range(0, len(weight), rows):
         some = slice(start, start + rows)
-        part = weight[some].to(dtype)
-        if scales is None:
+        part = weight[some].to(dtype) if scales is None else dequantize(weight[some], scales[some])
+        if made is None:
             stored[some] = part
         else:
-            stored[some], scales[some] = quantize_weight(part)
-    return stored, scales
+            stored[some], made[some] = quantize_weight(part)
+    return stored, made
 
 
 def dequantize(weight: Tensor, scales: Tensor) -> Tensor:

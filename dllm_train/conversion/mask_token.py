@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from dllm_kernels.models.families import token_ids
+from dllm_kernels.models.stored_weights import StoredLinear, dequantize
+from dllm_kernels.ops.skinny_linear import quantize_weight
 
 DEFAULT = "<|mask|>"
 _ROLES = ("eos_token", "pad_token", "bos_token", "unk_token", "cls_token", "sep_token")
@@ -117,8 +121,12 @@ def _make_room(model, mask_id: int, in_use: int) -> None:
     """Grow the embedding and the head to include the mask token.
 
     New rows and that of the mask token are set to the mean of the first `in_use` rows, themselves left out.
+    An int8 head keeps the bytes of its other rows.
     """
     rows = _rows(model)
+    stored = model.get_output_embeddings()
+    if isinstance(stored, StoredLinear):
+        model.set_output_embeddings(_dequantized(stored))
     if mask_id >= rows:
         model.resize_token_embeddings(mask_id + 1, mean_resizing=False)
     new = torch.tensor(sorted({mask_id, *range(rows, mask_id)}))
@@ -129,6 +137,24 @@ def _make_room(model, mask_id: int, in_use: int) -> None:
     for weight in {id(weight): weight for weight in weights}.values():
         used = torch.arange(min(in_use, rows, len(weight)))
         weight[new] = weight[used[used != mask_id]].double().mean(dim=0).to(weight.dtype)
+    if isinstance(stored, StoredLinear):
+        model.set_output_embeddings(_with_rows_of(head, new, stored))
+
+
+def _dequantized(stored: StoredLinear) -> nn.Linear:
+    linear = nn.Linear(stored.in_features, stored.out_features, stored.bias is not None, device="meta")
+    linear.weight, linear.bias = nn.Parameter(dequantize(*stored.parts())), stored.bias
+    return linear
+
+
+def _with_rows_of(head: nn.Linear, new: Tensor, stored: StoredLinear) -> StoredLinear:
+    """Return `stored` with rows `new` of `head`, rounded, and as many rows as it."""
+    weight, scales = stored.parts()
+    more = len(head.weight) - len(weight)
+    weight, scales = F.pad(weight, (0, 0, 0, more)), F.pad(scales, (0, 0, 0, more))
+    size = None if scales.shape[1] == 1 else stored.in_features // scales.shape[1]
+    weight[new], scales[new] = quantize_weight(head.weight[new], size)
+    return StoredLinear.of(weight, scales, head.bias)
 
 
 def _check_room(model, mask_id: int) -> None:

@@ -12,6 +12,7 @@ from dllm_kernels.models.checkpoint import checkpoint_folder, read_checkpoint
 from dllm_kernels.models.checkpoint_files import INDEX, WEIGHTS, read_json, stored_tensors
 from dllm_kernels.models.families import family_of
 from dllm_kernels.models.staging import CONFIG
+from dllm_kernels.models.stored_weights import store_weights
 from dllm_kernels.models.tokenizer_files import read_tokenizer
 from dllm_train.conversion.through_transformers import read_gguf, read_pickled
 
@@ -24,35 +25,44 @@ def read_source(
     dtype: torch.dtype | str | None = None,
     tokenizer=None,
     base: str | Path | None = None,
+    weights: str | None = None,
 ):
     """Return (model, tokenizer), the model on the CPU; its config's "diffusion" entry is complete.
 
     dtype: None keeps that of the largest weight; GGUF files give float32. tokenizer: one to take in place of
-    the source's, or a folder that has one. base: of a peft adapter, in place of the model that it names. A
-    missing or unexpected weight or a wrong shape is a ValueError. No code of the source is run.
+    the source's, or a folder that has one. base: of a peft adapter, in place of the model that it names.
+    weights: "bfloat16" or "int8" for linear layers that store theirs so; None as the source has them; "stock"
+    for stock layers. A missing or unexpected weight or a wrong shape is a ValueError. No code of the source
+    is run.
     """
     dtype = _checked(dtype)
+    stored = None if weights == "stock" else weights
     if Path(source).suffix == ".gguf":
-        model, own = read_gguf(Path(source).expanduser(), dtype or torch.float32, tokenizer is None)
+        model, own = read_gguf(Path(source).expanduser(), dtype or torch.float32, tokenizer is None, stored)
     else:
         folder = _folder(source)
         if is_adapter(folder):
             model, own = _read_adapted(folder, base, dtype)
+            if stored is not None:
+                store_weights(model, stored)
             return model, own if tokenizer is None else _given(tokenizer)
         if base is not None:
             raise ValueError(f"base is {str(base)!r}, but {source} is a whole model and no adapter")
         _refuse_headless(folder)
         if any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
-            model, own = read_checkpoint(folder, _CPU, dtype or _stored_dtype(folder), trained=False)
+            dtype = dtype or _stored_dtype(folder)
+            model, own = read_checkpoint(folder, _CPU, dtype, trained=False, weights=weights)
         else:
             model, own = read_pickled(folder, dtype, tokenizer is None)
+            if stored is not None:
+                store_weights(model, stored)
     return model, own if tokenizer is None else _given(tokenizer)
 
 
 def _read_adapted(folder: Path, base: str | Path | None, dtype: torch.dtype | None):
     name = base_name(folder, base)
     try:
-        model, tokenizer = read_source(name, dtype)
+        model, tokenizer = read_source(name, dtype, weights="stock")
     except (ValueError, OSError) as error:
         raise ValueError(f"{folder} is an adapter of {str(name)!r}: {error}; base= names another") from error
     merge_adapter_into(model, folder)
@@ -78,9 +88,9 @@ def _refuse_headless(folder: Path) -> None:
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    """Return the dtype of the largest weight."""
-    largest = max(stored_tensors(folder).values(), key=lambda tensor: math.prod(tensor.shape))
-    return largest.dtype if largest.dtype in _DTYPES else torch.float32
+    """Return the dtype of the largest weight that is not quantized."""
+    floats = [tensor for tensor in stored_tensors(folder).values() if tensor.dtype in _DTYPES]
+    return max(floats, key=lambda tensor: math.prod(tensor.shape)).dtype if floats else torch.float32
 
 
 def _given(tokenizer):

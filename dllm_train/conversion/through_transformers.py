@@ -10,9 +10,12 @@ import torch
 from dllm_kernels.models.checkpoint_files import INDEX, WEIGHTS, read_json
 from dllm_kernels.models.empty_models import model_class
 from dllm_kernels.models.families import diffusion_entry, family_of, token_ids
+from dllm_kernels.models.saved_weights import saved_state
 from dllm_kernels.models.staging import CONFIG
+from dllm_kernels.models.stored_weights import store_weights
 from dllm_kernels.models.tokenizer_files import read_tokenizer
 from dllm_train.conversion.gguf_tensors import refuse_left_over_tensors
+from dllm_train.conversion.q8_0 import has_q8_0, read_q8_0
 
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -35,8 +38,11 @@ def read_pickled(folder: Path, dtype: torch.dtype | None, with_tokenizer: bool):
     return model, read_tokenizer(folder, config, family.tokenizer) if with_tokenizer else None
 
 
-def read_gguf(file: Path, dtype: torch.dtype, with_tokenizer: bool):
-    """Return (model, tokenizer) of a GGUF file, its weights dequantized."""
+def read_gguf(file: Path, dtype: torch.dtype, with_tokenizer: bool, weights: str | None = None):
+    """Return (model, tokenizer) of a GGUF file, its weights dequantized.
+
+    weights: how linear layers store theirs, as in `convert`; "int8" keeps the bytes of q8_0 layers.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"source is {file}, and there is no such file")
     try:
@@ -45,8 +51,15 @@ def read_gguf(file: Path, dtype: torch.dtype, with_tokenizer: bool):
         raise ImportError("reading GGUF files needs the package gguf: pip install gguf") from None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = _read(AutoModelForCausalLM, file.parent, dtype, gguf_file=file.name)
-    refuse_left_over_tensors(file, model)
+    if weights == "int8" and _opened(file, has_q8_0):
+        model = _opened(file, lambda file: read_q8_0(file, dtype))
+        refuse_left_over_tensors(file, model.config, saved_state(model))
+        model = _marked(model, model.generation_config)
+    else:
+        model = _read(AutoModelForCausalLM, file.parent, dtype, gguf_file=file.name)
+        refuse_left_over_tensors(file, model.config, model.state_dict())
+        if weights is not None:
+            store_weights(model, weights)
     if not with_tokenizer:
         return model, None
     try:
@@ -54,6 +67,17 @@ def read_gguf(file: Path, dtype: torch.dtype, with_tokenizer: bool):
     except Exception as error:  # any error of transformers about unknown tokenizers
         reason = str(error).partition("\n")[0]
         raise ValueError(f"the tokenizer of {file} cannot be read ({reason}); give tokenizer=") from error
+
+
+def _opened(file: Path, read):
+    """Return read(file); an error of a broken file names it."""
+    try:
+        return read(file)
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:  # any error of transformers and gguf about a broken file
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{file} cannot be read ({kind}{error})") from error
 
 
 def _read(kind, folder: Path, dtype, unread: tuple[str, ...] = (), **options):
@@ -68,9 +92,12 @@ def _read(kind, folder: Path, dtype, unread: tuple[str, ...] = (), **options):
     except Exception as error:  # any error of transformers and its readers about a broken file
         raise ValueError(f"{place} cannot be read ({type(error).__name__}: {error})") from error
     _refuse_misfits(place, report, unread)
-    model = _plain(read)
+    return _marked(_plain(read), getattr(read, "generation_config", None))
+
+
+def _marked(model, generation):
+    """Return `model` in eval mode with a complete "diffusion" entry and all end tokens in its config."""
     model.config.diffusion = diffusion_entry(model.config, family_of(model.config.model_type))
-    generation = getattr(read, "generation_config", None)
     ends = (*token_ids(model.config.eos_token_id), *token_ids(getattr(generation, "eos_token_id", None)))
     ends = list(dict.fromkeys(ends))
     model.config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)

@@ -17,6 +17,7 @@ from dllm_kernels.cli import app
 from dllm_train import convert
 from tests.models.published_checkpoints import MASK, PUBLISHED
 from tests.train.convertible_checkpoints import encoder_tokenizer, write
+from tests.train.gguf_files import write_gguf
 from tests.train.tiny_models import VOCABULARY, tiny
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -71,65 +72,6 @@ def test_pickled_weights_are_read_and_checked(tmp_path):
 
 
 # ---- GGUF --------------------------------------------------------------------------------------------------
-def paired(weight, heads):
-    """Rows of a query or key projection as GGUF orders them: pairs (i, i + D/2) of a head side by side."""
-    rows, width = weight.shape
-    return weight.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)
-
-
-def write_gguf(file: Path, model, leave_out: str = "", tied: bool = False, **more) -> Path:
-    """Write a tiny Llama as llama.cpp does, in float32 [ggml-org/ggml, docs/gguf.md]."""
-    gguf = pytest.importorskip("gguf")
-    config = model.config
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    letters = [chr(ord("a") + index) for index in range(26)]
-    tokens = ["<unk>", "<s>", "</s>", *letters, *(f"a{letter}" for letter in letters)][: config.vocab_size]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
-    writer.add_token_merges([f"{token[0]} {token[1]}" for token in tokens[29:]])
-    writer.add_unk_token_id(0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-    }
-    parts = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    }  # fmt: skip
-    for layer in range(config.num_hidden_layers):
-        names |= {f"model.layers.{layer}.{a}.weight": f"blk.{layer}.{b}.weight" for a, b in parts.items()}
-    for name, weight in model.state_dict().items():
-        if name == leave_out or (tied and name == "lm_head.weight"):
-            continue
-        if "q_proj" in name:
-            weight = paired(weight, config.num_attention_heads)
-        if "k_proj" in name:
-            weight = paired(weight, config.num_key_value_heads)
-        writer.add_tensor(names[name], weight.float().numpy().astype(np.float32))
-    for name, weight in more.items():
-        writer.add_tensor(name.replace("__", "."), weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_gguf_file_gives_the_model_that_was_written(tied, tmp_path):
     source = tiny("llama", tie_word_embeddings=tied)
