@@ -35,9 +35,10 @@ def planted():
 @pytest.fixture
 def of_divergence(fuzz, monkeypatch):
     """The cases of token_divergence alone, as many as asked for: what was found in each."""
-    from fuzzing import attention, losses, unmasking
+    from fuzzing import attention, layers, losses, unmasking
 
     monkeypatch.setattr(attention, "CALLS", {})
+    monkeypatch.setattr(layers, "CALLS", {})
     monkeypatch.setattr(losses, "CALLS", {})
     monkeypatch.setattr(unmasking, "CALLS", {"token_divergence": unmasking.CALLS["token_divergence"]})
     return lambda seed, count: [fuzz.run_case(seed, index) for index in range(count)]

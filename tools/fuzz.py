@@ -30,13 +30,14 @@ MOST_FINDINGS = 20  # then the rest would be more of the same
 def run_case(seed: int, index: int) -> str | None:
     """Run one case and return the finding; None: nothing."""
     import torch
-    from fuzzing import attention, losses, spoiling, unmasking
+    from fuzzing import attention, layers, losses, spoiling, unmasking
     from fuzzing.draw import Draw
 
     import dllm_kernels as dk
 
     assert dk.block_attention and dk.linear_diffusion_cross_entropy  # they load what is written in Python
-    calls = {**attention.CALLS, **unmasking.CALLS, **losses.CALLS}
+    assert dk.rms_norm and dk.silu_mul and dk.rotate_half
+    calls = {**attention.CALLS, **unmasking.CALLS, **losses.CALLS, **layers.CALLS}
     draw, operator = Draw(seed, index), "sample"
     try:
         if draw.chance(0.05):
