@@ -28,6 +28,8 @@ from torch import nn
 import dllm_kernels as dk
 from benchmarks import machine
 from benchmarks.llada_shaped import parameters, random_model
+from dllm_kernels.models.fused_layers import fuse_layers
+from dllm_kernels.models.grouped_layers import GroupedLinear, group_layers
 from dllm_kernels.models.stored_weights import KINDS, StoredLinear, store_weights
 from dllm_kernels.sampling.runner import ModelRunner
 from dllm_kernels.sampling.views import StepView
@@ -75,7 +77,7 @@ class Stopwatch:
 
 
 PLACES = {
-    "linear layers": [(nn.Linear, "forward"), (StoredLinear, "forward")],
+    "linear layers": [(kind, "forward") for kind in (nn.Linear, StoredLinear, GroupedLinear)],
     "vocabulary": [(ModelRunner, "statistics")],
     "attention": [(StepView, "attend")],
 }
@@ -112,11 +114,13 @@ def step_seconds(models: dict[str, nn.Module], rounds: int, canvas: int) -> dict
 
 
 def with_weights(model: nn.Module, kind: str) -> nn.Module:
-    """Return `model`, or a copy that stores its weights as `kind`."""
+    """Return `model`, or a copy as `dk.load(weights=kind)` makes it."""
     if kind == STOCK:
         return model
     model = copy.deepcopy(model)
     store_weights(model, kind)
+    group_layers(model)
+    fuse_layers(model)
     return model
 
 

@@ -80,7 +80,7 @@ class MergedLinear(nn.Linear):
         """Project x [..., in] -> [..., out], by a slice of the group's product if there is one."""
         output = None
         if not torch.is_grad_enabled():
-            output = _first_part(x, (self, *self.others)) if self.others else _own_part(x, self)
+            output = _first_part(x, (self, *self.others)) if self.others else own_part(x, self)
         return F.linear(x, self.weight, self.bias) if output is None else output
 
 
@@ -97,6 +97,12 @@ def _first_part(x: Tensor, group: tuple[MergedLinear, ...]) -> Tensor | None:
         product = _merged_product(x, weights, biases)
     if product is None:
         return None
+    return attach_parts(x, group, product)
+
+
+def attach_parts(x: Tensor, group: tuple[nn.Module, ...], product: Tensor) -> Tensor:
+    """Return the part of a product [..., sum of out_i] that is the first module's, and attach the others'
+    to its input x, for `own_part`."""
     first, *others = torch.split_with_sizes(product, [module.out_features for module in group], dim=-1)
     parts = getattr(x, _PARTS, None)
     if parts is None:
@@ -108,7 +114,7 @@ def _first_part(x: Tensor, group: tuple[MergedLinear, ...]) -> Tensor | None:
     return first
 
 
-def _own_part(x: Tensor, module: MergedLinear) -> Tensor | None:
+def own_part(x: Tensor, module: nn.Module) -> Tensor | None:
     """Return the part attached to `x`, if `x` has not changed since."""
     parts = getattr(x, _PARTS, None)
     if parts is None or module not in parts:
