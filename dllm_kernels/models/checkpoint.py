@@ -67,7 +67,7 @@ def load(
     (`models.merged_projections`); a model whose projections are fused already stays as it is.
     base: the base model of an adapter, in place of the one that its adapter_config.json names.
     weights: "float32" | "bfloat16" | "int8", on the CPU: linear layers store their weights so, packed and
-    read once for few rows (`models.stored_weights`). The vocabulary projection keeps its dtype. None: as the
+    read once for few rows (`models.stored_weights`); the vocabulary projection only as int8. None: as the
     checkpoint has them, int8 ones stored as they are and others in stock layers.
     fused: norms, rotations and gated MLPs are single operators (`models.fused_layers`), on devices that have
     them. None: where linear layers are stored.
@@ -416,6 +416,11 @@ def checkpoint_folder(name: str | Path) -> Path:
         raise ValueError(
             f"{folder} holds no {CONFIG}: a dk.save to it was interrupted while replacing files. The old "
             f"ones are in {replaced}; make the folder writable and load again, or save again"
+        )
+    if folder.suffix == ".gguf" and folder.is_file():
+        raise ValueError(
+            f"{folder} is a GGUF file; dllm convert {folder.name} FOLDER makes a checkpoint of it, and with "
+            "--weights int8 keeps the bytes of q8_0 weights"
         )
     if str(name) in EMBEDDED or folder.exists():
         raise FileNotFoundError(f"{folder} holds no config.json; {known}")

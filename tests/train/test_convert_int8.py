@@ -125,6 +125,12 @@ def test_the_head_keeps_the_bytes_of_its_rows_beside_the_mask_token(tmp_path):
     torch.testing.assert_close(row, mean, atol=float(mean.abs().max()) / 127, rtol=0)
 
 
+def test_loading_a_gguf_file_says_how_to_convert_it(tmp_path):
+    file = write_gguf(tmp_path / "m.gguf", llama(), kind="Q8_0")
+    with pytest.raises(ValueError, match=r"m\.gguf is a GGUF file; dllm convert m\.gguf FOLDER makes"):
+        dk.load(file)
+
+
 def test_a_q8_0_file_becomes_an_int8_checkpoint_that_samples(tmp_path):
     source = llama()
     file = write_gguf(tmp_path / "m.gguf", source, kind="Q8_0")
