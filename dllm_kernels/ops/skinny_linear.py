@@ -129,10 +129,10 @@ def quantize_weight(weight: Tensor, group_size: int | None = None) -> tuple[Tens
             f"got {size}"
         )
     rows = weight.detach().float()
-    if not rows.isfinite().all():
-        raise ValueError("quantize_weight: weight holds infinities or NaN")
     groups = rows.unflatten(1, (inputs // size, size)) if inputs else rows.new_zeros(len(rows), 1, 1)
     scales = groups.abs().amax(2) / 127
+    if not scales.isfinite().all():  # as the scale of a group that holds either is not
+        raise ValueError("quantize_weight: weight holds infinities or NaN")
     steps = groups / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     quantized = steps.round().clamp(-127, 127).to(torch.int8)
     return quantized.flatten(1)[:, :inputs].contiguous(), scales
