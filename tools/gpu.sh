@@ -65,8 +65,8 @@ ran=0 failed=0                          # files
 rank() {
   case $1 in
     *wrappers*) echo 0 ;;
-    *advance* | *kv_write* | *unmask* | *token_filters* | *loss* | *debug*) echo 1 ;;
-    *hopper* | *linear_token_stats*) echo 3 ;;
+    *advance* | *kv_write* | *unmask* | *token_filters* | *loss* | *debug* | *layer_kernels*) echo 1 ;;
+    *hopper* | *linear*) echo 3 ;;
     *attention*) echo 2 ;;
     *) echo 4 ;;
   esac
@@ -171,7 +171,7 @@ check() {
       deadline=570
       mapfile -t part < <(test_files 3 4)
       run_tests "${part[@]}"
-      run_benchmarks benchmarks/gpu/test_{unmask,cached_attention,loss}.py
+      run_benchmarks benchmarks/gpu/test_{unmask,cached_attention,loss,layer_kernels}.py
       ;;
     "full 3")
       deadline=570

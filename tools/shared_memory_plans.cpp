@@ -46,7 +46,9 @@ void plans_of_hopper() {
 template <int kRows>
 void plans_of_streamed_weights() {
   plan(of("sm90::linear_states_kernel", kRows), sm90::LinearStatsTiles<kRows>::kSharedBytes);
-  plan(of("sm90::linear_kernel", kRows), sm90::StreamedLinearTiles<kRows>::kSharedBytes);
+  const std::string rows = std::to_string(kRows);
+  plan("sm90::linear_kernel<" + rows + ",0>", sm90::StreamedLinearTiles<kRows, false>::kSharedBytes);
+  plan("sm90::linear_kernel<" + rows + ",1>", sm90::StreamedLinearTiles<kRows, true>::kSharedBytes);
 }
 
 template <int kRows>

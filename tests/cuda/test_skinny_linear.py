@@ -63,10 +63,12 @@ def test_inputs_in_several_splits(gpu, generation, inputs, outputs, bias_dtype):
 
 
 @hopper
-@pytest.mark.parametrize("rows", [20, 200])
-def test_more_items_than_multiprocessors(gpu, rows):
-    """The ring of buffers goes on from item to item; several CTAs share the rows."""
-    assert_is_the_product(gpu, *arguments(2, rows, 328, 1500, bias_dtype=torch.float16))
+@pytest.mark.parametrize("rows, group", [(20, None), (200, None), (20, 64)])
+def test_more_items_than_multiprocessors(gpu, rows, group):
+    """The ring of buffers goes on from item to item; several CTAs share the rows. group: of bytes."""
+    x, weight, bias = arguments(2, rows, 320, 1500, bias_dtype=torch.float16)
+    weight, scales = dk.quantize_weight(weight, group) if group else (weight, None)
+    assert_is_the_product(gpu, x, weight, bias, scales)
 
 
 @generations
@@ -79,7 +81,10 @@ def test_bias_of_any_type(gpu, generation, bias_dtype):
 @pytest.mark.parametrize(
     "generation, rows, dtype",
     [
-        pytest.param("Hopper", 20, torch.bfloat16, marks=hopper),
+        pytest.param("Hopper", 1, torch.float16, marks=hopper),
+        pytest.param("Hopper", 9, torch.bfloat16, marks=hopper),
+        pytest.param("Hopper", 20, torch.float16, marks=hopper),
+        pytest.param("Hopper", 70, torch.bfloat16, marks=hopper),
         ("Ampere", 1, torch.bfloat16),
         ("Ampere", 40, torch.float16),
         ("Ampere", 70, torch.bfloat16),

@@ -21,7 +21,8 @@ inline LinearKernel linear_kernel(const SkinnyLinearParams& p, int capability) {
       (p.groups > 1 && p.inputs / p.groups % kGroupInputs) || !aligned(p.x) || !aligned(p.weight) ||
       (!p.scales && p.weight_type != p.x_type))
     return LinearKernel::any_types;
-  const bool streams = !p.scales && sm90::can_stream(p.x, p.weight, p.x_type, p.inputs, p.weight_stride);
+  const int of_map = p.scales ? 2 : 1;  // elements of the weight in a 16-bit one, as which TMA fetches them
+  const bool streams = sm90::can_stream(p.x, p.weight, p.x_type, p.inputs / of_map, p.weight_stride / of_map);
   return capability == 90 && streams ? LinearKernel::sm90 : LinearKernel::sm80;
 }
 

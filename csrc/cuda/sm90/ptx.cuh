@@ -172,7 +172,7 @@ __device__ void wgmma_wait_group(Sums&... done) {
 // 8 or 16.
 template <class T, Major a_major, Major b_major, int kTiles>
 __device__ void wgmma_mma_async(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool add);
-// The same with `a` in registers; kTiles is 8 or 16.
+// The same with `a` in registers.
 template <class T, Major b_major, int kTiles>
 __device__ void wgmma_mma_async(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool add);
 
@@ -239,9 +239,12 @@ __device__ void wgmma_mma_async(float (&d)[kTiles][4], uint64_t a, uint64_t b, b
 
 template <class T, Major b_major, int kTiles>
 __device__ void wgmma_mma_async(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool add) {
-  static_assert(kTiles == 8 || kTiles == 16);
+  static_assert(kTiles == 1 || kTiles == 2 || kTiles == 4 || kTiles == 8 || kTiles == 16);
   // clang-format off
-  if constexpr (kTiles == 8) { DLLM_WGMMA_RS(8, "64", "%32", "%33", "%34", "%35", "%36", "%37", "%38"); }
+  if constexpr (kTiles == 1) { DLLM_WGMMA_RS(1, "8", "%4", "%5", "%6", "%7", "%8", "%9", "%10"); }
+  else if constexpr (kTiles == 2) { DLLM_WGMMA_RS(2, "16", "%8", "%9", "%10", "%11", "%12", "%13", "%14"); }
+  else if constexpr (kTiles == 4) { DLLM_WGMMA_RS(4, "32", "%16", "%17", "%18", "%19", "%20", "%21", "%22"); }
+  else if constexpr (kTiles == 8) { DLLM_WGMMA_RS(8, "64", "%32", "%33", "%34", "%35", "%36", "%37", "%38"); }
   else if constexpr (kTiles == 16) { DLLM_WGMMA_RS(16, "128", "%64", "%65", "%66", "%67", "%68", "%69", "%70"); }
   // clang-format on
 }

@@ -9,7 +9,7 @@
 
 namespace dllm::cuda::sm90 {
 
-// A tile of outputs times a range of steps along the inputs, of kPanelColumns each.
+// A tile of outputs times a range of steps along the inputs, each a panel of the weight.
 struct StreamedTile {
   int32_t first, end;  // outputs; those from `end` on, up to a tile's size, are left out
   int32_t first_step, steps;
@@ -54,7 +54,9 @@ struct WeightStream {
       for (int unit = 0; unit < units(tile); unit++)
         cp_async_bulk_tensor(weight(ring.stage, unit), weight_map, buffer.full, step * kPanelColumns,
                              tile.first + unit * Tiles::kUnit);
-      cp_async_bulk_tensor(x(ring.stage), x_map, buffer.full, step * kPanelColumns, first_row);
+      for (int panel = 0; panel < Tiles::kXPanels; panel++)
+        cp_async_bulk_tensor(x(ring.stage) + panel * Tiles::kXPanelBytes, x_map, buffer.full,
+                             (step * Tiles::kXPanels + panel) * kPanelColumns, first_row);
       ring.advance();
     }
   }

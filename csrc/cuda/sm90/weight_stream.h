@@ -10,16 +10,19 @@
 
 namespace dllm::cuda::sm90 {
 
-// A tile is two units of outputs, one for each warpgroup that multiplies, times kRows rows of x; a buffer
-// holds 64 inputs of both. One more warp fetches. kOtherBytes of shared memory are for something else.
-template <int kRows, size_t kOtherBytes>
+// A tile is two units of outputs, one for each warpgroup that multiplies, times kRows rows of x. A buffer
+// holds a panel of each unit, and the same inputs of x: one panel, or two where the weight is in bytes, of
+// which two stand for a 16-bit element. One more warp fetches. kOtherBytes of shared memory are for something
+// else.
+template <int kRows, size_t kOtherBytes, int kPanelsOfX = 1>
 struct WeightStreamTiles {
   static constexpr int kConsumers = 2, kConsumerWarps = kConsumers * kWarpgroup / 32;
   static constexpr int kThreads = kConsumers * kWarpgroup + 32;
   static constexpr int kProducer = kConsumers * kWarpgroup;  // the thread that fetches
   static constexpr int kUnit = 64, kOutputs = kConsumers * kUnit;
 
-  static constexpr int kUnitBytes = panel_bytes(kUnit), kRowsBytes = panel_bytes(kRows);
+  static constexpr int kUnitBytes = panel_bytes(kUnit), kXPanelBytes = panel_bytes(kRows);
+  static constexpr int kXPanels = kPanelsOfX, kRowsBytes = kXPanels * kXPanelBytes;
   static constexpr int kBufferBytes = kConsumers * kUnitBytes + kRowsBytes;
   static constexpr int kStages = (220 * 1024 - kOtherBytes) / kBufferBytes;
   static constexpr int kRingBytes = kStages * kBufferBytes;

@@ -4,23 +4,13 @@
 #pragma once
 
 #include "cuda/launch_kernel.h"
+#include "cuda/skinny_linear/byte_weight.cuh"
 #include "cuda/skinny_linear/epilogue.cuh"
 #include "cuda/skinny_linear/sm80/config.h"
 #include "cuda/skinny_linear/sm80/launch.h"
 #include "cuda/tiles/shared_tile.cuh"
 
 namespace dllm::cuda::sm80 {
-
-// Four bytes of a weight as two pairs of T, exactly: 2²³ + byte + 128 as a float, less 2²³ + 128.
-template <class T>
-__device__ void widen_bytes(uint32_t bytes, uint32_t& first, uint32_t& second) {
-  bytes ^= 0x80808080u;
-  const auto one = [&](int i) {
-    return __uint_as_float(0x4B000000u | (bytes >> 8 * i & 0xFFu)) - 8388736.0f;
-  };
-  first = pack<T>(one(0), one(1));
-  second = pack<T>(one(2), one(3));
-}
 
 // Which row of eight a column of the product is. Lanes 0 to 15 read rows 0, 2, 4 and 6 at a time, which lie
 // in different banks of a SharedTile where neighbours would share them.
@@ -46,8 +36,8 @@ __device__ void add_byte_products(float (&sums)[kRowTiles][kTiles][4], const Sha
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int m = 0; m < kRowTiles; m++) {
-        widen_bytes<T>(bytes[m][2 * j], a[m][0], a[m][2]);
-        widen_bytes<T>(bytes[m][2 * j + 1], a[m][1], a[m][3]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[m][i] = widened_bytes<T>(bytes[m][2 * j + i % 2] >> i / 2 * 16);
       }
 #pragma unroll
       for (int n = 0; n < kTiles; n++) {
@@ -55,28 +45,6 @@ __device__ void add_byte_products(float (&sums)[kRowTiles][kTiles][4], const Sha
         const auto b = *reinterpret_cast<const uint2*>(from);
 #pragma unroll
         for (int m = 0; m < kRowTiles; m++) mma_m16n8k16<T>(sums[m][n], a[m], {b.x, b.y});
-      }
-    }
-  }
-}
-
-// sums += scale of each output and this group · of_group, which begins anew.
-template <int kRowTiles, int kTiles>
-__device__ void add_scaled_group(float (&sums)[kRowTiles][kTiles][4], float (&of_group)[kRowTiles][kTiles][4],
-                                 const SkinnyLinearParams& p, int32_t output, int32_t group) {
-#pragma unroll
-  for (int m = 0; m < kRowTiles; m++) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int32_t mine = output + 16 * m + 8 * half + threadIdx.x % 32 / 4;
-      const float scale = p.scales[static_cast<int64_t>(min(mine, p.outputs - 1)) * p.groups + group];
-#pragma unroll
-      for (int n = 0; n < kTiles; n++) {
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; i++) {
-          sums[m][n][i] = fmaf(scale, of_group[m][n][i], sums[m][n][i]);
-          of_group[m][n][i] = 0.0f;
-        }
       }
     }
   }
@@ -130,7 +98,6 @@ __global__ void __launch_bounds__(LinearTiles<kRows, kBytes>::kThreads)
   const int own = threadIdx.x / 32 * 16 * kRowTiles;  // the first output of this warp in the tile
   float sums[kRowTiles][kRows / 8][4] = {};
   float of_group[kBytes ? kRowTiles : 1][kRows / 8][4] = {};
-  const int32_t group_inputs = p.inputs / p.groups;
 #pragma unroll 1
   for (int32_t step = begin; step < end; step++) {
     cp_async_wait_group<kStages - 2>();
@@ -139,11 +106,18 @@ __global__ void __launch_bounds__(LinearTiles<kRows, kBytes>::kThreads)
     if constexpr (kBytes) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int32_t last = step * Tiles::kInputs + 64 * half + 63;  // input, of this half
-        if (last - 63 >= p.inputs) break;
+        const int32_t end_of_half = step * Tiles::kInputs + 64 * half + 64;
+        if (end_of_half - 64 >= p.inputs) break;
         add_byte_products(of_group, weight_of(step), own, x_of(step), half);
-        if ((last + 1) % group_inputs == 0 || last + 1 >= p.inputs || (half == 1 && step + 1 == end))
-          add_scaled_group(sums, of_group, p, first_output + own, min(last, p.inputs - 1) / group_inputs);
+        if (!ends_group(p, end_of_half, half == 1 && step + 1 == end)) continue;
+#pragma unroll
+        for (int m = 0; m < kRowTiles; m++) {
+          add_scaled(sums[m], of_group[m], p, first_output + own + 16 * m, end_of_half);
+#pragma unroll
+          for (int n = 0; n < kRows / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) of_group[m][n][i] = 0;
+        }
       }
     } else {
       add_products_transposed(sums, weight_of(step), own, x_of(step));

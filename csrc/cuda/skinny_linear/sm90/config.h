@@ -6,8 +6,9 @@
 
 namespace dllm::cuda::sm90 {
 
-template <int kRows>
-struct StreamedLinearTiles : WeightStreamTiles<kRows, 0> {
+// kBytes: of a weight in bytes.
+template <int kRows, bool kBytes>
+struct StreamedLinearTiles : WeightStreamTiles<kRows, 0, kBytes ? 2 : 1> {
   static_assert(WeightStreamTiles<kRows, 0>::kOutputs == LinearSplits::kOutputs);
   static_assert(kPanelRowBytes == LinearSplits::kStepBytes);
 };

@@ -1,4 +1,5 @@
-// skinny_linear for Hopper: TMA, wgmma, a warp that fetches; 16-bit types.
+// skinny_linear for Hopper: TMA, wgmma, a warp that fetches; x in 16-bit values, the weight in the same or in
+// bytes.
 #pragma once
 
 #include "cuda/skinny_linear/launch.h"
@@ -9,12 +10,12 @@ namespace dllm::cuda::sm90 {
 
 struct StreamedLinearParams {
   SplitLinearParams split;
-  TensorMap x, weight;  // boxes of one panel
+  TensorMap x, weight;  // boxes of one panel; bytes of a weight in pairs
 };
 
 cudaError_t launch_linear(const SplitLinearParams& p, cudaStream_t stream);
 
-template <class T, int kRows>
+template <class T, int kRows, bool kBytes>
 cudaError_t launch_linear_kernel(const StreamedLinearParams& p, cudaStream_t stream);  // instantiations
 
 }  // namespace dllm::cuda::sm90

@@ -88,7 +88,7 @@ void wgmma_mma_async(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool add, SI
 }
 template <class T, Major b_major, int kTiles>
 void wgmma_mma_async(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool add, SIMT_SITE) {
-  static_assert(kTiles == 8 || kTiles == 16);
+  static_assert(kTiles == 1 || kTiles == 2 || kTiles == 4 || kTiles == 8 || kTiles == 16);
   simt::wgmma_mma_async(d[0], kTiles, std::is_same_v<T, __nv_bfloat16>, {a, 0, false},
                         {nullptr, b, b_major == Major::mn}, add, site);
 }
