@@ -25,17 +25,23 @@ from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama as llama
 
 from dllm_kernels.models.merged_projections import is_plain_linear
-from dllm_kernels.ops.rms_norm import rms_norm
-from dllm_kernels.ops.rotate_half import rotate_half
-from dllm_kernels.ops.silu_mul import silu_mul
+from dllm_kernels.ops import rms_norm, rotate_half, silu_mul  # noqa: F401  (fake kernels and gradients)
+
+# The operators, without what their functions check in Python: a small model calls these a hundred times in a
+# step of a millisecond.
+_rms_norm = torch.ops.dllm_kernels.rms_norm.default
+_add_rms_norm = torch.ops.dllm_kernels.add_rms_norm.default
+_silu_mul = torch.ops.dllm_kernels.silu_mul.default
+_silu_mul_backward = torch.ops.dllm_kernels.silu_mul_backward.default
+_rotate_half = torch.ops.dllm_kernels.rotate_half.default
 
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
-_OPERATORS = "rms_norm", "add_rms_norm", "silu_mul", "rotate_half"
+_OPERATORS = _rms_norm, _add_rms_norm, _silu_mul, _rotate_half
 # Types of devices whose kernels are registered.
 FUSING_DEVICES = frozenset(
     key.lower()
     for key in ("CPU", "CUDA")
-    if all(torch._C._dispatch_has_kernel_for_dispatch_key(f"dllm_kernels::{op}", key) for op in _OPERATORS)
+    if all(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key) for op in _OPERATORS)
 )
 
 
@@ -101,12 +107,12 @@ def _fused_class(stock: type[nn.Module]) -> type[nn.Module] | None:
 def _fits(first: Tensor, *others: Tensor) -> bool:
     """Return whether the operators take these tensors: plain, of one dtype, on one device with kernels."""
     device, dtype = first.device, first.dtype
-    return (
-        device.type in FUSING_DEVICES
-        and dtype in _DTYPES
-        and type(first) in _PLAIN
-        and all(type(other) in _PLAIN and other.dtype == dtype and other.device == device for other in others)
-    )
+    if type(first) not in _PLAIN or dtype not in _DTYPES or device.type not in FUSING_DEVICES:
+        return False
+    for other in others:
+        if type(other) not in _PLAIN or other.dtype != dtype or other.device != device:
+            return False
+    return True
 
 
 _PLAIN = Tensor, nn.Parameter
@@ -134,8 +140,9 @@ def _norm_forward(stock: Callable) -> Callable | None:
 
     @functools.wraps(stock)
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if _fits(hidden_states, self.weight):
-            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        weight = self.weight
+        if _fits(hidden_states, weight):
+            return _rms_norm(hidden_states, weight, self.variance_epsilon)
         return stock(self, hidden_states)
 
     return _tried(forward, stock, SimpleNamespace(weight=_ramp(8), variance_epsilon=0.1), _ramp(3, 8))
@@ -146,7 +153,7 @@ def _add_and_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor,
     if isinstance(norm, _FusedNorm) and not _has_hooks(norm) and x.shape == residual.shape:
         weight = norm.weight
         if _fits(x, residual, weight):
-            return rms_norm(x, weight, norm.variance_epsilon, residual=residual)
+            return _add_rms_norm(x, residual, weight, norm.variance_epsilon)
     total = residual + x
     return norm(total), total
 
@@ -230,7 +237,7 @@ def _project_down(projection: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
             weight, bias = projection.weight, projection.bias
             if _fits(gate, weight, *(() if bias is None else (bias,))):
                 return _Down.apply(gate, up, weight, bias)
-    return projection(silu_mul(gate, up))
+    return projection(_silu_mul(gate, up))
 
 
 class _Down(torch.autograd.Function):
@@ -239,7 +246,7 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def forward(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(silu_mul(gate, up), weight, bias)
+        return F.linear(_silu_mul(gate, up), weight, bias)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
@@ -251,9 +258,9 @@ class _Down(torch.autograd.Function):
         gate, up, weight = ctx.saved_tensors
         needs_gate, needs_up, needs_weight, needs_bias = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
-        grad_weight = rows.T @ silu_mul(gate, up).flatten(0, -2) if needs_weight else None
+        grad_weight = rows.T @ _silu_mul(gate, up).flatten(0, -2) if needs_weight else None
         grad_bias = rows.sum(0) if needs_bias else None
-        grads = torch.ops.dllm_kernels.silu_mul_backward(grad @ weight, gate, up)
+        grads = _silu_mul_backward(grad @ weight, gate, up)
         grad_gate, grad_up = (
             g if need else None for g, need in zip(grads, (needs_gate, needs_up), strict=True)
         )
@@ -270,7 +277,7 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int =
         batch, _, length, dim = q.shape
         fits = k.shape[0] == batch and k.shape[2] == length and k.shape[3] == dim and dim % 2 == 0
         if fits and cos.shape == sin.shape == (cos.shape[0], length, dim) and cos.shape[0] in (1, batch):
-            return rotate_half(q, k, cos, sin)
+            return _rotate_half(q, k, cos, sin)
     return llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
 
 
