@@ -29,6 +29,7 @@ import dllm_kernels as dk
 from benchmarks import machine
 from benchmarks.llada_shaped import parameters, random_model
 from dllm_kernels.models.fused_layers import fuse_layers
+from dllm_kernels.models.gated_layers import GatedPair, gate_layers
 from dllm_kernels.models.grouped_layers import GroupedLinear, group_layers
 from dllm_kernels.models.stored_weights import KINDS, StoredLinear, store_weights
 from dllm_kernels.sampling.runner import ModelRunner
@@ -77,7 +78,10 @@ class Stopwatch:
 
 
 PLACES = {
-    "linear layers": [(kind, "forward") for kind in (nn.Linear, StoredLinear, GroupedLinear)],
+    "linear layers": [
+        *((kind, "forward") for kind in (nn.Linear, StoredLinear, GroupedLinear)),
+        (GatedPair, "product"),
+    ],
     "vocabulary": [(ModelRunner, "statistics")],
     "attention": [(StepView, "attend")],
 }
@@ -119,8 +123,9 @@ def with_weights(model: nn.Module, kind: str) -> nn.Module:
         return model
     model = copy.deepcopy(model)
     store_weights(model, kind)
-    group_layers(model)
     fuse_layers(model)
+    gate_layers(model)
+    group_layers(model)
     return model
 
 

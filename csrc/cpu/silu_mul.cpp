@@ -1,21 +1,10 @@
 #include "cpu/silu_mul.h"
 
 #include "cpu/row_chunks.h"
+#include "cpu/sigmoid.h"
 
 namespace dllm::cpu::DLLM_ISA {
 namespace {
-
-// σ(x) and 1 − σ(x), both without cancellation, from e^−|x|.
-struct Sigmoid {
-  Floats value, rest;
-};
-DLLM_SIMD Sigmoid sigmoid(Floats x) {
-  constexpr float kLog2e = 1.44269504f;
-  const Ints negative = x < 0;
-  const Floats e = exp2(select(negative, x, -x) * kLog2e);
-  const Floats larger = 1.0f / (1.0f + e), smaller = e * larger;
-  return {select(negative, smaller, larger), select(negative, larger, smaller)};
-}
 
 template <class T>
 struct SiluRow {

@@ -6,6 +6,7 @@
 #include <math.h>
 
 #include "cpu/dtype.h"
+#include "cpu/sigmoid.h"
 
 namespace dllm::cpu::DLLM_ISA {
 namespace {
@@ -13,11 +14,12 @@ namespace {
 using Params = SkinnyProductParams;
 
 constexpr int kPanel = Params::kPanel;
-constexpr int kVectors = kPanel / kLanes;          // of the outputs of a panel
-constexpr int kTilePanels = kLanes == 16 ? 3 : 1;  // panels of a tile
-constexpr int kSums = kTilePanels * kVectors;      // accumulators for each of its rows
-constexpr int kRowsAtOnce = 256;                   // rows whose sums exist at once
-constexpr int kMostInputs = 4096;                  // whose panels stay in cache while rows pass
+constexpr int kVectors = kPanel / kLanes;                 // of the outputs of a panel
+constexpr int kTilePanels = kLanes == 16 ? 3 : 1;         // panels of a tile
+constexpr int kSums = kTilePanels * kVectors;             // accumulators for each of its rows
+constexpr int kWidth = Params::kMostItemPanels * kPanel;  // sums of a row
+constexpr int kRowsAtOnce = 256;                          // rows whose sums exist at once
+constexpr int kMostInputs = 4096;                         // whose panels stay in cache while rows pass
 
 DLLM_SIMD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -70,7 +72,7 @@ struct BFloat16Panels {
 // sums[m][i] += the products of row m of x with vector i of the outputs.
 template <class Panels, int kRows, int kCount>
 void multiply(const typename Panels::Unit* weight, int64_t panel_stride, const float* x, int64_t x_stride,
-              int inputs, float (*sums)[kTilePanels * kPanel], const Fetch& fetch) {
+              int inputs, float (*sums)[kWidth], const Fetch& fetch) {
   constexpr int kInputs = Panels::kInputs, kWide = kCount * kVectors;
   Floats sum[kRows][kWide];
 #pragma GCC unroll 8
@@ -185,7 +187,7 @@ struct ByteRows {
 // sums[m][i] += the scaled products of all groups.
 template <class Dot, int kRows, int kCount>
 void multiply(const int32_t* weight, int64_t panel_stride, const ByteRows& rows, int inputs, int groups,
-              float (*sums)[kTilePanels * kPanel], const Fetch& fetch) {
+              float (*sums)[kWidth], const Fetch& fetch) {
   constexpr int kWide = kCount * kVectors;
   const int group = inputs / groups;
   for (int g = 0; g < groups; g++) {
@@ -221,7 +223,12 @@ void multiply(const int32_t* weight, int64_t panel_stride, const ByteRows& rows,
 }
 
 // ---- tiles -----------------------------------------------------------------------------------------------
-typedef float Sums[kRowsAtOnce][kTilePanels * kPanel];
+// Of the panels of an item.
+typedef float Sums[kRowsAtOnce][kWidth];
+
+// The sums of rows `first` …, from an item's panel `column` on.
+DLLM_SIMD float (*sums_of(Sums& sums, int64_t row, int column))
+    [kWidth] { return reinterpret_cast<float (*)[kWidth]>(&sums[row][column * kPanel]); }
 
 // use(first row, rows, pass, passes): rows first … end in tiles of at most kMost, as even as can be.
 template <int kMost, class Use>
@@ -239,9 +246,10 @@ struct FloatWeight {
   static constexpr int kRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 2;
 
   template <int kCount>
-  static void fill(const Params& p, int64_t first, int64_t end, int64_t panel, Sums& sums) {
+  static void fill(const Params& p, int64_t first, int64_t end, int64_t panel, Sums& sums, int column) {
     const auto* weight = static_cast<const typename Panels::Unit*>(p.weight) + panel * p.panel_units();
-    for (int64_t row = first; row < end; row++) memset(sums[row - first], 0, sizeof sums[0]);
+    for (int64_t row = first; row < end; row++)
+      memset(*sums_of(sums, row - first, column), 0, kCount * kPanel * sizeof(float));
     for (int begin = 0; begin < p.inputs; begin += kMostInputs) {
       const int inputs = static_cast<int>(least(p.inputs - begin, kMostInputs));
       const auto* from = weight + begin / Panels::kInputs * kPanel;
@@ -250,8 +258,8 @@ struct FloatWeight {
         const Fetch fetch(weight + kCount * p.panel_units(), kCount * p.panel_units() * 4L,
                           inputs / Panels::kInputs, pass, passes);
         with_count<kRows>(rows, [&](auto count) {
-          multiply<Panels, count, kCount>(from, p.panel_units(), x, p.read_stride, inputs, &sums[row - first],
-                                          fetch);
+          multiply<Panels, count, kCount>(from, p.panel_units(), x, p.read_stride, inputs,
+                                          sums_of(sums, row - first, column), fetch);
         });
       });
     }
@@ -262,55 +270,73 @@ struct FloatWeight {
 template <class Dot>
 struct ByteWeight {
   template <int kCount>
-  static void fill(const Params& p, int64_t first, int64_t end, int64_t panel, Sums& sums) {
+  static void fill(const Params& p, int64_t first, int64_t end, int64_t panel, Sums& sums, int column) {
     const auto* weight = static_cast<const int32_t*>(p.weight) + panel * p.panel_units();
-    for (int64_t row = first; row < end; row++) memset(sums[row - first], 0, sizeof sums[0]);
+    for (int64_t row = first; row < end; row++)
+      memset(*sums_of(sums, row - first, column), 0, kCount * kPanel * sizeof(float));
     for_tiles<Dot::kRows>(first, end, [&](int64_t row, int rows, int pass, int passes) {
       const ByteRows bytes{static_cast<const int8_t*>(p.read) + row * p.read_stride, p.read_stride,
-                           p.x_sums + row * p.groups, p.scales + panel * kPanel, p.panels() * kPanel};
+                           p.x_sums + row * p.groups, p.scales + panel * kPanel, p.weight_panels() * kPanel};
       const Fetch fetch(weight + kCount * p.panel_units(), kCount * p.panel_units() * 4L, p.row_units(), pass,
                         passes);
       with_count<Dot::kRows>(rows, [&](auto count) {
         multiply<Dot, count, kCount>(weight, p.panel_units(), bytes, p.padded_inputs(), p.groups,
-                                     &sums[row - first], fetch);
+                                     sums_of(sums, row - first, column), fetch);
       });
     });
   }
   static float scale(const Params& p, int64_t row) { return p.x_scales[row]; }
 };
 
-// Writes the outputs of `panels` panels of a row; the last one may be partly beyond the outputs.
+// What is added to the sums of an item's panels.
+void load_bias(const Params& p, int64_t panel, int panels, float* bias) {
+  memset(bias, 0, panels * kPanel * sizeof(float));
+  if (!p.bias) return;
+  const auto load = [&](int64_t first, int64_t offset, int count, float* to) {
+    widen_any(p.bias, p.bias_type, offset + first, static_cast<int>(least(count, p.outputs - first)), to);
+  };
+  if (!p.gated) return load(panel * kPanel, 0, panels * kPanel, bias);
+  for (int i = 0; i < panels; i++)
+    load((panel + i) / 2 * kPanel, i % 2 * int64_t{p.outputs}, kPanel, bias + i * kPanel);
+}
+
+// Pairs of panels, a gate and what it lets through, become one: silu(gate) · up.
+DLLM_SIMD void gate(float* sums, int panels) {
+  for (int i = 0; i < panels * kPanel / 2; i += kLanes) {
+    const float* pair = sums + i / kPanel * 2 * kPanel + i % kPanel;
+    const Floats x = load(pair);
+    store(sums + i, x * sigmoid(x).value * load(pair + kPanel));
+  }
+}
+
+// Writes the outputs of an item's panels of a row; the last one may be partly beyond the outputs.
 DLLM_SIMD void write(const Params& p, int64_t row, int64_t panel, int panels, float scale, const float* bias,
                      float* sums) {
-  const int64_t first = panel * kPanel;
-  const int count = static_cast<int>(least(panels * kPanel, p.outputs - first));
   for (int i = 0; i < panels * kPanel; i++) sums[i] = sums[i] * scale + bias[i];
+  if (p.gated) gate(sums, panels);
+  const int64_t first = (p.gated ? panel / 2 : panel) * kPanel;
+  const int count = static_cast<int>(least((p.gated ? panels / 2 : panels) * kPanel, p.outputs - first));
   with_storage_type(p.x_type, [&]<class T>(T) {
     narrow_row(sums, static_cast<T*>(p.out) + row * p.outputs + first, count);
   });
 }
 
-template <class Weight, int kCount>
-void fill_panels(const Params& p, int64_t panel) {
-  alignas(64) Sums sums;
-  alignas(64) float bias[kCount * kPanel] = {};
-  const int64_t first = panel * kPanel;
-  if (p.bias)
-    widen_any(p.bias, p.bias_type, first, static_cast<int>(least(kCount * kPanel, p.outputs - first)), bias);
-  for (int64_t block = 0; block < p.rows; block += kRowsAtOnce) {
-    const int64_t end = least(block + kRowsAtOnce, p.rows);
-    Weight::template fill<kCount>(p, block, end, panel, sums);
-    for (int64_t row = block; row < end; row++)
-      write(p, row, panel, kCount, Weight::scale(p, row), bias, sums[row - block]);
-  }
-}
-
 template <class Weight>
 void fill_item(const Params& p, int64_t item) {
-  int64_t panel = item * Params::kItemPanels;
-  const int64_t end = least(panel + Params::kItemPanels, p.panels());
-  for (; panel + kTilePanels <= end; panel += kTilePanels) fill_panels<Weight, kTilePanels>(p, panel);
-  for (; panel < end; panel++) fill_panels<Weight, 1>(p, panel);
+  const int64_t first = item * p.item_panels();
+  const int panels = static_cast<int>(least(p.item_panels(), p.weight_panels() - first));
+  alignas(64) Sums sums;
+  alignas(64) float bias[kWidth];
+  load_bias(p, first, panels, bias);
+  for (int64_t block = 0; block < p.rows; block += kRowsAtOnce) {
+    const int64_t end = least(block + kRowsAtOnce, p.rows);
+    int panel = 0;
+    for (; panel + kTilePanels <= panels; panel += kTilePanels)
+      Weight::template fill<kTilePanels>(p, block, end, first + panel, sums, panel);
+    for (; panel < panels; panel++) Weight::template fill<1>(p, block, end, first + panel, sums, panel);
+    for (int64_t row = block; row < end; row++)
+      write(p, row, first, panels, Weight::scale(p, row), bias, sums[row - block]);
+  }
 }
 
 // ---- x as the product reads it ---------------------------------------------------------------------------

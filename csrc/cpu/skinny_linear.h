@@ -30,8 +30,8 @@ struct PackWeightParams : PackedWeightLayout {
 struct SkinnyProductParams : PackedWeightLayout {
   const void* x;  // [rows, inputs], contiguous
   const void* weight;
-  const float* scales;  // [groups, panels() * kPanel] of int8, else null
-  const void* bias;     // [outputs], or null
+  const float* scales;  // [groups, weight_panels() * kPanel] of int8, else null
+  const void* bias;     // [outputs], or [2, outputs] if gated, or null
   void* out;            // [rows, outputs], in the type of x
   DType x_type, bias_type;
   int64_t rows;
@@ -42,11 +42,15 @@ struct SkinnyProductParams : PackedWeightLayout {
   int64_t read_stride;
   float* x_scales;  // [rows], for bytes
   int32_t* x_sums;  // [rows, groups], of bytes
-  bool dot_bytes;   // the processor multiplies and sums bytes in one instruction (VNNI)
+  // Panels of gate and up alternate, and out = silu(gate) · up.
+  bool gated;
+  bool dot_bytes;  // the processor multiplies and sums bytes in one instruction (VNNI)
 
-  static constexpr int kItemPanels = 3;  // of a work item
+  static constexpr int kMostItemPanels = 6;
+  int item_panels() const { return gated ? kMostItemPanels : kMostItemPanels / 2; }
+  int64_t weight_panels() const { return gated ? 2 * panels() : panels(); }
   int padded_inputs() const { return row_units() * unit_inputs(); }
-  int64_t items() const { return (panels() + kItemPanels - 1) / kItemPanels; }
+  int64_t items() const { return (weight_panels() + item_panels() - 1) / item_panels(); }
 };
 
 }  // namespace dllm::cpu
@@ -55,5 +59,5 @@ struct SkinnyProductParams : PackedWeightLayout {
 DLLM_CPU_KERNEL(pack_panels, PackWeightParams)
 // Work items: rows. Fills `read`, and x_scales and x_sums for bytes.
 DLLM_CPU_KERNEL(pack_rows, SkinnyProductParams)
-// Work items: kItemPanels panels of every row. Fills `out`.
+// Work items: item_panels() panels of every row. Fills `out`.
 DLLM_CPU_KERNEL(skinny_product, SkinnyProductParams)

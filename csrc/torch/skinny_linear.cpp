@@ -59,7 +59,7 @@ Tensor pack_weight(Tensor weight) {
 
 // ---- packed_linear ---------------------------------------------------------------------------------------
 // Groups of the inputs of an int8 weight, whose scales are [groups, panels * kPanel].
-int32_t checked_groups(const char* op, const PackedWeightLayout& layout, const Tensor& weight,
+int32_t checked_groups(const char* op, const cpu::SkinnyProductParams& layout, const Tensor& weight,
                        const std::optional<Tensor>& scales) {
   check(layout.bytes == scales.has_value(), op,
         layout.bytes ? ": an int8 weight needs scales" : ": scales go with an int8 weight");
@@ -67,7 +67,7 @@ int32_t checked_groups(const char* op, const PackedWeightLayout& layout, const T
   check_dims(op, "scales", *scales, 2, "[groups, padded outputs]");
   check_dtype(op, "scales", *scales, {ScalarType::Float});
   check_same_device(op, "scales", *scales, "weight", weight);
-  check_size(op, "scales", *scales, 1, layout.panels() * kPanel, "the outputs of the panels");
+  check_size(op, "scales", *scales, 1, layout.weight_panels() * kPanel, "the outputs of the panels");
   const int64_t groups = scales->size(0), inputs = layout.inputs;
   check(groups > 0 && inputs % groups == 0 && (groups == 1 || inputs / groups % layout.unit_inputs() == 0),
         op, ": scales must be of groups of the ", inputs, " inputs that are equal and multiples of ",
@@ -93,10 +93,11 @@ void check_bias(const char* op, const std::optional<Tensor>& bias, const Tensor&
 }
 
 Tensor multiply(const char* op, const Tensor& x, const Tensor& weight, const PackedWeightLayout& layout,
-                const std::optional<Tensor>& bias, const std::optional<Tensor>& scales) {
+                const std::optional<Tensor>& bias, const std::optional<Tensor>& scales, bool gated = false) {
   cpu::SkinnyProductParams p{};
   static_cast<PackedWeightLayout&>(p) = layout;
-  p.groups = checked_groups(op, layout, weight, scales);
+  p.gated = gated;
+  p.groups = checked_groups(op, p, weight, scales);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = p.outputs;
   Tensor out = torch::stable::new_empty(x, shape);
@@ -131,25 +132,35 @@ Tensor multiply(const char* op, const Tensor& x, const Tensor& weight, const Pac
     run_items(p.rows, 4.0 * p.rows * p.inputs,
               [&](int64_t begin, int64_t end) { cpu::pack_rows(p, begin, end); });
   }
-  run_adjacent_items(p.items(), 2.0 * p.rows * p.inputs * p.outputs,
+  run_adjacent_items(p.items(), 2.0 * p.rows * p.inputs * kPanel * p.weight_panels(),
                      [&](int64_t begin, int64_t end) { cpu::skinny_product(p, begin, end); });
   return out;
 }
 
-Tensor packed_linear(Tensor x, Tensor weight, int64_t outputs, std::optional<Tensor> bias,
-                     std::optional<Tensor> scales) {
-  constexpr const char* op = "packed_linear";
+Tensor multiply_packed(const char* op, const Tensor& x, const Tensor& weight, int64_t outputs,
+                       const std::optional<Tensor>& bias, const std::optional<Tensor>& scales, bool gated) {
   check(x.dim() >= 1, op, ": x must be [..., inputs], got shape ", shape_text(x));
   check_dims(op, "weight", weight, 4, "[panels, units, 16, inputs of a unit]");
   check_dtype(op, "weight", weight, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Byte});
   check_same_device(op, "weight", weight, "x", x);
   const PackedWeightLayout layout = layout_of(op, weight, outputs, x.size(-1));
   check_x(op, x, layout.inputs);
-  const std::vector<int64_t> shape = packed_shape(layout);
+  std::vector<int64_t> shape = packed_shape(layout);
+  if (gated) shape[0] *= 2;
   check(std::equal(shape.begin(), shape.end(), weight.sizes().begin()), op, ": weight must be packed from [",
         outputs, ", ", x.size(-1), "], got shape ", shape_text(weight));
-  check_bias(op, bias, x, outputs);
-  return multiply(op, x, torch::stable::contiguous(weight), layout, bias, scales);
+  check_bias(op, bias, x, gated ? 2 * outputs : outputs);
+  return multiply(op, x, torch::stable::contiguous(weight), layout, bias, scales, gated);
+}
+
+Tensor packed_linear(Tensor x, Tensor weight, int64_t outputs, std::optional<Tensor> bias,
+                     std::optional<Tensor> scales) {
+  return multiply_packed("packed_linear", x, weight, outputs, bias, scales, false);
+}
+
+Tensor packed_gated_linear(Tensor x, Tensor weight, int64_t outputs, std::optional<Tensor> bias,
+                           std::optional<Tensor> scales) {
+  return multiply_packed("packed_gated_linear", x, weight, outputs, bias, scales, true);
 }
 
 // ---- skinny_linear ---------------------------------------------------------------------------------------
@@ -194,12 +205,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dllm_kernels, m) {
   m.def("skinny_linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? scales=None) -> Tensor");
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def(
-      "packed_linear(Tensor x, Tensor weight, SymInt outputs, Tensor? bias=None, Tensor? scales=None) -> "
-      "Tensor");
+      "packed_linear(Tensor x, Tensor weight, SymInt outputs, Tensor? bias=None, Tensor? scales=None) "
+      "-> Tensor");
+  m.def(
+      "packed_gated_linear(Tensor x, Tensor weight, SymInt outputs, Tensor? bias=None, Tensor? scales=None) "
+      "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dllm_kernels, CPU, m) {
   m.impl("skinny_linear", TORCH_BOX(&dllm::skinny_linear));
   m.impl("pack_weight", TORCH_BOX(&dllm::pack_weight));
   m.impl("packed_linear", TORCH_BOX(&dllm::packed_linear));
+  m.impl("packed_gated_linear", TORCH_BOX(&dllm::packed_gated_linear));
 }

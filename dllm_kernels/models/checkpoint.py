@@ -22,6 +22,7 @@ from dllm_kernels.models.config_json import check_tokens, own_entries, read_conf
 from dllm_kernels.models.empty_models import empty_model, model_class, skeleton
 from dllm_kernels.models.families import Family, family_of, token_ids
 from dllm_kernels.models.fused_layers import fuse_layers
+from dllm_kernels.models.gated_layers import gate_layers
 from dllm_kernels.models.grouped_layers import group_layers
 from dllm_kernels.models.incoming_layers import layers_to_store, receivers
 from dllm_kernels.models.quantization_config import QuantizationConfig, expect_quantized
@@ -83,10 +84,11 @@ def load(
         folder, device, dtype, attention, merge_projections, base=base, weights=weights
     )
     stored = any(isinstance(module, StoredLinear) for module in model.modules())
-    if stored:
-        group_layers(model)
     if fused or (fused is None and stored):
         fuse_layers(model)
+    if stored:
+        gate_layers(model)
+        group_layers(model)
     see_as_trained(model)
     found = str(name) not in EMBEDDED and Path(name).expanduser().is_dir()
     model.name_or_path = str(folder.resolve() if found else name)  # which peft records as the base

@@ -197,9 +197,16 @@ def _layer_forward(stock: Callable) -> Callable | None:
 
 # ---- gated MLPs --------------------------------------------------------------------------------------------
 class _FusedMLP(_Fused):
+    gated_pair = None  # what gate_layers puts here
+
     @classmethod
     def _fits_instance(cls, module: nn.Module) -> bool:
         return _is_silu(module.act_fn)
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Return whether `module` is an MLP of `fuse_layers`: down(silu(gate(x)) · up(x))."""
+    return isinstance(module, _FusedMLP) and _is_silu(module.act_fn)
 
 
 _SILU = frozenset({nn.SiLU, type(ACT2FN["silu"])})
@@ -215,7 +222,12 @@ def _mlp_forward(stock: Callable) -> Callable | None:
 
     @functools.wraps(stock)
     def forward(self, x: Tensor) -> Tensor:
-        gate, activation = self.gate_proj(x), self.act_fn
+        pair, activation = getattr(self, "gated_pair", None), self.act_fn
+        if pair is not None and _is_silu(activation):
+            joined = pair.product(self.gate_proj, self.up_proj, x)
+            if joined is not None:
+                return self.down_proj(joined)
+        gate = self.gate_proj(x)
         if not _is_silu(activation):
             return self.down_proj(activation(gate) * self.up_proj(x))
         up = self.up_proj(x)

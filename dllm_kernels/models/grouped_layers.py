@@ -27,6 +27,8 @@ def group_layers(model: nn.Module) -> int:
     for parent in model.modules():
         for names in GROUPS:
             layers = tuple(parent._modules.get(name) for name in names)
+            if getattr(parent, "gated_pair", None) is not None and "gate_proj" in names:
+                continue
             if all(type(layer) is StoredLinear for layer in layers) and _fit_together(layers):
                 _lay_together(layers)
                 grouped += 1

@@ -101,6 +101,25 @@ def skinny_linear(
     return _ops.packed_linear(x, packed.data, packed.outputs, bias, packed.scales)
 
 
+def gated_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """Return silu(x · gateᵀ + bias[0]) · (x · upᵀ + bias[1]), for x [..., inputs] -> [..., outputs].
+
+    weight: of `interleaved`. bias: [2, outputs]. Sums and the product are float32, however x is stored.
+    """
+    bias = None if bias is None else bias.flatten()
+    return _ops.packed_gated_linear(x, weight.data, weight.outputs, bias, weight.scales)
+
+
+def interleaved(gate: PackedWeight, up: PackedWeight) -> PackedWeight:
+    """Return two weights of equal kind and shape as `gated_linear` reads them: their panels alternate."""
+    data = torch.stack([gate.data, up.data], dim=1).flatten(0, 1)
+    scales = None
+    if gate.scales is not None and up.scales is not None:
+        panels = [scales.unflatten(1, (-1, 16)) for scales in (gate.scales, up.scales)]
+        scales = torch.stack(panels, dim=2).flatten(1)
+    return PackedWeight(data, scales, gate.outputs, gate.inputs)
+
+
 def _check_on_cpu(name: str, **tensors: Tensor) -> None:
     for argument, tensor in tensors.items():
         if tensor.is_cuda:
@@ -143,6 +162,7 @@ def _(x, weight, bias=None, scales=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@register_fake("packed_gated_linear")
 @register_fake("packed_linear")
 def _(x, weight, outputs, bias=None, scales=None):
     return x.new_empty((*x.shape[:-1], outputs))
@@ -157,5 +177,5 @@ def _(weight):
 
 
 _REMEDY = "call it under torch.no_grad(), or use torch.nn.functional.linear"
-for _name in ("skinny_linear", "packed_linear", "pack_weight"):
+for _name in ("skinny_linear", "packed_linear", "packed_gated_linear", "pack_weight"):
     register_no_derivative(_name, _REMEDY)

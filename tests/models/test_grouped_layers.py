@@ -134,8 +134,8 @@ def test_layers_that_differ_or_have_hooks_stay_apart():
 def test_a_loaded_model_is_grouped(tmp_path):
     dk.save(tiny_model(), None, tmp_path)
     model, _ = dk.load(tmp_path, device="cpu", weights="int8")
-    assert type(model.model.layers[0].mlp.gate_proj) is GroupedLinear
+    assert type(model.model.layers[0].self_attn.q_proj) is GroupedLinear
     dk.save(model, None, tmp_path / "int8")
     again, _ = dk.load(tmp_path / "int8", device="cpu")
-    assert type(again.model.layers[0].mlp.gate_proj) is GroupedLinear
+    assert type(again.model.layers[0].self_attn.q_proj) is GroupedLinear
     assert logits(again).equal(logits(model))
