@@ -95,6 +95,16 @@ cudaError_t launch_ctas(void (*kernel)(Parameters...), int64_t ctas, int threads
   return launch_kernel(kernel, static_cast<unsigned>(ctas), threads, shared_bytes, stream, arguments...);
 }
 
+// The same with launch_overlapping.
+template <class... Parameters>
+cudaError_t launch_overlapping_ctas(void (*kernel)(Parameters...), int64_t ctas, int threads,
+                                    size_t shared_bytes, cudaStream_t stream,
+                                    const Parameters&... arguments) {
+  if (ctas == 0) return cudaSuccess;
+  if (ctas > INT_MAX) return cudaErrorInvalidConfiguration;
+  return launch_overlapping(kernel, static_cast<unsigned>(ctas), threads, shared_bytes, stream, arguments...);
+}
+
 // Of the current device: 90 for 9.0.
 inline int compute_capability() {
   int device = 0, major = 0, minor = 0;

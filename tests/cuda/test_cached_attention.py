@@ -92,6 +92,13 @@ def test_lengths_around_tile_page_and_split_borders(gpu, cached, dtype):
     assert_right(gpu, call, spans_of([[[0, cached]]]))
 
 
+@pytest.mark.hopper
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_hopper_each_launch_overlaps_the_one_before_it(gpu, dtype):
+    call = random_call(length=3, page_size=16, pages=20, dtype=dtype)
+    assert_right(gpu, call, spans_of([[[0, 2 * SPLIT + 5]]]))
+
+
 @pytest.mark.parametrize("page_size", [1, 7, 32, 48])
 def test_two_spans_over_pages_of_any_size(gpu, page_size):
     call = random_call(batch=2, group=2, length=5, page_size=page_size, pages=-(-400 // page_size))

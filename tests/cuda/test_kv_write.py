@@ -39,6 +39,11 @@ def test_equals_the_reference(gpu, tokens, page_size, dim, dtype):
     assert_right(gpu, random_call(2, 3, tokens, dim, page_size, 10 if page_size < 8 else 2, dtype))
 
 
+@pytest.mark.hopper
+def test_on_hopper_the_launch_overlaps_the_one_before_it(gpu):
+    assert_right(gpu, random_call(tokens=9, page_size=5))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_strides_and_alignment(gpu, dtype):
     cache_k, cache_v, k, v, table, positions = random_call(dim=16, dtype=dtype)

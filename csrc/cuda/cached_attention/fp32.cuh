@@ -5,6 +5,7 @@
 #include "core/softmax_state.h"
 #include "cuda/cached_attention/sequence_keys.cuh"
 #include "cuda/launch_kernel.h"
+#include "cuda/ptx.cuh"
 #include "cuda/tiles/float4.cuh"
 
 namespace dllm::cuda {
@@ -13,6 +14,8 @@ constexpr int kLaneGroups = 2;  // 32 lanes hold up to 256 dims
 
 __global__ void __launch_bounds__(32 * kCachedFp32Rows, 4)
     cached_fp32_kernel(const __grid_constant__ SplitParams split_params) {
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
   const CachedAttentionParams& p = split_params.attention;
   __shared__ SpanBounds bounds[kCachedFp32Rows][kMaxSpanBounds];
 

@@ -3,6 +3,7 @@
 
 #include "cuda/cached_attention/sequence_keys.cuh"
 #include "cuda/launch_kernel.h"
+#include "cuda/ptx.cuh"
 #include "cuda/tiles/float4.cuh"
 
 namespace dllm::cuda {
@@ -10,6 +11,8 @@ namespace dllm::cuda {
 template <class T>
 __global__ void __launch_bounds__(32 * kMergeRows)
     merge_kernel(const __grid_constant__ SplitParams split_params) {
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
   const CachedAttentionParams& p = split_params.attention;
   __shared__ SpanBounds bounds[kMergeRows][kMaxSpanBounds];
   const int group = p.q_heads / p.kv_heads, row_tiles = (p.q_len * group + kMergeRows - 1) / kMergeRows;
@@ -59,7 +62,7 @@ cudaError_t launch_merge(const SplitParams& p, cudaStream_t stream) {
   const CachedAttentionParams& a = p.attention;
   const int64_t rows = static_cast<int64_t>(a.q_len) * (a.q_heads / a.kv_heads);
   const int64_t ctas = (rows + kMergeRows - 1) / kMergeRows * a.kv_heads * a.batch;
-  return launch_ctas(merge_kernel<T>, ctas, 32 * kMergeRows, 0, stream, p);
+  return launch_overlapping_ctas(merge_kernel<T>, ctas, 32 * kMergeRows, 0, stream, p);
 }
 
 }  // namespace dllm::cuda

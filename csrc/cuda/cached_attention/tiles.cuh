@@ -40,6 +40,8 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
   using Tiles = CachedTiles<kDim, kManyRows>;
   constexpr int kThreads = Tiles::kThreads, kRowTiles = Tiles::kRowTiles, kRows = Tiles::kRows;
   constexpr int kStages = Tiles::kStages;
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
   const CachedAttentionParams& p = split_params.attention;
 
   // ---- shared memory plan: [kStages][keys, values][kCachedKeys][kDim], and the queries, where they are held
@@ -196,8 +198,9 @@ cudaError_t launch_cached_tiles(const SplitParams& p, cudaStream_t stream) {
   const CachedAttentionParams& a = p.attention;
   const int64_t rows = static_cast<int64_t>(a.q_len) * (a.q_heads / a.kv_heads);
   const int64_t row_tiles = (rows + Tiles::kRows - 1) / Tiles::kRows;
-  return launch_ctas(cached_tiles_kernel<T, kDim, kManyRows>, row_tiles * a.kv_heads * p.max_splits * a.batch,
-                     Tiles::kThreads, Tiles::kSharedBytes, stream, p);
+  return launch_overlapping_ctas(cached_tiles_kernel<T, kDim, kManyRows>,
+                                 row_tiles * a.kv_heads * p.max_splits * a.batch, Tiles::kThreads,
+                                 Tiles::kSharedBytes, stream, p);
 }
 
 }  // namespace dllm::cuda

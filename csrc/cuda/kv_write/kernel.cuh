@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "core/params.h"
+#include "cuda/ptx.cuh"
 
 namespace dllm::cuda {
 
@@ -19,6 +20,8 @@ __device__ inline bool written_later(const int32_t* positions, int t, int length
 
 template <class Word>
 __global__ void __launch_bounds__(kWriteThreads) kv_write_kernel(const __grid_constant__ KvWriteParams p) {
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
   const int t = static_cast<int>(blockIdx.x % p.length);
   const int64_t b = blockIdx.x / p.length;
   const int32_t* positions = p.positions + b * p.length;

@@ -1,5 +1,3 @@
-#include <climits>
-
 #include "cuda/kv_write/kernel.cuh"
 #include "cuda/kv_write/launch.h"
 #include "cuda/launch_kernel.h"
@@ -27,9 +25,8 @@ bool aligned(const KvWriteParams& p, int64_t bytes) {
 cudaError_t launch_kv_write(const KvWriteParams& p, cudaStream_t stream) {
   const int64_t tokens = static_cast<int64_t>(p.batch) * p.length;
   if (tokens * p.kv_heads * p.row_bytes == 0) return cudaSuccess;
-  if (tokens > INT_MAX) return cudaErrorInvalidConfiguration;
   const auto kernel = aligned(p, 16) ? kv_write_kernel<uint4> : kv_write_kernel<uint16_t>;
-  return launch_kernel(kernel, static_cast<unsigned>(tokens), kWriteThreads, 0, stream, p);
+  return launch_overlapping_ctas(kernel, tokens, kWriteThreads, 0, stream, p);
 }
 
 }  // namespace dllm::cuda

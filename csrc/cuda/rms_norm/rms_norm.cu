@@ -150,14 +150,6 @@ __global__ void __launch_bounds__(kThreads)
   static_cast<T*>(p.grad_weight)[column] = T(sum);
 }
 
-template <class... Parameters>
-cudaError_t launch_ctas_overlapping(void (*kernel)(Parameters...), int64_t ctas, cudaStream_t stream,
-                                    const Parameters&... arguments) {
-  if (ctas == 0) return cudaSuccess;
-  if (ctas > INT_MAX) return cudaErrorInvalidConfiguration;
-  return launch_overlapping(kernel, static_cast<unsigned>(ctas), kThreads, 0, stream, arguments...);
-}
-
 }  // namespace
 
 cudaError_t launch_rms_norm(const RmsNormParams& p, cudaStream_t stream) {
@@ -166,8 +158,9 @@ cudaError_t launch_rms_norm(const RmsNormParams& p, cudaStream_t stream) {
     const bool vectors = in_vectors<T>(int64_t{p.width}) && in_vectors<T>(p.x, p.x_layout) &&
                          in_vectors<T>(p.residual, p.residual_layout) && in_vectors<T>(p.weight) &&
                          in_vectors<T>(p.out) && in_vectors<T>(p.sum);
-    return with_vectors<T>(
-        vectors, [&](auto n) { return launch_ctas_overlapping(rms_norm_kernel<T, n>, p.rows, stream, p); });
+    return with_vectors<T>(vectors, [&](auto n) {
+      return launch_overlapping_ctas(rms_norm_kernel<T, n>, p.rows, kThreads, 0, stream, p);
+    });
   });
 }
 
@@ -178,7 +171,7 @@ cudaError_t launch_rms_norm_backward(const RmsNormBackwardParams& p, float* scal
                          in_vectors<T>(p.grad, p.grad_layout) && in_vectors<T>(p.grad_x) &&
                          in_vectors<T>(p.grad_sum, p.grad_sum_layout) && in_vectors<T>(p.weight);
     return with_vectors<T>(vectors, [&](auto n) {
-      return launch_ctas_overlapping(rms_norm_backward_kernel<T, n>, p.rows, stream, p, scales);
+      return launch_overlapping_ctas(rms_norm_backward_kernel<T, n>, p.rows, kThreads, 0, stream, p, scales);
     });
   });
 }
@@ -189,10 +182,10 @@ cudaError_t launch_rms_norm_weight_gradient(const RmsNormBackwardParams& p, cons
   return with_type(p.dtype, [&]<class T>(T) {
     const int64_t tiles = (p.width - 1) / kThreads + 1;
     const int64_t items = (p.rows + p.rows_per_sum - 1) / p.rows_per_sum;
-    const cudaError_t status =
-        launch_ctas_overlapping(rms_norm_weight_sums_kernel<T>, tiles * items, stream, p, scales);
+    const cudaError_t status = launch_overlapping_ctas(rms_norm_weight_sums_kernel<T>, tiles * items,
+                                                       kThreads, 0, stream, p, scales);
     return status == cudaSuccess
-               ? launch_ctas_overlapping(rms_norm_weight_gradient_kernel<T>, tiles, stream, p)
+               ? launch_overlapping_ctas(rms_norm_weight_gradient_kernel<T>, tiles, kThreads, 0, stream, p)
                : status;
   });
 }

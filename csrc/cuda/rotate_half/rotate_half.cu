@@ -73,9 +73,7 @@ cudaError_t launch_rotate_half(const RotateHalfParams& p, cudaStream_t stream) {
         in_vectors<T>(p.sin_position_stride);
     return with_vectors<T>(vectors, [&](auto n) {
       const int64_t ctas = (pairs / n - 1) / kThreads + 1;
-      if (ctas > INT_MAX) return cudaErrorInvalidConfiguration;
-      return launch_overlapping(rotate_half_kernel<T, n>, static_cast<unsigned>(ctas), kThreads, 0, stream,
-                                p);
+      return launch_overlapping_ctas(rotate_half_kernel<T, n>, ctas, kThreads, 0, stream, p);
     });
   });
 }

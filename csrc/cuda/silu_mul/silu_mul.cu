@@ -59,8 +59,7 @@ cudaError_t launch_silu_mul(const SiluMulParams& p, cudaStream_t stream) {
                          in_vectors<T>(p.out) && in_vectors<T>(p.grad_gate) && in_vectors<T>(p.grad_up);
     return with_vectors<T>(vectors, [&](auto n) {
       const int64_t ctas = (p.rows * (p.width / n) - 1) / kThreads + 1;
-      if (ctas > INT_MAX) return cudaErrorInvalidConfiguration;
-      return launch_overlapping(silu_mul_kernel<T, n>, static_cast<unsigned>(ctas), kThreads, 0, stream, p);
+      return launch_overlapping_ctas(silu_mul_kernel<T, n>, ctas, kThreads, 0, stream, p);
     });
   });
 }

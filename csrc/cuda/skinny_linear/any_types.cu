@@ -62,8 +62,7 @@ cudaError_t launch_linear_of_any_types(const SkinnyLinearParams& p, cudaStream_t
                       : p.x_type == DType::float16 ? kernel_of<__half>(p)
                                                    : kernel_of<float>(p);
   const int64_t passes = (p.rows - 1) / kRows + 1, ctas = ((p.outputs - 1) / kWarps + 1) * passes;
-  if (ctas > INT_MAX) return cudaErrorInvalidConfiguration;
-  return launch_overlapping(kernel, static_cast<unsigned>(ctas), 32 * kWarps, 0, stream, p);
+  return launch_overlapping_ctas(kernel, ctas, 32 * kWarps, 0, stream, p);
 }
 
 }  // namespace dllm::cuda

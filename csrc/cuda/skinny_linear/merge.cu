@@ -25,10 +25,9 @@ __global__ void __launch_bounds__(kThreads) linear_merge_kernel(const SplitLinea
 
 cudaError_t launch_linear_merge(const SplitLinearParams& p, cudaStream_t stream) {
   const int64_t ctas = (p.linear.rows * p.linear.outputs - 1) / kThreads + 1;
-  if (ctas > INT_MAX) return cudaErrorInvalidConfiguration;
   const auto kernel =
       p.linear.x_type == DType::bfloat16 ? linear_merge_kernel<__nv_bfloat16> : linear_merge_kernel<__half>;
-  return launch_overlapping(kernel, static_cast<unsigned>(ctas), kThreads, 0, stream, p);
+  return launch_overlapping_ctas(kernel, ctas, kThreads, 0, stream, p);
 }
 
 }  // namespace dllm::cuda

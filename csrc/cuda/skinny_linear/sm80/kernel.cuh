@@ -135,9 +135,8 @@ template <class T, int kRows, bool kBytes>
 cudaError_t launch_linear_rows(const SplitLinearParams& p, cudaStream_t stream) {
   using Tiles = LinearTiles<kRows, kBytes>;
   const int64_t ctas = ((p.linear.rows - 1) / kRows + 1) * p.splits.items();
-  if (ctas > INT_MAX) return cudaErrorInvalidConfiguration;
-  return launch_overlapping(linear_kernel<T, kRows, kBytes>, static_cast<unsigned>(ctas), Tiles::kThreads,
-                            Tiles::kSharedBytes, stream, p);
+  return launch_overlapping_ctas(linear_kernel<T, kRows, kBytes>, ctas, Tiles::kThreads, Tiles::kSharedBytes,
+                                 stream, p);
 }
 
 template <class T>
