@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 import dllm_kernels as dk
 from benchmarks.llada_shaped import parameters, random_model
+from benchmarks.step_parts import with_weights
 from dllm_kernels.models.stored_weights import KINDS, store_weights
 
 BLOCK, CANVAS, ROUNDS = 32, 512, 3
@@ -30,8 +31,7 @@ def stock_model(smoke: bool):
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights(compare, pick, smoke, kind):
     stock = stock_model(smoke)
-    model = copy.deepcopy(stock)
-    store_weights(model, kind)
+    model = with_weights(stock, kind)
     canvas = pick(CANVAS, 2 * BLOCK)
     options = dict(max_new_tokens=BLOCK, block_size=BLOCK, steps=BLOCK, cache="dual", stop_on_eos=False)
 
