@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +38,8 @@ BLOCK_SIZE = 32
 class Settings:
     """Settings of a run. `minutes` None: the schedule runs over `steps` instead of time. `sources`: a
     folder of Python files in place of the standard library. `init`: an exported checkpoint whose tokenizer
-    and weights the run starts from; it then has no autoregressive phase and no focus on additions."""
+    and weights the run starts from; it then has no autoregressive phase and no focus on additions, and
+    `layers` may be a multiple of its layers."""
 
     minutes: float | None = 60.0
     steps: int | None = None
@@ -91,8 +93,7 @@ class Run:
         self.ends_line = data.ends_line(self.tokenizer)
         self.model = build_model(settings, self.tokenizer).to(device)
         if settings.init:
-            start = Qwen3ForCausalLM.from_pretrained(settings.init, dtype=torch.float32)
-            self.model.load_state_dict(start.state_dict())
+            start_from(self.model, settings.init)
         if settings.compile:
             self.model.base_model.compile(dynamic=False)
         matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -395,6 +396,26 @@ def build_model(settings: Settings, tokenizer) -> Qwen3ForCausalLM:
     return model
 
 
+def start_from(model: Qwen3ForCausalLM, folder: str) -> None:
+    """Load the weights of an exported checkpoint. A model with n times its layers computes what it does: of
+    every layer it has a copy and n - 1 that add nothing yet. ValueError for another number of layers."""
+    start = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    layers, given = model.config.num_hidden_layers, start.config.num_hidden_layers
+    if layers % given:
+        raise ValueError(f"layers is {layers}; it must be a multiple of the {given} layers of {folder}")
+    copies, state = layers // given, {}
+    for name, weight in start.state_dict().items():
+        layer = re.fullmatch(r"(model\.layers\.)(\d+)(\..*)", name)
+        if layer is None:
+            state[name] = weight
+            continue
+        for copy in range(copies):
+            silent = copy > 0 and name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight"))
+            number = int(layer[2]) * copies + copy
+            state[f"{layer[1]}{number}{layer[3]}"] = torch.zeros_like(weight) if silent else weight
+    model.load_state_dict(state)
+
+
 def part_of_batch(rows: int, rank: int, world: int) -> slice:
     """Return the rows that process `rank` of `world` computes."""
     return slice(rows * rank // world, rows * (rank + 1) // world)
@@ -463,6 +484,9 @@ def main(arguments: list[str] | None = None):
         "--minutes", type=float, default=Settings.minutes, help="wall-clock budget of training"
     )
     parser.add_argument("--steps", type=int, help="run this many steps instead of a wall-clock budget")
+    parser.add_argument("--layers", type=int, default=Settings.layers)
+    parser.add_argument("--muon-lr", type=float, default=Settings.muon_lr)
+    parser.add_argument("--adam-lr", type=float, default=Settings.adam_lr)
     parser.add_argument("--arithmetic-share", type=float, default=Settings.arithmetic_share)
     parser.add_argument("--decay-from", type=float, default=Settings.decay_from)
     parser.add_argument("--export", type=Path, help="folder of the finished checkpoint; default: OUT/export")
@@ -477,6 +501,9 @@ def main(arguments: list[str] | None = None):
         Settings(),
         minutes=None if options.steps else options.minutes,
         steps=options.steps,
+        layers=options.layers,
+        muon_lr=options.muon_lr,
+        adam_lr=options.adam_lr,
         arithmetic_share=options.arithmetic_share,
         decay_from=options.decay_from,
         seed=options.seed,
