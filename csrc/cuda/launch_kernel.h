@@ -44,6 +44,26 @@ inline cudaError_t allow_shared_memory(const void* kernel, size_t bytes) {
   return bytes <= known->second ? cudaSuccess : cudaErrorLaunchOutOfResources;
 }
 
+// Whether `kernel` on the current device is code in which griddepcontrol_wait() waits: that for GPUs before
+// Hopper is not. Asked of the driver once for each kernel and device.
+inline cudaError_t can_overlap(const void* kernel, bool& can) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, bool> answers;
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const std::lock_guard lock(mutex);
+  auto known = answers.find({kernel, device});
+  if (known == answers.end()) {
+    cudaFuncAttributes compiled{};
+    status = cudaFuncGetAttributes(&compiled, kernel);
+    if (status != cudaSuccess) return status;
+    known = answers.insert({{kernel, device}, compiled.ptxVersion >= 90}).first;
+  }
+  can = known->second;
+  return cudaSuccess;
+}
+
 // One CTA of `threads` threads and `shared_bytes` of dynamic shared memory for each cell of `grid`, with the
 // attributes of `config`.
 template <class... Parameters>
@@ -74,15 +94,15 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads,
 template <class... Parameters>
 cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
                                cudaStream_t stream, const Parameters&... arguments) {
-  cudaFuncAttributes compiled{};
-  const cudaError_t status = cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel));
+  bool overlaps = false;
+  const cudaError_t status = can_overlap(reinterpret_cast<const void*>(kernel), overlaps);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute overlapping{};
   overlapping.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlapping.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.attrs = &overlapping;
-  config.numAttrs = compiled.ptxVersion >= 90;
+  config.numAttrs = overlaps;
   return launch_configured(config, kernel, grid, threads, shared_bytes, stream, arguments...);
 }
 
