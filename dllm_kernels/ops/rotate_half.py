@@ -66,11 +66,9 @@ def _backward(ctx, grad_query, grad_key):
 
 def _angle_gradients(grads: tuple, heads: list[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of cos and sin, summed over heads, and over sequences that share them."""
-    of_cos = of_sin = 0
-    for grad, x in zip(grads, heads, strict=True):
-        grad, x = grad.float(), x.float()
-        of_cos = of_cos + (grad * x).sum(1)
-        of_sin = of_sin + (grad * turned(x)).sum(1)
+    pairs = [(grad.float(), x.float()) for grad, x in zip(grads, heads, strict=True)]
+    of_cos = torch.stack([(grad * x).sum(1) for grad, x in pairs]).sum(0)
+    of_sin = torch.stack([(grad * turned(x)).sum(1) for grad, x in pairs]).sum(0)
     return of_cos.sum_to_size(cos.shape).to(cos.dtype), of_sin.sum_to_size(sin.shape).to(sin.dtype)
 
 
