@@ -48,9 +48,8 @@ def test_every_section_of_the_repository_is_checked_and_every_name_is_used(figur
 
 
 def test_every_results_file_has_a_plot_that_is_checked(figures):
-    assert {path.name for path in figures["plots"]()} == {
-        path.name for path in figures["RESULTS"].glob("*.svg")
-    }
+    results = {path.name for path in figures["RESULTS"].glob("*.svg")}
+    assert {path.name for path in figures["plots"]()} == results | {"threads.svg"}
 
 
 def test_figures_say_every_machine_that_measured_them(figures):

@@ -6,18 +6,19 @@
 NAME `cpu` is the benchmark results of that device (benchmarks/results/cpu.json), `headline`,
 `first-page` and `training` a few of them, `gpu` those of every other device, `thresholds` and
 `tiny-python` the evaluation of the embedded model (its evaluation.json), `smollm2` that of the recipe
-(docs/smollm2.json). Nobody types a figure into a page.
+(docs/smollm2.json), `step-*` and `weights-accuracy` the parts of a step (docs/performance.json). Nobody
+types a figure into a page.
 """
 
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks import report, results  # noqa: E402
+from benchmarks import report, results, step_tables  # noqa: E402
 from benchmarks.tables import duration, grid, machine, markdown  # noqa: E402
 from dllm_train.recipes import smollm2  # noqa: E402
 from dllm_train.recipes.tiny_python.export import percent  # noqa: E402
@@ -228,23 +229,37 @@ def smollm2_run() -> str:
     return smollm2.page_section(json.loads((ROOT / "docs/smollm2.json").read_text()))
 
 
+PERFORMANCE = ROOT / "docs/performance.json"
+THREADS_PLOT = ROOT / "docs/images/threads.svg"
+
+
+def of_step(table: Callable[[dict], str]) -> Callable[[], str]:
+    """Return a section that shows docs/performance.json as `table`."""
+    return lambda: table(json.loads(PERFORMANCE.read_text()))
+
+
 SECTIONS = {
     "cpu": cpu_table,
     "first-page": first_page,
     "gpu": gpu_tables,
     "headline": headline,
     "smollm2": smollm2_run,
+    "step-limits": of_step(step_tables.limits),
+    "step-parts": of_step(step_tables.steps),
+    "step-threads": of_step(step_tables.threads),
     "thresholds": threshold_figures,
     "tiny-python": tiny_python,
     "training": training_table,
+    "weights-accuracy": of_step(step_tables.accuracy),
 }
 
 
 def plots() -> dict[Path, str]:
-    """Return the scaling plot of every device by its path."""
-    return {
+    """Return the scaling plot of every device, and that of a step's threads, by its path."""
+    drawn = {
         path.with_suffix(".svg"): report.plot(results.read(path)) for path in sorted(RESULTS.glob("*.json"))
     }
+    return drawn | {THREADS_PLOT: of_step(step_tables.threads_plot)()}
 
 
 def main(check: bool) -> int:
