@@ -179,7 +179,7 @@ def save(
             weights = own_storages(saved_state(model))
             with _saved_by_any_process(model):
                 model.save_pretrained(beside, state_dict=weights, max_shard_size=max_shard_size)
-            more = {}
+            more: dict[str, object] = {}
             if sees_whole_rows(model):  # for plain transformers, if the model was not loaded but marked
                 more["is_causal"] = False
             if quantization is not None:
