@@ -26,6 +26,8 @@ struct NormRow {
   alignas(64) float a[kRowChunk], b[kRowChunk];
   ResultChunk<T> result;
 
+  explicit NormRow(const RmsNormParams& p) : p(p) {}
+
   void normalize(int64_t row) {
     const T* x = static_cast<const T*>(p.x) + p.x_layout.offset(row);
     if (p.residual) x = add(x, row);
@@ -74,6 +76,8 @@ struct NormGradient {
   const RmsNormBackwardParams& p;
   alignas(64) float a[kRowChunk], b[kRowChunk], c[kRowChunk], d[kRowChunk];
   ResultChunk<T> result;
+
+  explicit NormGradient(const RmsNormBackwardParams& p) : p(p) {}
 
   // sums: to which the row's gradient of weight is added, or null.
   void write(int64_t row, float* sums) {
@@ -127,14 +131,14 @@ struct NormGradient {
 void rms_norm(const RmsNormParams& p, long begin, long end) {
   const int64_t rows = norm_rows_per_item(p.width);
   with_storage_type(p.dtype, [&]<class T>(T) {
-    NormRow<T> row{p};
+    NormRow<T> row(p);
     for (int64_t r = begin * rows; r < std::min(end * rows, p.rows); r++) row.normalize(r);
   });
 }
 
 void rms_norm_backward(const RmsNormBackwardParams& p, long begin, long end) {
   with_storage_type(p.dtype, [&]<class T>(T) {
-    NormGradient<T> gradient{p};
+    NormGradient<T> gradient(p);
     for (long item = begin; item < end; item++) {
       float* sums = p.weight_sums ? p.weight_sums + item * p.width : nullptr;
       if (sums) std::fill(sums, sums + p.width, 0.0f);

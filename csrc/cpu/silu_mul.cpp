@@ -12,6 +12,8 @@ struct SiluRow {
   alignas(64) float a[kRowChunk], b[kRowChunk], c[kRowChunk], act[kRowChunk];
   ResultChunk<T> first_result, second_result;
 
+  explicit SiluRow(const SiluMulParams& p) : p(p) {}
+
   template <class Visit>
   void each_chunk(const Visit& visit) {
     for (int first = 0; first < p.width; first += kRowChunk)
@@ -65,7 +67,7 @@ struct SiluRow {
 void silu_mul(const SiluMulParams& p, long begin, long end) {
   const int64_t rows = silu_rows_per_item(p.width);
   with_storage_type(p.dtype, [&]<class T>(T) {
-    SiluRow<T> row{p};
+    SiluRow<T> row(p);
     for (int64_t r = begin * rows; r < std::min(end * rows, p.rows); r++) row.multiply(r);
   });
 }
@@ -73,7 +75,7 @@ void silu_mul(const SiluMulParams& p, long begin, long end) {
 void silu_mul_backward(const SiluMulParams& p, long begin, long end) {
   const int64_t rows = silu_rows_per_item(p.width);
   with_storage_type(p.dtype, [&]<class T>(T) {
-    SiluRow<T> row{p};
+    SiluRow<T> row(p);
     for (int64_t r = begin * rows; r < std::min(end * rows, p.rows); r++) row.differentiate(r);
   });
 }

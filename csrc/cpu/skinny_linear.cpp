@@ -16,10 +16,11 @@ using Params = SkinnyProductParams;
 constexpr int kPanel = Params::kPanel;
 constexpr int kVectors = kPanel / kLanes;                 // of the outputs of a panel
 constexpr int kTilePanels = kLanes == 16 ? 3 : 1;         // panels of a tile
-constexpr int kSums = kTilePanels * kVectors;             // accumulators for each of its rows
 constexpr int kWidth = Params::kMostItemPanels * kPanel;  // sums of a row
 constexpr int kRowsAtOnce = 256;                          // rows whose sums exist at once
 constexpr int kMostInputs = 4096;                         // whose panels stay in cache while rows pass
+
+typedef float Row[kWidth];  // sums of the panels of an item
 
 DLLM_SIMD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -33,10 +34,10 @@ DLLM_SIMD void with_count(int count, const Use& use) {
 }
 
 // Brings the panels that lie behind those of a tile into the second level of cache while rows pass over
-// these: every pass fetches a share of them, some lines for every line that it reads.
+// these: every pass fetches a share of them, some lines for each one that it reads.
 class Fetch {
  public:
-  // panels: of `panel_bytes` each, `lines` of which a pass reads.
+  // The `bytes` of panels that begin at `from`; each of `passes` reads `lines` lines of the tile's own.
   Fetch(const void* from, int64_t bytes, int lines, int pass, int passes) {
     const int64_t share = passes > 1 && lines ? bytes / kLine / passes : 0;
     from_ = static_cast<const char*>(from) + pass * share * kLine;
@@ -72,7 +73,7 @@ struct BFloat16Panels {
 // sums[m][i] += the products of row m of x with vector i of the outputs.
 template <class Panels, int kRows, int kCount>
 void multiply(const typename Panels::Unit* weight, int64_t panel_stride, const float* x, int64_t x_stride,
-              int inputs, float (*sums)[kWidth], const Fetch& fetch) {
+              int inputs, Row* sums, const Fetch& fetch) {
   constexpr int kInputs = Panels::kInputs, kWide = kCount * kVectors;
   Floats sum[kRows][kWide];
 #pragma GCC unroll 8
@@ -187,7 +188,7 @@ struct ByteRows {
 // sums[m][i] += the scaled products of all groups.
 template <class Dot, int kRows, int kCount>
 void multiply(const int32_t* weight, int64_t panel_stride, const ByteRows& rows, int inputs, int groups,
-              float (*sums)[kWidth], const Fetch& fetch) {
+              Row* sums, const Fetch& fetch) {
   constexpr int kWide = kCount * kVectors;
   const int group = inputs / groups;
   for (int g = 0; g < groups; g++) {
@@ -223,12 +224,12 @@ void multiply(const int32_t* weight, int64_t panel_stride, const ByteRows& rows,
 }
 
 // ---- tiles -----------------------------------------------------------------------------------------------
-// Of the panels of an item.
-typedef float Sums[kRowsAtOnce][kWidth];
+typedef Row Sums[kRowsAtOnce];
 
-// The sums of rows `first` …, from an item's panel `column` on.
-DLLM_SIMD float (*sums_of(Sums& sums, int64_t row, int column))
-    [kWidth] { return reinterpret_cast<float (*)[kWidth]>(&sums[row][column * kPanel]); }
+// The sums of rows `row` …, from an item's panel `column` on.
+DLLM_SIMD Row* sums_of(Sums& sums, int64_t row, int column) {
+  return reinterpret_cast<Row*>(&sums[row][column * kPanel]);
+}
 
 // use(first row, rows, pass, passes): rows first … end in tiles of at most kMost, as even as can be.
 template <int kMost, class Use>
