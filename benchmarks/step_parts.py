@@ -5,7 +5,8 @@
 A step with the dual cache, 32 tokens of a canvas of 512, of a random model of LLaDA's architecture: its time
 with stock layers and with the weights of `dk.load(weights=...)`, in all and by part, in turns within one
 process; the same for one thread to all. Then the embedded model's accuracy with each kind of weights, as
-`dllm_train.recipes.tiny_python.evaluate` measures it. docs/performance.md is filled from the file.
+`dllm_train.recipes.tiny_python.evaluate` measures it. docs/performance.md is filled from the file. `--only`
+measures a part of this again and keeps the others.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from dllm_train.recipes.tiny_python import evaluate
 BLOCK, CANVAS = 32, 512
 FEW, MANY = 2, 18  # steps of two runs, whose difference is that of so many steps without the refresh
 STOCK = "stock"
-ROUNDS = 5
+ROUNDS, THREADS_ROUNDS = 5, 3
 SCALING_KINDS = (STOCK, "float32", "int8")
 PARTS = ("linear layers", "vocabulary", "attention", "rest")
 
@@ -105,16 +106,23 @@ def step_seconds(models: dict[str, nn.Module], rounds: int, canvas: int) -> dict
     generator = torch.Generator().manual_seed(0)
     highest = next(iter(models.values())).config.mask_token_id
     prompt = torch.randint(2, highest, (canvas - BLOCK,), generator=generator).tolist()
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in models}
+    runs = {(name, steps): [] for name in models for steps in (FEW, MANY)}
     for round_number in range(rounds + 1):
-        for name, model in models.items():
-            few, many = (run_seconds(model, prompt, steps) for steps in (FEW, MANY))
+        for (name, steps), found in runs.items():
+            seconds = run_seconds(models[name], prompt, steps)
             if round_number:  # the first is to warm up
-                found[name].append({part: (many[part] - few[part]) / (MANY - FEW) for part in many})
+                found.append(seconds)
     return {
-        name: {part: statistics.median(one[part] for one in steps) for part in ("all", *PARTS)}
-        for name, steps in found.items()
+        name: {
+            part: (median_of(runs[name, MANY], part) - median_of(runs[name, FEW], part)) / (MANY - FEW)
+            for part in ("all", *PARTS)
+        }
+        for name in models
     }
+
+
+def median_of(runs: list[dict[str, float]], part: str) -> float:
+    return statistics.median(seconds[part] for seconds in runs)
 
 
 def with_weights(model: nn.Module, kind: str) -> nn.Module:
@@ -186,30 +194,43 @@ def thread_counts() -> list[int]:
     return sorted({1, cores, *(2**i for i in range(1, cores.bit_length()) if 2**i < cores)})
 
 
-def measure(smoke: bool) -> dict:
-    """Return all figures."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    size, rounds, canvas = ((2, 64, 256), 1, 64) if smoke else ((16, 1024, 50_257), ROUNDS, CANVAS)
-    stock = random_model(*size)
-    models = {kind: with_weights(stock, kind) for kind in (STOCK, *KINDS)}
-    about = machine.about("cpu")
-    figures = {
-        "machine": about,
+def measure_steps(smoke: bool) -> dict:
+    """Return seconds of a step with each kind of weights, and what the machine could reach."""
+    rounds, canvas = (1, 64) if smoke else (ROUNDS, CANVAS)
+    models = {kind: with_weights(random_stock(smoke), kind) for kind in (STOCK, *KINDS)}
+    return {
         "peaks": machine.peaks("cpu"),
-        "model": parameters(stock),
+        "model": parameters(models[STOCK]),
         "canvas": canvas,
         "block": BLOCK,
         "moved": {kind: moved(model) for kind, model in models.items()},
-        "steps": step_seconds(models, rounds, canvas),
+        "seconds": step_seconds(models, rounds, canvas),
     }
-    some = {kind: models[kind] for kind in SCALING_KINDS}
-    figures["threads"] = {}
+
+
+def measure_threads(smoke: bool) -> dict:
+    """Return seconds of a step by the number of threads and the kind of weights."""
+    rounds, canvas = (1, 64) if smoke else (THREADS_ROUNDS, CANVAS)
+    models = {kind: with_weights(random_stock(smoke), kind) for kind in SCALING_KINDS}
+    before, seconds = torch.get_num_threads(), {}
     for threads in thread_counts():
         torch.set_num_threads(threads)
-        steps = step_seconds(some, max(1, rounds - 2), canvas)
-        figures["threads"][str(threads)] = {kind: step["all"] for kind, step in steps.items()}
-    torch.set_num_threads(about["threads"])
-    return figures | {"accuracy": accuracy((STOCK, *KINDS), smoke)}
+        steps = step_seconds(models, rounds, canvas)
+        seconds[str(threads)] = {kind: step["all"] for kind, step in steps.items()}
+    torch.set_num_threads(before)
+    return {"seconds": seconds}
+
+
+def measure_accuracy(smoke: bool) -> dict:
+    """Return the accuracy of the embedded model with each kind of weights."""
+    return {"figures": accuracy((STOCK, *KINDS), smoke)}
+
+
+def random_stock(smoke: bool) -> nn.Module:
+    return random_model(*((2, 64, 256) if smoke else (16, 1024, 50_257)))
+
+
+SECTIONS = {"steps": measure_steps, "threads": measure_threads, "accuracy": measure_accuracy}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -217,9 +238,14 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON file that is written")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: the figures mean nothing")
     options = parser.parse_args(arguments)
-    text = json.dumps(measure(options.smoke), indent=1) + "\n"
+    torch.set_num_threads(os.cpu_count() or 1)
+    found = json.loads(options.output.read_text()) if options.output.exists() else {}
+    for name in options.only:
+        found[name] = {"machine": machine.about("cpu"), **SECTIONS[name](options.smoke)}
+    text = json.dumps({name: found[name] for name in SECTIONS if name in found}, indent=1) + "\n"
     beside = options.output.with_name(options.output.name + ".tmp")
     beside.write_text(text)
     os.replace(beside, options.output)

@@ -11,7 +11,8 @@ NAMES = {STOCK: "stock layers, float32"}
 
 def steps(figures: dict) -> str:
     """Return a table of a step's time by part for each kind of weights, and what was measured where."""
-    stock = figures["steps"][STOCK]["all"]
+    figures = figures["steps"]
+    stock = figures["seconds"][STOCK]["all"]
     rows = [
         [
             NAMES.get(kind, f"`{kind}`"),
@@ -19,7 +20,7 @@ def steps(figures: dict) -> str:
             "" if kind == STOCK else f"{stock / step['all']:.2f}×",
             *(duration(step[part]) for part in PARTS),
         ]
-        for kind, step in figures["steps"].items()
+        for kind, step in figures["seconds"].items()
     ]
     return (
         f"{grid(['weights', 'step', 'faster', *PARTS], rows)}\n\n{figures['block']} tokens of a canvas of "
@@ -29,8 +30,9 @@ def steps(figures: dict) -> str:
 
 def limits(figures: dict) -> str:
     """Return a table of the rates that the products of a step reach beside those of the machine."""
+    figures = figures["steps"]
     peaks, rows = figures["peaks"], []
-    for kind, step in figures["steps"].items():
+    for kind, step in figures["seconds"].items():
         for part, work in figures["moved"][kind].items():
             read, computed = work["bytes"] / step[part], work["operations"] / step[part]
             rows.append(
@@ -50,24 +52,24 @@ def limits(figures: dict) -> str:
 
 def threads(figures: dict) -> str:
     """Return a table of a step's time by the number of threads."""
-    counts = list(figures["threads"])
+    seconds = figures["threads"]["seconds"]
     rows = [
-        [NAMES.get(kind, f"`{kind}`"), *(duration(figures["threads"][count][kind]) for count in counts)]
-        for kind in figures["threads"][counts[0]]
+        [NAMES.get(kind, f"`{kind}`"), *(duration(seconds[count][kind]) for count in seconds)]
+        for kind in next(iter(seconds.values()))
     ]
-    columns = ["weights", *(f"{count} thread{'s' * (count != '1')}" for count in counts)]
-    return f"{grid(columns, rows)}\n\n{_measured_on(figures)}\n"
+    columns = ["weights", *(f"{count} thread{'s' * (count != '1')}" for count in seconds)]
+    return f"{grid(columns, rows)}\n\n{_measured_on(figures['threads'])}\n"
 
 
 def threads_plot(figures: dict) -> str:
     """Return the same as an SVG file."""
-    kinds = figures["threads"][next(iter(figures["threads"]))]
+    seconds = figures["threads"]["seconds"]
     lines = [
         charts.Curve(
             NAMES.get(kind, kind),
-            [(int(count), step[kind], step[kind], step[kind]) for count, step in figures["threads"].items()],
+            [(int(count), step[kind], step[kind], step[kind]) for count, step in seconds.items()],
         )
-        for kind in kinds
+        for kind in next(iter(seconds.values()))
     ]
     chart = charts.curves("A step by the number of threads", "threads", lines, duration)
     return charts.standalone([chart], charts.CURVE_WIDTH + 20, charts.CURVE_HEIGHT + 10)
@@ -75,23 +77,23 @@ def threads_plot(figures: dict) -> str:
 
 def accuracy(figures: dict) -> str:
     """Return a table of speed beside accuracy for each kind of weights."""
-    stock = figures["steps"][STOCK]["all"]
+    seconds = figures["steps"]["seconds"]
     rows = [
         [
             NAMES.get(kind, f"`{kind}`"),
-            f"{stock / figures['steps'][kind]['all']:.2f}×",
+            f"{seconds[STOCK]['all'] / seconds[kind]['all']:.2f}×",
             f"{found['bits_per_byte']:.4f}",
             f"{found['additions']:.1%}",
             f"{found['infilled']:.1%}",
             f"{found['agreement']:.1%}",
         ]
-        for kind, found in figures["accuracy"].items()
+        for kind, found in figures["accuracy"]["figures"].items()
     ]
     columns = ["weights", "step", "bits per byte", "exact additions", "exact infilled lines", "agreement"]
     return (
-        f"{grid(columns, rows)}\n\nSteps: of the {figures['model']} model above. Accuracy: of tiny-python on "
-        "held-out data; agreement: tokens of completed code up to the first that differs from those of stock "
-        f"layers. {_measured_on(figures)}\n"
+        f"{grid(columns, rows)}\n\nSteps: of the {figures['steps']['model']} model above. Accuracy: of "
+        "tiny-python on held-out data; agreement: tokens of completed code up to the first that differs from "
+        f"those of stock layers. {_measured_on(figures['accuracy'])}\n"
     )
 
 

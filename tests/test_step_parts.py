@@ -1,5 +1,6 @@
 """benchmarks.step_parts: where the time of a step goes."""
 
+import json
 import time
 
 import pytest
@@ -67,18 +68,37 @@ def test_thread_counts_are_powers_of_two_and_all_cores(monkeypatch):
         assert step_parts.thread_counts() == counts
 
 
+def test_one_section_is_measured_again_and_the_others_stay(tmp_path, monkeypatch):
+    path = tmp_path / "performance.json"
+    sections = {name: lambda smoke, name=name: {"of": name, "smoke": smoke} for name in step_parts.SECTIONS}
+    monkeypatch.setattr(step_parts, "SECTIONS", sections)
+    threads = torch.get_num_threads()
+    step_parts.main(["--output", str(path)])
+    step_parts.main(["--output", str(path), "--only", "threads", "--smoke"])
+    torch.set_num_threads(threads)
+    found = json.loads(path.read_text())
+    assert [*found] == ["steps", "threads", "accuracy"]
+    assert [section["smoke"] for section in found.values()] == [False, True, False]
+    assert all(section["machine"]["device"] == "cpu" for section in found.values())
+
+
 def test_tables_show_every_kind_and_the_machine():
     step = {"all": 0.1, "linear layers": 0.05, "vocabulary": 0.02, "attention": 0.02, "rest": 0.01}
     work = {"linear layers": {"bytes": 1e9, "operations": 5e9}}
+    about = {"cpu": "A | B", "threads": 2, "instruction_set": "avx2", "torch": "2", "commit": "1"}
     figures = {
-        "machine": {"cpu": "A | B", "threads": 2, "instruction_set": "avx2", "torch": "2", "commit": "1"},
-        "peaks": {"bytes": 40e9, "flops": 200e9},
-        "model": "1M", "canvas": 64, "block": 32,
-        "moved": {"stock": work, "int8": work},
-        "steps": {"stock": step, "int8": {**step, "all": 0.025}},
-        "threads": {"1": {"stock": 0.2}, "2": {"stock": 0.1}},
+        "steps": {
+            "machine": about, "peaks": {"bytes": 40e9, "flops": 200e9},
+            "model": "1M", "canvas": 64, "block": 32,
+            "moved": {"stock": work, "int8": work},
+            "seconds": {"stock": step, "int8": {**step, "all": 0.025}},
+        },
+        "threads": {"machine": about, "seconds": {"1": {"stock": 0.2}, "2": {"stock": 0.1}}},
         "accuracy": {
-            "int8": {"bits_per_byte": 1.5, "additions": 1.0, "infilled": 0.1, "agreement": 0.75},
+            "machine": about,
+            "figures": {
+                "int8": {"bits_per_byte": 1.5, "additions": 1.0, "infilled": 0.1, "agreement": 0.75},
+            },
         },
     }  # fmt: skip
     assert "| `int8` | 25 ms | 4.00× | 50 ms |" in step_tables.steps(figures)
