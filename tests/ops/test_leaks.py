@@ -71,7 +71,26 @@ def attention_backward() -> dict:
     }  # fmt: skip
 
 
-EVERY = calls() | losses() | {"advance_": advance_call(), "block_attention_backward": attention_backward()}
+def layers() -> dict[str, dict]:
+    rows, weight, heads = torch.randn(3, 8), torch.randn(8), torch.randn(1, 2, 4, 8)
+    angles = {"cos": torch.randn(1, 4, 8), "sin": torch.randn(1, 4, 8)}
+    packed = {"x": rows, "weight": dk.pack_weight(torch.randn(16, 8)).data, "bias": torch.randn(16)}
+    pair = {"weight": dk.pack_weight(torch.randn(32, 8)).data, "bias": torch.randn(32)}
+    return {
+        "pack_weight": {"weight": torch.randn(5, 8)},
+        "packed_linear": packed | {"outputs": 16},
+        "packed_gated_linear": packed | pair | {"outputs": 16},
+        "rms_norm_backward": {
+            "grad": rows, "x": rows, "weight": weight, "eps": 1e-5, "grad_sum": rows,
+            "needs_grad_weight": True,
+        },
+        "silu_mul_backward": {"grad": rows, "gate": rows, "up": rows},
+        "rotate_half_backward": angles | {"grad_query": heads, "grad_key": heads},
+    }  # fmt: skip
+
+
+EVERY = calls() | losses() | layers()
+EVERY |= {"advance_": advance_call(), "block_attention_backward": attention_backward()}
 LISTS = {"suppress_tokens": [1, 2], "proposal_exclude": [3], "confidence_exclude": [1], "stop_ids": [1, 2]}
 # Asked once in a process.
 ONCE = {"isas_built", "isa_active", "isa_error", "rules", "confidences", "block_row_layout"}
