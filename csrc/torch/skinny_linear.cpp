@@ -77,9 +77,12 @@ int32_t checked_groups(const char* op, const cpu::SkinnyProductParams& layout, c
   return static_cast<int32_t>(groups);
 }
 
-void check_x(const char* op, const Tensor& x, int64_t inputs) {
-  check(x.dim() >= 1, op, ": x must be [..., inputs], got shape ", shape_text(x));
+void check_x(const char* op, const Tensor& x) {
   check_float(op, "x", x);
+  check(x.dim() >= 1, op, ": x must be [..., inputs], got shape ", shape_text(x));
+}
+
+void check_inputs(const char* op, const Tensor& x, int64_t inputs) {
   check(x.size(-1) == inputs, op, ": weight.shape[1] must be ", x.size(-1), " (the inputs of x), got ",
         inputs);
 }
@@ -139,12 +142,11 @@ Tensor multiply(const char* op, const Tensor& x, const Tensor& weight, const Pac
 
 Tensor multiply_packed(const char* op, const Tensor& x, const Tensor& weight, int64_t outputs,
                        const std::optional<Tensor>& bias, const std::optional<Tensor>& scales, bool gated) {
-  check(x.dim() >= 1, op, ": x must be [..., inputs], got shape ", shape_text(x));
+  check_x(op, x);
   check_dims(op, "weight", weight, 4, "[panels, units, 16, inputs of a unit]");
   check_dtype(op, "weight", weight, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Byte});
   check_same_device(op, "weight", weight, "x", x);
   const PackedWeightLayout layout = layout_of(op, weight, outputs, x.size(-1));
-  check_x(op, x, layout.inputs);
   std::vector<int64_t> shape = packed_shape(layout);
   if (gated) shape[0] *= 2;
   check(std::equal(shape.begin(), shape.end(), weight.sizes().begin()), op, ": weight must be packed from [",
@@ -184,12 +186,12 @@ std::optional<Tensor> packed_scales(const char* op, const Tensor& weight, const 
 
 Tensor skinny_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> scales) {
   constexpr const char* op = "skinny_linear";
-  check(x.dim() >= 1, op, ": x must be [..., inputs], got shape ", shape_text(x));
+  check_x(op, x);
   check_dims(op, "weight", weight, 2, "[outputs, inputs]");
   check_dtype(op, "weight", weight,
               {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Char});
   check_same_device(op, "weight", weight, "x", x);
-  check_x(op, x, weight.size(1));
+  check_inputs(op, x, weight.size(1));
   check_bias(op, bias, x, weight.size(0));
   const PackedWeightLayout layout = layout_of(op, weight, weight.size(0), weight.size(1));
   check(layout.bytes == scales.has_value(), op,

@@ -119,16 +119,11 @@ def skinny_linear(draw: Draw) -> dict:
     weight, scales = draw.floats(outputs, inputs, dtype=draw.choice(FLOATS)), None
     if draw.chance(0.5):
         weight, scales = torch.randint(-128, 128, (outputs, inputs)).to(torch.int8), torch.rand(outputs, 1)
-    if draw.chance(0.5):
-        weight, scales = dk.pack_weight(weight, scales), None
     return {"x": x, "weight": weight, "bias": bias, "scales": scales}
 
 
 def check_skinny_linear(draw: Draw, call: dict, result) -> None:
-    weight, scales = call["weight"], call["scales"]
-    if isinstance(weight, dk.PackedWeight):
-        weight, scales = weight.unpacked()
-    x, weight = call["x"].double(), weight.double()
+    x, weight, scales = call["x"].double(), call["weight"].double(), call["scales"]
     if scales is not None:
         scale = call["x"].float().abs().amax(1, keepdim=True) / 127
         x = (call["x"].float() * torch.where(scale > 0, 1 / scale, 0)).round().double() * scale.double()
@@ -136,6 +131,19 @@ def check_skinny_linear(draw: Draw, call: dict, result) -> None:
     bias = 0.0 if call["bias"] is None else call["bias"].double()
     size = x.abs() @ weight.abs().T + 1
     close("out", result.double() / size, (x @ weight.T + bias) / size, 1e-2)
+
+
+def packed_linear(draw: Draw) -> dict:
+    call = skinny_linear(draw)
+    packed = dk.pack_weight(call["weight"], call["scales"])
+    return call | {"weight": packed.data, "scales": packed.scales, "outputs": packed.outputs}
+
+
+def check_packed_linear(draw: Draw, call: dict, result) -> None:
+    inputs = call["x"].shape[1]
+    packed = dk.PackedWeight(call["weight"], call["scales"], call["outputs"], inputs)
+    weight, scales = packed.unpacked()
+    check_skinny_linear(draw, call | {"weight": weight, "scales": scales}, result)
 
 
 # ---- commit_ and unmask_ -------------------------------------------------------------------------------
@@ -280,6 +288,7 @@ CALLS = {
     "token_divergence": (token_divergence, check_token_divergence),
     "linear_token_stats": (linear_token_stats, check_linear_token_stats),
     "skinny_linear": (skinny_linear, check_skinny_linear),
+    "packed_linear": (packed_linear, check_packed_linear),
     "commit_": (commit_, check_commit_),
     "unmask_": (unmask_, check_unmask_),
     "advance_": (advance_, check_advance_),
