@@ -17,12 +17,13 @@ def register_fake(name: str) -> Callable[[Callable], Callable]:
     Compiled kernels check that themselves, but a call with one meta tensor among others comes here. The
     fake gets its arguments by name; those left at the schema's default may be missing.
     """
-    arguments = getattr(torch.ops.dllm_kernels, name).default._schema.arguments
+    arguments = _arguments(name)
 
     def register(fake: Callable) -> Callable:
         @functools.wraps(fake)
         def checked(*args, **kwargs):
             named = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+            _check_given(name, named)
             (first, like), *others = ((n, value) for n, value in named.items() if isinstance(value, Tensor))
             for other, value in others:
                 if value.device != like.device:
@@ -34,3 +35,26 @@ def register_fake(name: str) -> Callable[[Callable], Callable]:
         return checked
 
     return register
+
+
+def register_elsewhere(name: str, function: Callable) -> None:
+    """Register what computes dllm_kernels::`name` on devices without a kernel."""
+    arguments = _arguments(name)
+
+    @functools.wraps(function)
+    def checked(*args):
+        _check_given(name, {argument.name: value for argument, value in zip(arguments, args, strict=False)})
+        return function(*args)
+
+    torch.library.impl(f"dllm_kernels::{name}", "CompositeExplicitAutograd")(checked)
+
+
+def _arguments(name: str):
+    return getattr(torch.ops.dllm_kernels, name).default._schema.arguments
+
+
+def _check_given(name: str, named: dict[str, object]) -> None:
+    """Refuse None for a Tensor, which torch takes for a tensor without anything."""
+    for argument in _arguments(name):
+        if str(argument.type) == "Tensor" and named.get(argument.name) is None:
+            raise ValueError(f"{name}: {argument.name} must be a Tensor, got None")

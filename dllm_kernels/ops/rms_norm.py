@@ -11,7 +11,7 @@ from .. import _library  # noqa: F401  (loads the operators)
 from .._arguments import check_optional_tensors, check_tensors, number
 from . import reference
 from ._autograd import register_derivative, register_no_derivative
-from ._fake import register_fake
+from ._fake import register_elsewhere, register_fake
 
 _ops = torch.ops.dllm_kernels
 
@@ -61,7 +61,7 @@ def _(grad, x, weight, eps, grad_sum, needs_grad_weight):
 
 # ---- devices without a kernel ----------------------------------------------------------------------------
 for _name in ("rms_norm", "add_rms_norm", "rms_norm_backward"):
-    torch.library.impl(f"dllm_kernels::{_name}", "CompositeExplicitAutograd")(getattr(reference, _name))
+    register_elsewhere(_name, getattr(reference, _name))
 
 
 # ---- autograd --------------------------------------------------------------------------------------------

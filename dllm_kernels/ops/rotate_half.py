@@ -9,7 +9,7 @@ from .. import _library  # noqa: F401  (loads the operators)
 from .._arguments import check_tensors
 from . import reference
 from ._autograd import register_derivative, register_no_derivative
-from ._fake import register_fake
+from ._fake import register_elsewhere, register_fake
 from .reference.layer import turned
 
 _ops = torch.ops.dllm_kernels
@@ -47,7 +47,7 @@ def _(grad_query, grad_key, cos, sin):
 
 # ---- devices without a kernel ----------------------------------------------------------------------------
 for _name in ("rotate_half", "rotate_half_backward"):
-    torch.library.impl(f"dllm_kernels::{_name}", "CompositeExplicitAutograd")(getattr(reference, _name))
+    register_elsewhere(_name, getattr(reference, _name))
 
 
 # ---- autograd --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from .. import _library  # noqa: F401  (loads the operators)
 from .._arguments import check_tensors
 from . import reference
 from ._autograd import register_derivative, register_no_derivative
-from ._fake import register_fake
+from ._fake import register_elsewhere, register_fake
 
 _ops = torch.ops.dllm_kernels
 
@@ -39,7 +39,7 @@ def _(grad, gate, up):
 
 # ---- devices without a kernel ----------------------------------------------------------------------------
 for _name in ("silu_mul", "silu_mul_backward"):
-    torch.library.impl(f"dllm_kernels::{_name}", "CompositeExplicitAutograd")(getattr(reference, _name))
+    register_elsewhere(_name, getattr(reference, _name))
 
 
 # ---- autograd --------------------------------------------------------------------------------------------

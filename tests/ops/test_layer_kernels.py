@@ -394,3 +394,11 @@ HEADS, ANGLES = torch.randn(1, 2, 3, 8), torch.randn(1, 3, 8)
 def test_arguments_that_make_no_sense_are_refused(function, arguments, error, says):
     with pytest.raises(error, match=says):
         function(*arguments)
+
+
+def test_a_missing_tensor_is_refused_by_name():
+    with pytest.raises(ValueError, match="rms_norm: x must be a Tensor, got None"):
+        torch.ops.dllm_kernels.rms_norm(None, None, 1e-5)
+    meta = torch.zeros(2, 4, device="meta")
+    with pytest.raises(ValueError, match="silu_mul: gate must be a Tensor, got None"):
+        torch.ops.dllm_kernels.silu_mul(None, meta)
