@@ -6,6 +6,7 @@ their weights. Activations stay in the model's dtype.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ _packed_linear = torch.ops.dllm_kernels.packed_linear.default
 
 KINDS = ("float32", "bfloat16", "int8")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_PACKINGS = itertools.count()  # weights that layers have had
 _ROUNDED_AT_ONCE = 2**17  # numbers, so that they stay in the cache of a core
 
 
@@ -86,6 +88,11 @@ class StoredLinear(nn.Module):
         self.packed, self.stored_dtype = packed, dtype
         self.out_features, self.in_features = packed.outputs, packed.inputs
         self.bias = bias
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "packed":  # what is kept for a model compares this number: addresses come again
+            super().__setattr__("packing", next(_PACKINGS))
+        super().__setattr__(name, value)
 
     @classmethod
     def of(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dllm_kernels._arguments import integer
 from dllm_kernels.kv_cache import PagesExhausted
+from dllm_kernels.models.stored_weights import StoredLinear
 from dllm_kernels.sampling.plan import PAGE_SIZE, Plan
 from dllm_kernels.sampling.prompts import Canvases
 from dllm_kernels.sampling.slots import RowPages, state_of
@@ -185,6 +186,9 @@ def _key_of(plan: Plan) -> tuple:
     # Torch does not count changes of inference tensors: a model of such weights finds nothing again.
     versions = [object() if weight.is_inference() else weight._version for weight in plan.model.parameters()]
     versions += [0 if buffer.is_inference() else buffer._version for buffer in plan.model.buffers()]
+    layers = [module for module in plan.model.modules() if isinstance(module, StoredLinear)]
+    packed = [tensor for layer in layers for tensor in layer.packed[:2] if tensor is not None]
+    versions += [object() if tensor.is_inference() else tensor._version for tensor in packed]
     kind = plan.device.type
     return (
         *(weakref.ref(plan.model), plan.config.block_size, plan.config.compile, *versions),

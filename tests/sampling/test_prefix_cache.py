@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import dllm_kernels as dk
+from dllm_kernels.models.stored_weights import StoredLinear, store_weights
 from tests.sampling.test_length_dependent import made
 from tests.sampling.tiny_models import prompts_of, tiny_model
 
@@ -117,6 +118,27 @@ def test_weights_whose_changes_torch_does_not_count_are_never_reused():
     kept = dk.sample(model, [prompt], prefix_cache=cache, **OPTIONS)
     assert kept.sequences.equal(dk.sample(model, [prompt], **OPTIONS).sequences)
     assert cache.reused_tokens == 0
+
+
+@pytest.mark.parametrize("change", ["replaced", "replaced twice", "in place"])
+def test_other_stored_weights_empty_the_cache(change):
+    model, cache = copy.deepcopy(tiny_model()), dk.PrefixCache(tokens=512)
+    store_weights(model, "int8")
+    (prompt,) = prompts_of(40)
+    dk.sample(model, [prompt], prefix_cache=cache, **OPTIONS)
+    dk.sample(model, [prompt], prefix_cache=cache, **OPTIONS)
+    reused = cache.reused_tokens
+    assert reused > 0
+    layer = model.model.layers[0].self_attn.v_proj
+    for _ in range(1 + (change == "replaced twice")):
+        weight, scales = layer.parts()
+        if change == "in place":
+            layer.packed.scales.mul_(-1)
+        else:
+            layer.packed = StoredLinear.of(weight, -2 * scales).packed
+    kept = dk.sample(model, [prompt], prefix_cache=cache, **OPTIONS)
+    assert cache.reused_tokens == reused
+    assert kept.sequences.equal(dk.sample(model, [prompt], **OPTIONS).sequences)
 
 
 @pytest.mark.parametrize("change", ["block_size", "hook", "buffer"])
