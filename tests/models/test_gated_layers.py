@@ -1,7 +1,6 @@
 """gate_layers: gate, up and what joins them as one operator, in MLPs with stored weights."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from dllm_kernels.models.fused_layers import fuse_layers
 from dllm_kernels.models.gated_layers import GatedPair, gate_layers
 from dllm_kernels.models.stored_weights import StoredLinear, store_weights
 from dllm_kernels.ops.skinny_linear import gated_linear, interleaved
+from tests.models.copies import logits, through_pickle
 from tests.sampling.tiny_models import MASK, prompts_of, tiny_model
 
 KINDS = ("float32", "bfloat16", "int8")
@@ -81,19 +81,6 @@ def gated(kind: str):
     model = stored(kind)
     assert gate_layers(model) == model.config.num_hidden_layers
     return model
-
-
-def through_pickle(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def logits(model) -> torch.Tensor:
-    ids = torch.randint(0, MASK, (2, 9), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return model(input_ids=ids).logits
 
 
 @pytest.fixture

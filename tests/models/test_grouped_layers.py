@@ -1,7 +1,6 @@
 """group_layers: stored layers of one input as one product."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch
 import dllm_kernels as dk
 from dllm_kernels.models.grouped_layers import GroupedLinear, group_layers
 from dllm_kernels.models.stored_weights import StoredLinear, store_weights
+from tests.models.copies import logits, through_pickle
 from tests.sampling.tiny_models import MASK, prompts_of, tiny_model
 
 KINDS = ("float32", "bfloat16", "int8")
@@ -24,19 +24,6 @@ def grouped(kind: str):
     model = stored(kind)
     assert group_layers(model) == 2 * model.config.num_hidden_layers
     return model
-
-
-def through_pickle(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def logits(model) -> torch.Tensor:
-    ids = torch.randint(0, MASK, (2, 9), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return model(input_ids=ids).logits
 
 
 @pytest.fixture
