@@ -1,7 +1,8 @@
 """Text that a model writes itself: completions of prompts, with their loops separated, and filled lines.
 
 Greedy completions of small models run into loops, which decode fast: a student of them would loop more. So a
-block that loops is drawn again at a temperature, and the loop is kept for the student to unlearn.
+block that loops is drawn again at a temperature, several times at once, and the draw that took the fewest
+forwards without a loop goes on; the loop is kept for the student to unlearn.
 """
 
 from collections import Counter
@@ -23,8 +24,8 @@ WINDOW, PHRASE, MOST_PHRASES = 24, 3, 3  # tokens, tokens, times
 
 @dataclass
 class Completion:
-    """A prompt and what the model wrote after it. trained: for each token, whether a student learns it: those
-    of greedy blocks, unless `leave_out_common_phrases` takes them out."""
+    """A prompt and what the model wrote after it. trained: for each token, whether a student learns it: all
+    of them, unless `leave_out_common_phrases` takes them out."""
 
     prompt: list[int]
     ids: list[int] = field(default_factory=list)
@@ -60,44 +61,57 @@ class Written:
 
 def complete(
     model, prompts: Sequence[list[int]], ends: np.ndarray, *, end_ids: Sequence[int], block_size: int,
-    tokens: int, threshold: float, temperature: float, seed: int,
+    tokens: int, threshold: float, temperature: float, draws: int, seed: int,
 ) -> Written:  # fmt: skip
     """Complete prompts block by block, up to `tokens` tokens.
 
-    prompts: ids, of lengths that are equal modulo block_size. A block that loops is drawn again at
-    `temperature`. A completion ends before a block that loops again, and after an end token.
+    prompts: ids, of lengths that are equal modulo block_size. A block that loops is drawn again `draws` times
+    at `temperature`. A completion ends before a block of which every draw loops, and after an end token.
     """
     completions, loops = [Completion(list(prompt)) for prompt in prompts], []
     live, written, forwards = completions, 0, 0
     first = block_size - len(prompts[0]) % block_size
     for number, size in enumerate([first] + [block_size] * ((tokens - first) // block_size)):
-        waiting = live
-        for greedy in (True, False):
-            if not waiting:
-                break
-            contexts = [c.prompt + c.ids for c in waiting]
+        if not live:
+            break
+
+        def drawn(texts, number=number, size=size, **sampling) -> list[tuple[list[int], int]]:
+            """Return the next block of each text, and the forwards that it took."""
+            contexts = [text.prompt + text.ids for text in texts]
             output = dk.sample(
                 model, contexts, max_new_tokens=size, block_size=block_size, threshold=threshold,
-                temperature=0.0 if greedy else temperature, seed=seed + number,
+                seed=seed + number, **sampling,
             )  # fmt: skip
-            looping = []
-            for row, (completion, context) in enumerate(zip(waiting, contexts, strict=True)):
+            blocks = []
+            for row, context in enumerate(contexts):
                 block = slice(len(context), len(context) + min(size, int(output.lengths[row]) + 1))
-                ids = output.sequences[row, block].tolist()
-                if greedy:
-                    written += len(ids)
-                    forwards += int(output.unmask_step[row, block].max()) + 1
-                span = find_loop(context, ids, ends)
-                if span is None:
-                    completion.ids += ids
-                    completion.trained += [greedy] * len(ids)
-                else:
-                    looping.append(completion)
-                    if greedy:
-                        loops.append(Loop(context + ids, len(context) + span[0], len(context) + span[1]))
-            waiting = looping
-        stopped = set(map(id, waiting))
-        live = [c for c in live if id(c) not in stopped and not set(end_ids) & set(c.ids)]
+                steps = int(output.unmask_step[row, block].max()) + 1
+                blocks.append((output.sequences[row, block].tolist(), steps))
+            return blocks
+
+        looping, going_on = [], []
+        for text, (ids, steps) in zip(live, drawn(live), strict=True):
+            written, forwards = written + len(ids), forwards + steps
+            span = find_loop(text.prompt + text.ids, ids, ends)
+            if span is None:
+                going_on.append((text, ids))
+            else:
+                context = text.prompt + text.ids
+                loops.append(Loop(context + ids, len(context) + span[0], len(context) + span[1]))
+                looping.append(text)
+        again = [text for text in looping for _ in range(draws)]
+        others = drawn(again, temperature=temperature) if again else []
+        for place, text in enumerate(looping):
+            candidates = sorted(others[place * draws : (place + 1) * draws], key=lambda block: block[1])
+            ids = next(
+                (ids for ids, _ in candidates if not find_loop(text.prompt + text.ids, ids, ends)), None
+            )
+            if ids is not None:
+                going_on.append((text, ids))
+        for text, ids in going_on:
+            text.ids += ids
+            text.trained += [True] * len(ids)
+        live = [text for text, ids in going_on if not set(end_ids) & set(ids)]
     return Written([c for c in completions if any(c.trained)], loops, written / max(forwards, 1))
 
 

@@ -4,8 +4,9 @@
 
 or the same under `torchrun --nproc-per-node N -m`. In every round the model completes prompts and fills lines
 of the dataset. Then it is trained on its own text, in the states that a sampler passes: cross entropy and,
-where the argmax is right, entropy (certainty forcing, Chen et al. 2025, dParallel). Loops are unlearned
-(unlikelihood, Welleck et al. 2020). The model's own objectives on rows of the dataset keep its bound.
+where the argmax is right, entropy (certainty forcing, Chen et al. 2025, dParallel). Of every loop one token
+has to lose against another (a margin, where Welleck et al. 2020 lower the probability of all). The model's
+own objectives on rows of the dataset keep its bound.
 OUTPUT/model is the student after the last finished round; --resume continues from there.
 """
 
@@ -37,11 +38,12 @@ class Settings:
     rounds, steps: rounds of writing, and training steps after each. length: tokens of a row, of which prompts
     take an eighth to a half. prompts, gap_rows: what the model completes, and fills, in a round. memory: how
     many rounds' texts are trained on. rows, loops: of a batch of own text, and of loops to unlearn.
-    threshold, fill_threshold: of the sampler that completes, and of the one that fills. temperature: of a
-    block that replaces a loop. given_share: of the filled gaps that are trained on, how many have the
-    dataset's own text instead. *_weight: of a loss in the sum. eps: least noise of the dataset's rows.
-    bfloat16: compute in it; the weights stay as they are. student_share: of the weights in the end; the rest
-    is the checkpoint's from before, which brings the bound back (WiSE-FT, Wortsman et al. 2022).
+    threshold, fill_threshold: of the sampler that completes, and of the one that fills. temperature, draws:
+    of the blocks of which one replaces a loop. given_share: of the filled gaps that are trained on, how many
+    have the dataset's own text instead. margin: in logits, of another token over one of a loop. *_weight: of
+    a loss in the sum. eps: least noise of the dataset's rows. bfloat16: compute in it; the weights stay as
+    they are. student_share: of the weights in the end; the rest is the checkpoint's from before, which brings
+    the bound back (WiSE-FT, Wortsman et al. 2022).
     """
 
     rounds: int = 8
@@ -55,11 +57,13 @@ class Settings:
     threshold: float = 0.9
     fill_threshold: float = 0.6
     temperature: float = 0.8
+    draws: int = 4
     given_share: float = 0.5
     learning_rate: float = 3e-4
     warmup_steps: int = 20
     certainty_weight: float = 1.0
-    unlikelihood_weight: float = 3.0
+    loops_weight: float = 1.0
+    margin: float = 1.0
     real_weight: float = 6.0
     eps: float = 0.05
     bfloat16: bool = False
@@ -128,7 +132,8 @@ class Teaching:
             written = own_text.complete(
                 writers[self.completing], self._prompts(min(own_text.ROWS_AT_ONCE, count - first), rng),
                 self.ends, end_ids=self.end_ids, block_size=self.block_size, tokens=s.length // 2,
-                threshold=s.threshold, temperature=s.temperature, seed=int(rng.integers(2**31)),
+                threshold=s.threshold, temperature=s.temperature, draws=s.draws,
+                seed=int(rng.integers(2**31)),
             )  # fmt: skip
             texts["completions"] += written.completions
             texts["loops"] += written.loops
@@ -159,7 +164,7 @@ class Teaching:
             f"real_{kind}": lambda rng: self.real_loss(kind),
             "loops": self.loops_loss,
         }
-        weights = {f"real_{kind}": s.real_weight, "loops": s.unlikelihood_weight}
+        weights = {f"real_{kind}": s.real_weight, "loops": s.loops_weight}
         if self.also:
             losses["also"] = self.also
         figures = {}
@@ -219,7 +224,7 @@ class Teaching:
         ).loss
 
     def loops_loss(self, rng) -> Tensor | None:
-        """Return the mean of -log(1 - p) over the tokens of loops, in states of decoding."""
+        """Return the mean over loops of the least `margin_loss` of their tokens, in states of decoding."""
         chosen = self._choose("loops", self.settings.loops, rng)
         ids, labels = self._blank(len(chosen))
         looping = torch.zeros_like(ids, dtype=torch.bool)
@@ -238,7 +243,11 @@ class Teaching:
         else:
             hidden = hidden_states(self.model, noised, kind="full")
         row, column = (looping & masked).nonzero(as_tuple=True)
-        return unlikelihood(self.model, hidden[row, column - int(self.shift)], ids[row, column])
+        losses = margin_loss(
+            self.model, hidden[row, column - int(self.shift)], ids[row, column], self.settings.margin
+        )
+        least = losses.new_full((len(chosen),), torch.inf).scatter_reduce(0, row, losses, "amin")
+        return least[least.isfinite()].mean()
 
     # ---- state -------------------------------------------------------------------------------------------
     def save(self) -> None:
@@ -367,11 +376,16 @@ class Teaching:
             gradient.copy_(part.view_as(gradient))
 
 
-def unlikelihood(model, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Return the mean of -log(1 - p(token)) for hidden states [N, hidden] and int64 tokens [N]."""
+def margin_loss(model, hidden: Tensor, tokens: Tensor, margin: float) -> Tensor:
+    """Return softplus(margin + logit of the token - largest logit of the others), float32 [N].
+
+    hidden: [N, hidden]. tokens: int64 [N]. The loss is small where the token is not the argmax. -log(1 - p)
+    would hardly move a token that wins a flat distribution with p = 0.1.
+    """
     logits = model.get_output_embeddings()(hidden).float()
-    log_p = logits.log_softmax(-1).gather(1, tokens[:, None])
-    return -torch.log1p(-log_p.exp().clamp(max=0.999)).mean()
+    own = logits.gather(1, tokens[:, None])[:, 0]
+    others = logits.scatter(1, tokens[:, None], -torch.inf).amax(1)
+    return torch.nn.functional.softplus(margin + own - others)
 
 
 def adamw(model, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -394,7 +408,7 @@ def main(arguments: list[str] | None = None):
     add_settings(parser)
     options = parser.parse_args(arguments)
     start_processes()
-    model, tokenizer = dk.load(options.model, dtype=torch.float32)
+    model, tokenizer = dk.load(options.model, dtype=torch.float32, fused=True)
     settings = settings_of(options)
     rows = load_pretraining_dataset(
         options.dataset, tokenizer, max_length=settings.length, text_field=options.text_field, packing=False,

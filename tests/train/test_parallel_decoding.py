@@ -1,6 +1,7 @@
 """The recipe for parallel decoding: loops, states of decoding, and micro runs of the whole."""
 
 import json
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,7 @@ import dllm_kernels as dk
 from dllm_train.noise import Noise
 from dllm_train.objectives import mdlm_loss
 from dllm_train.recipes import own_text, parallel_decoding
-from dllm_train.recipes.parallel_decoding import Settings, Teaching, unlikelihood
+from dllm_train.recipes.parallel_decoding import Settings, Teaching, margin_loss
 from dllm_train.recipes.tiny_python.tokenizer import train_tokenizer
 
 BLOCK = 8
@@ -157,12 +158,14 @@ def test_states_of_decoding_mask_a_block_or_its_end():
     assert not masked[:, :BLOCK].any()
 
 
-def test_unlikelihood_is_written_out():
+def test_the_margin_loss_is_written_out():
     model = torch.nn.Linear(4, 9)
     model.get_output_embeddings = lambda: model
     hidden, tokens = torch.randn(6, 4), torch.randint(0, 9, (6,))
-    p = model(hidden).softmax(-1)[torch.arange(6), tokens]
-    torch.testing.assert_close(unlikelihood(model, hidden, tokens), -(1 - p).log().mean())
+    losses = margin_loss(model, hidden, tokens, 0.5)
+    for loss, logits, token in zip(losses, model(hidden).tolist(), tokens.tolist(), strict=True):
+        best = max(logit for other, logit in enumerate(logits) if other != token)
+        assert float(loss) == pytest.approx(math.log1p(math.exp(0.5 + logits[token] - best)), rel=1e-5)
 
 
 # ---- runs -----------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None):
     options = parser.parse_args(arguments)
     start_processes()
     settings = settings_of(options)
-    model, tokenizer = dk.load(options.model, dtype=torch.float32)
+    model, tokenizer = dk.load(options.model, dtype=torch.float32, fused=True)
     before = json.loads((checkpoint_folder(options.model) / "evaluation.json").read_text())["training"]
     documents, _ = data.split(data.collect_sources(options.sources))
     encoded = data.encode_documents(documents, tokenizer)
