@@ -6,7 +6,9 @@ import torch
 from dllm_train.recipes.tiny_python.data import Document
 from dllm_train.recipes.tiny_python.evaluate import Bench, held_out_repeated_lines, measured, repeated_lines
 from dllm_train.recipes.tiny_python.export import export
-from dllm_train.recipes.tiny_python.train import BLOCK_SIZE, Settings, build_model, prepare_tokenizer
+from dllm_train.recipes.tiny_python.model import build_model
+from dllm_train.recipes.tiny_python.run import prepare_tokenizer
+from dllm_train.recipes.tiny_python.settings import BLOCK_SIZE, Settings
 
 
 @pytest.mark.parametrize(

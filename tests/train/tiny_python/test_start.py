@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from dllm_kernels.models.checkpoint import checkpoint_folder
-from dllm_train.recipes.tiny_python.train import Settings, build_model, prepare_tokenizer, start_from
+from dllm_train.recipes.tiny_python.model import build_model, start_from
+from dllm_train.recipes.tiny_python.run import prepare_tokenizer
+from dllm_train.recipes.tiny_python.settings import Settings
 
 FOLDER = str(checkpoint_folder("tiny-python"))
 LAYERS = json.loads((checkpoint_folder("tiny-python") / "config.json").read_text())["num_hidden_layers"]

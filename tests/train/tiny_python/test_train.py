@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from dllm_train.recipes.tiny_python import train as recipe
+from dllm_train.recipes.tiny_python.export import export
+from dllm_train.recipes.tiny_python.labels import bd3lm_labels, mdlm_labels
+from dllm_train.recipes.tiny_python.model import build_model
 from dllm_train.recipes.tiny_python.muon import newton_schulz, orthogonalised
-from dllm_train.recipes.tiny_python.train import (
-    Settings,
-    bd3lm_labels,
-    learning_rate_factor,
-    mdlm_labels,
-    train,
-)
+from dllm_train.recipes.tiny_python.run import Run, learning_rate_factor, part_of_batch, prepare_tokenizer
+from dllm_train.recipes.tiny_python.settings import BLOCK_SIZE, Settings
+from dllm_train.recipes.tiny_python.train import train
 
 MICRO = Settings(
     minutes=None,
@@ -53,11 +52,11 @@ def uninterrupted(settings, tmp_path_factory):
 
 def test_a_run_begins_with_an_exported_checkpoint(settings, uninterrupted, tmp_path):
     out, exported = tmp_path / "out", tmp_path / "exported"
-    tokenizer = recipe.prepare_tokenizer(settings, out)
-    model = recipe.build_model(settings, tokenizer)
+    tokenizer = prepare_tokenizer(settings, out)
+    model = build_model(settings, tokenizer)
     model.load_state_dict(uninterrupted)
-    recipe.export(model, tokenizer, exported, recipe.BLOCK_SIZE)
-    again = recipe.Run(replace(settings, init=str(exported)), tmp_path / "again", "cpu")
+    export(model, tokenizer, exported, BLOCK_SIZE)
+    again = Run(replace(settings, init=str(exported)), tmp_path / "again", "cpu")
     assert again.tokenizer.get_vocab() == tokenizer.get_vocab()
     for name, weight in again.model.state_dict().items():
         assert torch.equal(weight, uninterrupted[name].half().float())
@@ -81,7 +80,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings, uninterrupted, tmp_
 
 
 def test_parts_of_a_batch_cover_it_once():
-    parts = [recipe.part_of_batch(8, rank, 4) for rank in range(4)]
+    parts = [part_of_batch(8, rank, 4) for rank in range(4)]
     assert [row for part in parts for row in range(8)[part]] == list(range(8))
 
 
