@@ -10,6 +10,7 @@ __version__ = "0.2.0"
 _MODULE_OF = {
     "SpanMask": "span_mask",
     "block_attention": "ops.attention",
+    "cached_attention_plan": "ops.attention",
     "cached_block_attention": "ops.attention",
     "kv_write_": "ops.kv_write",
     "advance_": "ops.advance",

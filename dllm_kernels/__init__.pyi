@@ -8,6 +8,7 @@ from dllm_kernels.models.fused_layers import fuse_layers as fuse_layers
 from dllm_kernels.ops.advance import BlockRows as BlockRows
 from dllm_kernels.ops.advance import advance_ as advance_
 from dllm_kernels.ops.attention import block_attention as block_attention
+from dllm_kernels.ops.attention import cached_attention_plan as cached_attention_plan
 from dllm_kernels.ops.attention import cached_block_attention as cached_block_attention
 from dllm_kernels.ops.cross_entropy import diffusion_cross_entropy as diffusion_cross_entropy
 from dllm_kernels.ops.kv_write import kv_write_ as kv_write_

@@ -182,6 +182,11 @@ __global__ void trap(float*) {
   if (threadIdx.x == 5) __trap();
 }
 
+// The order of the CTAs: out[0] counts them from 1 on.
+__global__ void ctas_come_and_go(float* out) {
+  if (threadIdx.x == 0) out[static_cast<int>(atomicAdd(out, 1.0f))] = blockIdx.x;
+}
+
 // ---- limits of launches. Each `Asking` has kernels of its own, as a limit once raised stays.
 enum class Asking { never, for_this_launch, as_our_launches_do };
 
@@ -241,7 +246,8 @@ cudaError_t launch_asking(const std::string& kernel_name, dim3 grid, int threads
 }  // namespace
 }  // namespace dllm::cuda
 
-// Launches the kernel of this name on 64 threads with 256 bytes of dynamic shared memory; `out` [64]. Returns
+// Launches the kernel of this name on a CTA (or a few) of 64 threads with 256 bytes of dynamic shared memory;
+// `out` [64]. Returns
 // what was diagnosed, else an empty text.
 extern "C" __attribute__((visibility("default"))) const char* diagnose(const char* name, float* out) {
   using namespace dllm::cuda;
@@ -276,6 +282,7 @@ extern "C" __attribute__((visibility("default"))) const char* diagnose(const cha
       KERNEL(before_a_tensor),
       KERNEL(beyond_an_array),
       KERNEL(trap),
+      KERNEL(ctas_come_and_go),
       KERNEL(overlapping_without_wait),
       KERNEL(overlapping_copy_before_wait),
       KERNEL(overlapping_copy_after_wait),
@@ -288,7 +295,8 @@ extern "C" __attribute__((visibility("default"))) const char* diagnose(const cha
     try {
       const auto launch =
           known.starts_with("overlapping") ? launch_overlapping<float*> : launch_kernel<float*>;
-      diagnosis = cudaGetErrorString(launch(kernel, 1, kThreads, 4 * kThreads, nullptr, out));
+      const int ctas = known.starts_with("ctas") ? 8 : 1;
+      diagnosis = cudaGetErrorString(launch(kernel, ctas, kThreads, 4 * kThreads, nullptr, out));
       if (diagnosis == "cudaSuccess") diagnosis.clear();
     } catch (const std::exception& error) {
       diagnosis = error.what();

@@ -1,4 +1,5 @@
-// cached_block_attention and kv_write_: schemas and CPU implementations, which check what index tensors hold.
+// cached_block_attention, its plan, and kv_write_: schemas and CPU implementations, which check what index
+// tensors hold.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -20,9 +21,11 @@ std::tuple<Tensor, Tensor> cached_block_attention_cpu(const Tensor& q, const Ten
                                                       const Tensor& cache_k, const Tensor& cache_v,
                                                       const Tensor& page_table, const Tensor& cache_spans,
                                                       const std::optional<Tensor>& fresh_spans,
-                                                      const std::optional<Tensor>& q_lengths, double scale) {
+                                                      const std::optional<Tensor>& q_lengths, double scale,
+                                                      const std::optional<Tensor>& plan) {
   const char* op = "cached_block_attention";
   check_cached_attention(op, q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths);
+  if (plan) check_plan(op, *plan, q, 0);
   const CachedAttentionTensors tensors(op, q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans,
                                        q_lengths, scale);
   cpu::CachedAttentionItems p{tensors.params(), nullptr};
@@ -43,6 +46,13 @@ std::tuple<Tensor, Tensor> cached_block_attention_cpu(const Tensor& q, const Ten
   return {tensors.attention.out, tensors.attention.lse};
 }
 
+Tensor cached_attention_plan_cpu(const Tensor& q, const Tensor& k, const Tensor& cache_k,
+                                 const Tensor& page_table, const Tensor& cache_spans,
+                                 const std::optional<Tensor>& q_lengths) {
+  const CachedPlanTensors checked("cached_attention_plan", q, k, cache_k, page_table, cache_spans, q_lengths);
+  return torch::stable::new_empty(q, {0}, ScalarType::Int);
+}
+
 void kv_write_cpu(Tensor cache_k, Tensor cache_v, const Tensor& k, const Tensor& v, const Tensor& page_table,
                   const Tensor& positions) {
   const char* op = "kv_write_";
@@ -59,7 +69,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dllm_kernels, m) {
   m.def(
       "cached_block_attention(Tensor q, Tensor k, Tensor v, Tensor cache_k, Tensor cache_v, Tensor "
       "page_table, "
-      "Tensor cache_spans, Tensor? fresh_spans, Tensor? q_lengths, float scale) -> (Tensor out, Tensor lse)");
+      "Tensor cache_spans, Tensor? fresh_spans, Tensor? q_lengths, float scale, Tensor? plan=None) -> "
+      "(Tensor "
+      "out, Tensor lse)");
+  m.def(
+      "cached_attention_plan(Tensor q, Tensor k, Tensor cache_k, Tensor page_table, Tensor cache_spans, "
+      "Tensor? q_lengths) -> Tensor");
   m.def(
       "kv_write_(Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor k, Tensor v, Tensor page_table, "
       "Tensor positions) -> ()");
@@ -67,5 +82,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dllm_kernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(dllm_kernels, CPU, m) {
   m.impl("cached_block_attention", TORCH_BOX(&dllm::cached_block_attention_cpu));
+  m.impl("cached_attention_plan", TORCH_BOX(&dllm::cached_attention_plan_cpu));
   m.impl("kv_write_", TORCH_BOX(&dllm::kv_write_cpu));
 }

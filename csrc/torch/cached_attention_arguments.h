@@ -54,6 +54,39 @@ inline void check_cached_attention(const char* op, const Tensor& q, const Tensor
   if (q_lengths) check_lengths(op, "q_lengths", *q_lengths, q);
 }
 
+// plan: of cached_attention_plan, `size` values. On a CPU there is nothing to plan.
+inline void check_plan(const char* op, const Tensor& plan, const Tensor& q, int64_t size) {
+  check_dims(op, "plan", plan, 1, "[values]");
+  check_dtype(op, "plan", plan, {ScalarType::Int});
+  check_same_device(op, "plan", plan, "q", q);
+  check(plan.size(0) == size, op, ": plan must be what cached_attention_plan returns for these tensors, ",
+        size, " values, got ", plan.size(0));
+}
+
+// The arguments of cached_attention_plan as kernels read them. Of q, k and cache_k only the sizes matter.
+struct CachedPlanTensors {
+  Tensor cache_spans;
+  std::optional<Tensor> q_lengths;
+  CachedAttentionParams params;
+
+  CachedPlanTensors(const char* op, const Tensor& q, const Tensor& k, const Tensor& cache_k,
+                    const Tensor& page_table, const Tensor& cache_spans,
+                    const std::optional<Tensor>& q_lengths)
+      : cache_spans(torch::stable::contiguous(cache_spans)) {
+    check_cached_attention(op, q, k, k, cache_k, cache_k, page_table, cache_spans, std::nullopt, q_lengths);
+    if (q_lengths) this->q_lengths = torch::stable::contiguous(*q_lengths);
+    params = {};
+    params.batch = static_cast<int32_t>(q.size(0)), params.q_len = static_cast<int32_t>(q.size(2));
+    params.q_heads = static_cast<int32_t>(q.size(1)), params.kv_heads = static_cast<int32_t>(k.size(1));
+    params.head_dim = static_cast<int32_t>(q.size(3));
+    params.pages = static_cast<int32_t>(cache_k.size(0));
+    params.page_size = static_cast<int32_t>(cache_k.size(1));
+    params.table_length = static_cast<int32_t>(page_table.size(1));
+    params.cache_spans = span_table(this->cache_spans);
+    params.q_lengths = q_lengths ? this->q_lengths->const_data_ptr<int32_t>() : nullptr;
+  }
+};
+
 // The arguments of cached_block_attention as kernels read them, and its outputs.
 struct CachedAttentionTensors {
   AttentionTensors attention;

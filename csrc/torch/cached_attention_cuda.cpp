@@ -1,5 +1,6 @@
-// cached_block_attention and kv_write_ on CUDA tensors: allocation and launches on the current stream. What
-// index tensors hold stays on the device; the kernels cut spans, lengths and pages to what there is.
+// cached_block_attention, its plan, and kv_write_ on CUDA tensors: allocation and launches on the current
+// stream. What index tensors hold stays on the device; the kernels cut spans, lengths and pages to what there
+// is.
 #include <tuple>
 
 #include "cuda/cached_attention/launch.h"
@@ -20,11 +21,28 @@ void check_aligned(const char* op, const char* name, const Tensor& cache) {
   check(aligned, op, ": ", name, " must start every row of a head at a multiple of 16 bytes on CUDA");
 }
 
+// An empty plan with room for all values of one.
+Tensor new_plan(const Tensor& like, const CachedAttentionParams& p) {
+  return torch::stable::new_empty(like, {cuda::plan_size(p)}, ScalarType::Int);
+}
+
+Tensor cached_attention_plan_cuda(const Tensor& q, const Tensor& k, const Tensor& cache_k,
+                                  const Tensor& page_table, const Tensor& cache_spans,
+                                  const std::optional<Tensor>& q_lengths) {
+  const char* op = "cached_attention_plan";
+  const CachedPlanTensors tensors(op, q, k, cache_k, page_table, cache_spans, q_lengths);
+  const OnDeviceOf device(q);
+  Tensor plan = new_plan(q, tensors.params);
+  check_launch(op, cuda::launch_plan(tensors.params, plan.mutable_data_ptr<int32_t>(), device.stream()));
+  return plan;
+}
+
 std::tuple<Tensor, Tensor> cached_block_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                                                        const Tensor& cache_k, const Tensor& cache_v,
                                                        const Tensor& page_table, const Tensor& cache_spans,
                                                        const std::optional<Tensor>& fresh_spans,
-                                                       const std::optional<Tensor>& q_lengths, double scale) {
+                                                       const std::optional<Tensor>& q_lengths, double scale,
+                                                       const std::optional<Tensor>& given_plan) {
   const char* op = "cached_block_attention";
   check_cached_attention(op, q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths);
   check_aligned(op, "cache_k", cache_k);
@@ -43,6 +61,12 @@ std::tuple<Tensor, Tensor> cached_block_attention_cuda(const Tensor& q, const Te
     copy.fresh_spans.data = host.of(tensors.fresh_spans);
     copy.q_lengths = host.of(tensors.q_lengths);
     check_contents(op, copy);
+  }
+  if (given_plan) check_plan(op, *given_plan, q, cuda::plan_size(p.attention));
+  Tensor plan = given_plan ? torch::stable::contiguous(*given_plan) : new_plan(q, p.attention);
+  p.plan = cuda::plan_at(plan.mutable_data_ptr<int32_t>(), p.attention);
+  if (!given_plan) {
+    check_launch(op, cuda::launch_plan(p.attention, plan.mutable_data_ptr<int32_t>(), device.stream()));
   }
   cuda::plan_splits(p);
   const int64_t rows = q.size(0) * p.partial_rows;
@@ -75,5 +99,6 @@ void kv_write_cuda(Tensor cache_k, Tensor cache_v, const Tensor& k, const Tensor
 
 DLLM_CUDA_OPERATORS(m) {
   m.impl("cached_block_attention", TORCH_BOX(&dllm::cached_block_attention_cuda));
+  m.impl("cached_attention_plan", TORCH_BOX(&dllm::cached_attention_plan_cuda));
   m.impl("kv_write_", TORCH_BOX(&dllm::kv_write_cuda));
 }

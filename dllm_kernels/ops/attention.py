@@ -87,6 +87,7 @@ def cached_block_attention(
     q_lengths: Tensor | None = None,
     scale: float | None = None,
     return_lse: Literal[False] = False,
+    plan: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def cached_block_attention(
@@ -102,6 +103,7 @@ def cached_block_attention(
     q_lengths: Tensor | None = None,
     scale: float | None = None,
     return_lse: Literal[True],
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def cached_block_attention(
     q: Tensor,
@@ -116,6 +118,7 @@ def cached_block_attention(
     q_lengths: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    plan: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from a step's queries to spans of a paged cache and to the step's own, fresh keys.
 
@@ -130,11 +133,31 @@ def cached_block_attention(
     check_tensors(
         q=q, k=k, v=v, cache_k=cache_k, cache_v=cache_v, page_table=page_table, cache_spans=cache_spans
     )
-    check_optional_tensors(fresh_spans=fresh_spans, q_lengths=q_lengths)
+    check_optional_tensors(fresh_spans=fresh_spans, q_lengths=q_lengths, plan=plan)
     out, lse = _ops.cached_block_attention(
-        q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths, _scale(q, scale)
+        q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths, _scale(q, scale), plan
     )
     return (out, lse) if return_lse else out
+
+
+def cached_attention_plan(
+    q: Tensor,
+    k: Tensor,
+    cache_k: Tensor,
+    page_table: Tensor,
+    cache_spans: Tensor,
+    q_lengths: Tensor | None = None,
+) -> Tensor:
+    """Return how `cached_block_attention` splits the keys of every sequence, for the layers of one forward.
+
+    The arguments are those of the calls to come: of q, k and cache_k the sizes matter, of the others what
+    they hold. The plan, int32, is for calls one after the other on one stream: a call works in it, and leaves
+    it as it was. A call with the plan of other arguments gives other results. Nothing is planned on a CPU,
+    where the plan is empty.
+    """
+    check_tensors(q=q, k=k, cache_k=cache_k, page_table=page_table, cache_spans=cache_spans)
+    check_optional_tensors(q_lengths=q_lengths)
+    return _ops.cached_attention_plan(q, k, cache_k, page_table, cache_spans, q_lengths)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -159,8 +182,16 @@ def _(q, k, v, spans, scale):
 
 
 @register_fake("cached_block_attention")
-def _(q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths, scale):
+def _(q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths, scale, plan=None):
     return _empty_output(q)
+
+
+@register_fake("cached_attention_plan")
+def _(q, k, cache_k, page_table, cache_spans, q_lengths):
+    batch, q_heads, q_len, _ = q.shape
+    kv_heads = k.shape[1]
+    counters = kv_heads * ((q_len * (q_heads // max(kv_heads, 1)) + 3) // 4)  # of rows, four to a counter
+    return q.new_empty(batch * (4 + counters) if q.is_cuda else 0, dtype=torch.int32)
 
 
 @register_fake("block_attention_backward")
@@ -193,6 +224,7 @@ register_no_derivative(
 register_no_derivative(
     "cached_block_attention", "call it under torch.no_grad(), or train with block_attention"
 )
+register_no_derivative("cached_attention_plan", "a plan holds integers")
 
 
 # ---- autocast: float32 and half-precision q, k, v are mixed there ------------------------------------
@@ -205,5 +237,10 @@ def _cast_to_cache(q, k, v, cache_k, *rest):
     return *(cast(t, cache_k.dtype) for t in (q, k, v)), cache_k, *rest
 
 
+def _cast_planned(q, k, cache_k, *rest):
+    return cast(q, cache_k.dtype), cast(k, cache_k.dtype), cache_k, *rest
+
+
 register_autocast(_ops.block_attention.default, _cast_qkv)
+register_autocast(_ops.cached_attention_plan.default, _cast_planned)
 register_autocast(_ops.cached_block_attention.default, _cast_to_cache)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dllm_kernels.kv_cache import BlockKVCache
 from dllm_kernels.models.attention import within_window
-from dllm_kernels.ops.attention import block_attention, cached_block_attention
+from dllm_kernels.ops.attention import block_attention, cached_attention_plan, cached_block_attention
 from dllm_kernels.ops.kv_write import kv_write_
 from dllm_kernels.span_mask import SpanMask, trusted_mask
 
@@ -145,6 +145,20 @@ class StepView:
         return torch.stack([begin, stop], dim=-1)[None, :, None].int()
 
 
+class Plans:
+    """Plans of cached attention, which layers with the same spans and heads share."""
+
+    def __init__(self):
+        self._made: dict[tuple, Tensor] = {}
+
+    def of(self, window: int | None, query: Tensor, key: Tensor, *rest: Tensor | None) -> Tensor:
+        """Return the plan of a layer; rest: the last arguments of `cached_attention_plan`."""
+        kind = window, query.shape, key.shape
+        if kind not in self._made:
+            self._made[kind] = cached_attention_plan(query, key, *rest)
+        return self._made[kind]
+
+
 @dataclass(eq=False)
 class Pages:
     """The cached side of a view: where the rows' pages are, what is seen of them, what is written.
@@ -172,6 +186,7 @@ class Pages:
         self.unpack = (self.packing.offset[:, None] + self.column).masked_fill(~self.real, 0)
         self.lengths = None if self.even else length.int()
         self._spans: dict[int | None, tuple[Tensor, Tensor | None]] = {}
+        self._plans = Plans()
 
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
         """Cached keys and values of a layer."""
@@ -184,9 +199,11 @@ class Pages:
             fresh = None if all_fresh else self._fresh_spans(mask(window))
             self._spans[window] = self._cache_spans(window), fresh
         cache_spans, fresh_spans = self._spans[window]
+        query, key, value, pages = self.rows(query), self.rows(key), self.rows(value), self.of(layer)
+        plan = self._plans.of(window, query, key, pages[0], self.table, cache_spans, self.lengths)
         output = cached_block_attention(
-            self.rows(query), self.rows(key), self.rows(value), *self.of(layer), self.table, cache_spans,
-            fresh_spans=fresh_spans, q_lengths=self.lengths, scale=scale,
+            query, key, value, *pages, self.table, cache_spans, fresh_spans=fresh_spans,
+            q_lengths=self.lengths, scale=scale, plan=plan,
         )  # fmt: skip
         return output if self.alone else self.packed(output)
 
@@ -317,6 +334,7 @@ class DeviceView:
     cache: BlockKVCache
     layers: set[int] = field(default_factory=set)
     _seen: dict[int | None, tuple] = field(default_factory=dict)
+    _plans: Plans = field(default_factory=Plans)
 
     @property
     def cached(self) -> bool:
@@ -351,9 +369,10 @@ class DeviceView:
             output = block_attention(query, key, value, self._seen[window], scale=scale)
         else:
             cache_spans, fresh_spans = self._seen[window]
+            plan = self._plans.of(window, query, key, pages[0], self.table, cache_spans, self.lengths)
             output = cached_block_attention(
                 query, key, value, *pages, self.table, cache_spans, fresh_spans=fresh_spans,
-                q_lengths=self.lengths, scale=scale,
+                q_lengths=self.lengths, scale=scale, plan=plan,
             )  # fmt: skip
         if self.write_positions is not None:
             kv_write_(*pages, key, value, self.table, self.write_positions)

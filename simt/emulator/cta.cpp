@@ -1,7 +1,6 @@
 #include "cta.h"
 #include "clocks.h"
 
-#include <algorithm>
 #include <map>
 #include <stdexcept>
 
@@ -20,11 +19,6 @@ uint64_t switches = 0;
 uint3 thread_index() { return cta.index[cta.current]; }
 uint3 block_index() { return cta.block; }
 int lane_index() { return cta.current % kLanes; }
-
-void Order::arrange(std::vector<int>& threads) {
-  if (seed == 1) std::reverse(threads.begin(), threads.end());
-  if (seed > 1) std::shuffle(threads.begin(), threads.end(), random);
-}
 
 // ---- life of a CTA -----------------------------------------------------------------------------
 void Cta::start(const void* the_kernel, dim3 grid, dim3 block_dim, bool may_overlap,

@@ -2,6 +2,7 @@
 // until it waits, exits or fails.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <functional>
 #include <random>
@@ -15,11 +16,17 @@ namespace simt {
 
 constexpr int kLanes = 32, kBarriers = 16, kMaxThreads = kMaxFibers, kMaxWarps = kMaxThreads / kLanes;
 
-// Order in which threads that could run do: 0 forward, 1 backward, else shuffled with this seed.
+// Order of the CTAs of a launch, and of threads that could run: 0 forward, 1 backward, else shuffled with
+// this seed.
 struct Order {
   unsigned seed = 0;
   std::minstd_rand random;
-  void arrange(std::vector<int>& threads);
+
+  template <class Index>
+  void arrange(std::vector<Index>& all) {
+    if (seed == 1) std::reverse(all.begin(), all.end());
+    if (seed > 1) std::shuffle(all.begin(), all.end(), random);
+  }
 };
 
 struct Thread {

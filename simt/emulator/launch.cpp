@@ -4,6 +4,8 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <numeric>
+#include <vector>
 
 #include "cta.h"
 #include "guarded_memory.h"
@@ -65,9 +67,10 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   const FaultsReported faults;
   cta.start(kernel, grid, block, overlapping, thread);
   reserve_shared_memory(config.dynamicSmemBytes, static_cast<int>(threads));
-  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  for (uint64_t i = 0; i < blocks; i++) {
-    const uint64_t b = cta.order.seed == 1 ? blocks - 1 - i : i;
+  std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
+  std::iota(blocks.begin(), blocks.end(), 0);
+  cta.order.arrange(blocks);
+  for (const uint64_t b : blocks) {
     cta.run({static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
              static_cast<unsigned>(b / grid.x / grid.y)});
   }

@@ -104,6 +104,12 @@ def test_a_right_kernel_for_hopper_is_not(kernel, order):
     assert diagnose(kernel, order, "_sm90", 64 * 64)[0] == ""
 
 
+def test_ctas_run_forward_backward_and_shuffled():
+    orders = [diagnose("ctas_come_and_go", order)[1][1:9].tolist() for order in ORDERS]
+    assert orders[0] == [*range(8)] and orders[1] == [*range(8)][::-1]
+    assert all(sorted(order) == orders[0] for order in orders) and orders[2] not in (orders[0], orders[3])
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_sums_of_products_are_there_after_the_wait_and_not_before(order):
     text, out = diagnose("sums_before_and_after_the_wait", order, "_sm90", 64 * 64)

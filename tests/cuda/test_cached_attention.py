@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from dllm_kernels import cached_block_attention
+from dllm_kernels import cached_attention_plan, cached_block_attention
 from dllm_kernels.ops import reference
+from simt import placement
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
@@ -229,6 +230,74 @@ def test_repeats_have_the_same_bits(gpu, cached, repeats):
     assert all(torch.equal(gpu(cached_block_attention, *call, spans), first) for _ in range(repeats))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 200])
+@pytest.mark.parametrize("group, length", [(1, 5), (3, 40)])
+def test_the_cta_that_merges_splits_changes_no_bit(gpu, group, length, dim, dtype):
+    """It is the one that finishes last, which on the emulator follows from the order of CTAs."""
+    call = random_call(3, 2, group, length, dim=dim, pages=20, dtype=dtype)
+    lengths = torch.tensor([length, 0, max(length - 36, 1)], dtype=torch.int32)
+    places = [placement.OnEmulator(order) for order in range(5)] if gpu.emulated else [gpu] * 20
+    spans = random_spans(3, 1, 640, 2)
+    spans[0] = torch.tensor([[0, 300], [311, 640]])
+    first, *others = (
+        place(cached_block_attention, *call, spans, q_lengths=lengths, return_lse=True) for place in places
+    )
+    for out, lse in others:
+        assert torch.equal(out, first[0]) and torch.equal(lse, first[1])
+    rounded, _ = reference.cached_block_attention(*call, spans, None, lengths, dim**-0.5)
+    torch.testing.assert_close(first[0], rounded, rtol=2 * FLOOR[dtype], atol=2 * FLOOR[dtype])
+
+
+# ---- plans
+def planned_call(length=9, dtype=torch.bfloat16, seed=0):
+    """A call of three rows, one of them empty, and the arguments of its plan."""
+    call = random_call(3, 2, 2, length, dim=64, pages=20, dtype=dtype, seed=seed)
+    q, k, _, cache_k, _, table = call
+    options = dict(q_lengths=torch.tensor([length, 0, length // 2], dtype=torch.int32))
+    spans = spans_of([[[0, 300], [311, 640]]], [[[0, 9], [9, 9]]], [[[63, 95], [200, 490]]])
+    return (*call, spans), options, (q, k, cache_k, table, spans, options["q_lengths"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_plan_serves_call_after_call(gpu, dtype):
+    call, options, sizes = planned_call(dtype=dtype)
+    expected = gpu(cached_block_attention, *call, **options)
+    plan = gpu(cached_attention_plan, *sizes)
+    before = plan.clone()
+    for _ in range(3):
+        assert torch.equal(gpu(cached_block_attention, *call, **options, plan=plan), expected)
+        assert torch.equal(plan, before)
+
+
+def test_a_plan_holds_live_queries_and_the_tiles_that_they_see(gpu):
+    """Tiles of 32 keys: from the first to the last cached key, whatever lies between; then counters."""
+    *_, sizes = planned_call()
+    plan = gpu(cached_attention_plan, *sizes)
+    assert plan[:12].view(3, 4)[:, :3].tolist() == [[9, 0, 20], [0, 0, 0], [4, 32, 15]]
+    assert (plan[12:] == 0).all() and len(plan) > 12
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_with_any_plan_a_call_stays_within_its_tensors(gpu, seed):
+    """A wrong one gives wrong results. On the emulator a kernel that leaves its tensors fails."""
+    call, options, sizes = planned_call(seed=seed)
+    draw = torch.Generator().manual_seed(seed)
+    size = gpu(cached_attention_plan, *sizes).shape
+    plan = torch.randint(-(2**31), 2**31 - 1, size, generator=draw, dtype=torch.int64).int()
+    if seed % 2:
+        plan = torch.randint(-9, 700, size, generator=draw).int()
+    out = gpu(cached_block_attention, *call, **(options if seed % 3 else {}), plan=plan)
+    assert out.shape == call[0].shape
+
+
+def test_a_plan_of_other_sizes_is_refused(gpu):
+    call, options, sizes = planned_call()
+    plan = gpu(cached_attention_plan, *sizes)
+    with pytest.raises(ValueError, match="plan must be what cached_attention_plan returns for these tensors"):
+        gpu(cached_block_attention, *call, **options, plan=plan[1:])
+
+
 @pytest.mark.parametrize(
     "kv_heads, group, length",
     [
@@ -250,15 +319,25 @@ def on_gpu(*tensors):
 def test_graph_replay_follows_lengths_spans_and_pages():
     call, spans = on_gpu(*random_call(2, 2, 2, 8, pages=20)), spans_of([[[0, 600]]], [[[0, 5]]]).cuda()
     lengths = torch.tensor([8, 3], dtype=torch.int32).cuda()
-    cached_block_attention(*call, spans, q_lengths=lengths)
+
+    def layers():
+        """Two that share a plan, and one with its own."""
+        q, k, _, cache_k, _, table = call
+        plan = cached_attention_plan(q, k, cache_k, table, spans, lengths)
+        shared = [cached_block_attention(*call, spans, q_lengths=lengths, plan=plan) for _ in range(2)]
+        return *shared, cached_block_attention(*call, spans, q_lengths=lengths)
+
+    layers()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = cached_block_attention(*call, spans, q_lengths=lengths)
+        outs = layers()
     spans.copy_(spans_of([[[0, 33]]], [[[10, 640]]]))
     lengths.copy_(torch.tensor([1, 8]))
     call[5].copy_(call[5].flip(0))
-    graph.replay()
-    assert torch.equal(out, cached_block_attention(*call, spans, q_lengths=lengths))
+    expected = cached_block_attention(*call, spans, q_lengths=lengths)
+    for _ in range(3):
+        graph.replay()
+        assert all(torch.equal(out, expected) for out in outs)
 
 
 def test_runs_on_the_current_stream():
@@ -278,6 +357,9 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.dllm_kernels.cached_block_attention.default, (*call, spans, None, None, 0.5)
     )
+    q, k, _, cache_k, _, table = call
+    sizes = q, k, cache_k, table, spans, None
+    torch.library.opcheck(torch.ops.dllm_kernels.cached_attention_plan.default, sizes)
 
 
 def test_tensors_on_two_devices_are_refused():

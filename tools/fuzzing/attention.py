@@ -88,6 +88,15 @@ def check_cached_block_attention(draw: Draw, call: dict, result) -> None:
     close("lse", result[1], lse, TOLERANCE[call["q"].dtype])
 
 
+def cached_attention_plan(draw: Draw) -> dict:
+    call = cached_block_attention(draw)
+    return {name: call[name] for name in ("q", "k", "cache_k", "page_table", "cache_spans", "q_lengths")}
+
+
+def check_cached_attention_plan(draw: Draw, call: dict, result) -> None:
+    assert result.dtype == torch.int32 and result.numel() == 0
+
+
 def kv_write_(draw: Draw) -> dict:
     length = draw.integer(0, 12)
     heads = _heads(draw, 1, length)
@@ -108,5 +117,6 @@ CALLS = {
     "block_attention": (block_attention, check_block_attention),
     "block_attention_backward": (block_attention_backward, check_block_attention_backward),
     "cached_block_attention": (cached_block_attention, check_cached_block_attention),
+    "cached_attention_plan": (cached_attention_plan, check_cached_attention_plan),
     "kv_write_": (kv_write_, check_kv_write_),
 }

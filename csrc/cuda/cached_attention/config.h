@@ -106,6 +106,10 @@ static_assert(partial_rows(128, 16, 32, 32) == 16 * 32 * 32 &&
 
 // Of the kernels without tensor cores: a warp for each row.
 constexpr int kCachedFp32Rows = 4;
-constexpr int kMergeRows = 4;
+
+// Counters of the CTAs that have finished, for one kv head: as many as the smallest CTAs need for these rows.
+constexpr DLLM_HOST_DEVICE int64_t counters_of_head(int64_t rows) {
+  return (rows + kCachedFp32Rows - 1) / kCachedFp32Rows;
+}
 
 }  // namespace dllm::cuda

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/softmax_state.h"
-#include "cuda/cached_attention/sequence_keys.cuh"
+#include "cuda/cached_attention/merge.cuh"
 #include "cuda/launch_kernel.h"
 #include "cuda/ptx.cuh"
 #include "cuda/tiles/float4.cuh"
@@ -17,20 +17,19 @@ __global__ void __launch_bounds__(32 * kCachedFp32Rows, 4)
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
   const CachedAttentionParams& p = split_params.attention;
-  __shared__ SpanBounds bounds[kCachedFp32Rows][kMaxSpanBounds];
 
   // ---- which row and keys
   const int group = p.q_heads / p.kv_heads,
             row_tiles = (p.q_len * group + kCachedFp32Rows - 1) / kCachedFp32Rows;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int row = static_cast<int>(blockIdx.x % row_tiles) * kCachedFp32Rows + warp;
+  const int first = static_cast<int>(blockIdx.x % row_tiles) * kCachedFp32Rows, row = first + warp;
   const int kv_head = blockIdx.x / row_tiles % p.kv_heads;
   const int split = blockIdx.x / row_tiles / p.kv_heads % split_params.max_splits;
   const int64_t batch = blockIdx.x / row_tiles / p.kv_heads / split_params.max_splits;
-  const SequenceKeys keys = sequence_keys(p, batch, bounds[warp]);
+  const SequenceKeys keys = planned_keys(split_params, batch);
   const GroupRows rows(p, batch, kv_head);
   const int live = keys.live * group;
-  if (split >= keys.splits || row >= p.q_len * group || (row >= live && split > 0)) return;
+  if (split >= keys.splits || (first >= live && split > 0)) return;
   const float* q = rows.at<float>(p.q, p.q_layout, row);
 
   // ---- past the key tiles of this split
@@ -78,21 +77,27 @@ __global__ void __launch_bounds__(32 * kCachedFp32Rows, 4)
   }
 
   // ---- epilogue: the result, or this split's part of it
-  float* to = rows.at<float>(p.out, p.out_layout, row);
-  float factor = state.inverse_sum();
-  if (row < live && keys.splits > 1) {
+  const auto store = [&](float* to, float factor) {
+#pragma unroll
+    for (int c = 0; c < kLaneGroups; c++) {
+      const int d = (c * 32 + lane) * 4;
+      if (d < p.head_dim) store4(to + d, scaled(out[c], factor));
+    }
+  };
+  const bool is_split = keys.splits > 1 && first < live;
+  if (is_split && row < live) {
     const int64_t partial = partial_index(split_params, batch, split, kv_head, live) + row;
     if (lane == 0) split_params.states[partial] = {state.max, state.sum};
-    to = split_params.sums + partial * p.head_dim;
-    factor = 1.0f;
-  } else if (lane == 0) {
-    p.lse[rows.lse_index(p, row)] = state.log_sum_exp();
+    store(split_params.sums + partial * p.head_dim, 1.0f);
+  } else if (row < p.q_len * group && (row < live || split == 0)) {
+    if (lane == 0) p.lse[rows.lse_index(p, row)] = state.log_sum_exp();
+    store(rows.at<float>(p.out, p.out_layout, row), state.inverse_sum());
   }
-#pragma unroll
-  for (int c = 0; c < kLaneGroups; c++) {
-    const int d = (c * 32 + lane) * 4;
-    if (d < p.head_dim) store4(to + d, scaled(out[c], factor));
-  }
+  if (!is_split) return;
+  unsigned* const finished =
+      split_params.plan.counters + (batch * p.kv_heads + kv_head) * row_tiles + first / kCachedFp32Rows;
+  if (is_last_cta(finished, keys.splits))
+    merge_rows<1, kLaneGroups, float>(split_params, rows, keys, first, min(first + kCachedFp32Rows, live));
 }
 
 }  // namespace dllm::cuda

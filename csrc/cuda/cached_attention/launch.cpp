@@ -18,13 +18,6 @@ cudaError_t launch_on_tensor_cores(const SplitParams& p, cudaStream_t stream) {
   });
 }
 
-template <class T>
-cudaError_t launch_splits_and_merge(const SplitParams& p, cudaStream_t stream,
-                                    cudaError_t (*launch_splits)(const SplitParams&, cudaStream_t)) {
-  const cudaError_t status = launch_splits(p, stream);
-  return status != cudaSuccess || p.max_splits == 1 ? status : launch_merge<T>(p, stream);
-}
-
 }  // namespace
 
 void plan_splits(SplitParams& p) {
@@ -38,12 +31,21 @@ void plan_splits(SplitParams& p) {
   p.partial_rows = partial_rows(a.head_dim, p.max_splits, a.kv_heads, static_cast<int64_t>(a.q_len) * group);
 }
 
+int64_t plan_size(const CachedAttentionParams& p) {
+  const int64_t rows = static_cast<int64_t>(p.q_len) * (p.q_heads / p.kv_heads);
+  return p.batch * (sizeof(PlannedSequence) / sizeof(int32_t) + p.kv_heads * counters_of_head(rows));
+}
+
+CachedPlan plan_at(int32_t* data, const CachedAttentionParams& p) {
+  const auto sequences = reinterpret_cast<PlannedSequence*>(data);
+  return {sequences, reinterpret_cast<unsigned*>(sequences + p.batch)};
+}
+
 cudaError_t launch_cached_attention(const SplitParams& p, cudaStream_t stream) {
   switch (p.attention.dtype) {
-    case DType::bfloat16:
-      return launch_splits_and_merge<__nv_bfloat16>(p, stream, launch_on_tensor_cores<__nv_bfloat16>);
-    case DType::float16: return launch_splits_and_merge<__half>(p, stream, launch_on_tensor_cores<__half>);
-    case DType::float32: return launch_splits_and_merge<float>(p, stream, launch_cached_fp32);
+    case DType::bfloat16: return launch_on_tensor_cores<__nv_bfloat16>(p, stream);
+    case DType::float16: return launch_on_tensor_cores<__half>(p, stream);
+    case DType::float32: return launch_cached_fp32(p, stream);
     case DType::float64: break;
   }
   return cudaErrorInvalidValue;

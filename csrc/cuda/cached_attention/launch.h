@@ -1,5 +1,6 @@
-// Launches of the cached_block_attention kernels on a stream: partial results of the splits, then their
-// merge. Float strides and pointers are multiples of 16 bytes.
+// Launches of the cached_block_attention kernels on a stream: a plan of every sequence's keys, then
+// attention, in which the CTA that finishes last merges the partial results of splits. Float strides and
+// pointers are multiples of 16 bytes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,9 +10,24 @@
 
 namespace dllm::cuda {
 
+// What a plan says of one sequence: live queries, the first cached key of its list of tiles, and its cached
+// tiles.
+struct alignas(16) PlannedSequence {
+  int32_t live, first_cached, cached_tiles, unused;
+};
+
+// One buffer: the sequences, then the counters of CTAs that have finished. Every launch finds the counters 0
+// and leaves them so, and a plan serves all layers of a forward, one after the other. A launch that breaks
+// off leaves its plan unusable, and no other: nothing outlives the forward.
+struct CachedPlan {
+  PlannedSequence* sequences;  // [batch]
+  unsigned* counters;          // [batch, kv_heads, counters_of_head(rows of a kv head)]
+};
+
 // Sums and states of rows whose keys are split; partial_rows(...) of config.h for each sequence.
 struct SplitParams {
   CachedAttentionParams attention;
+  CachedPlan plan;
   int32_t max_splits;
   int64_t partial_rows;  // of a sequence
   float* sums;           // [batch, partial_rows, head_dim]
@@ -21,14 +37,19 @@ struct SplitParams {
 // max_splits and partial_rows, from maximum lengths.
 void plan_splits(SplitParams& p);
 
+// int32 values of a plan.
+int64_t plan_size(const CachedAttentionParams& p);
+CachedPlan plan_at(int32_t* data, const CachedAttentionParams& p);
+// Makes a plan at `data`, aligned to 16 bytes; of `p` the sizes, spans and lengths are read.
+cudaError_t launch_plan(const CachedAttentionParams& p, int32_t* data, cudaStream_t stream);
+
+// Attention by p.plan.
 cudaError_t launch_cached_attention(const SplitParams& p, cudaStream_t stream);
 
-// One kernel for each 16-bit type, padded head dim and number of rows (instantiations/tiles_*.cu), one for
-// float32, and the merge of each type's.
+// One kernel for each 16-bit type, padded head dim and number of rows (instantiations/tiles_*.cu), and one
+// for float32.
 template <class T, int kDim, bool kManyRows>
 cudaError_t launch_cached_tiles(const SplitParams& p, cudaStream_t stream);
 cudaError_t launch_cached_fp32(const SplitParams& p, cudaStream_t stream);
-template <class T>
-cudaError_t launch_merge(const SplitParams& p, cudaStream_t stream);
 
 }  // namespace dllm::cuda

@@ -35,25 +35,20 @@ __device__ inline int cached_positions(const CachedAttentionParams& p) {
   return p.pages > 0 ? p.table_length * p.page_size : 0;
 }
 
-// Called by all lanes of a warp; `bounds` are overwritten.
-__device__ inline SequenceKeys sequence_keys(const CachedAttentionParams& p, int64_t batch,
-                                             SpanBounds* bounds) {
+// The keys of a sequence, as the plan has them. What a plan of another call says is cut to the sizes of this
+// one, so that nothing outside its tensors is read.
+__device__ inline SequenceKeys planned_keys(const SplitParams& split_params, int64_t batch) {
+  const CachedAttentionParams& p = split_params.attention;
+  const PlannedSequence planned = split_params.plan.sequences[batch];
+  const int positions = cached_positions(p);
   SequenceKeys keys;
-  keys.live = p.q_lengths ? min(max(p.q_lengths[batch], 0), p.q_len) : p.q_len;
-  const SequenceSpans spans(p.cache_spans, batch, cached_positions(p));
-  tile_bounds(spans, 0, spans.row_stride ? keys.live : 1, bounds);  // shared ones are read beside the length
-  __syncwarp();
-  int begin = INT_MAX, end = 0;
-  for (int r = 0; r < spans.bounds_count(); r++) {
-    begin = min(begin, bounds[r].min_start);
-    end = max(end, bounds[r].max_end);
-  }
-  __syncwarp();
-  if (keys.live == 0) begin = end;
-  keys.first_cached = begin < end ? begin / kCachedKeys * kCachedKeys : 0;
-  keys.cached_tiles = begin < end ? (end - keys.first_cached + kCachedKeys - 1) / kCachedKeys : 0;
+  keys.live = min(max(planned.live, 0), p.q_len);
+  keys.first_cached = min(max(planned.first_cached, 0), positions);
+  keys.cached_tiles =
+      min(max(planned.cached_tiles, 0), (positions - keys.first_cached + kCachedKeys - 1) / kCachedKeys);
   keys.tiles = keys.cached_tiles + (keys.live + kCachedKeys - 1) / kCachedKeys;
-  keys.splits = split_count(p.head_dim, keys.tiles, p.kv_heads, keys.live * (p.q_heads / p.kv_heads));
+  keys.splits = min(split_count(p.head_dim, keys.tiles, p.kv_heads, keys.live * (p.q_heads / p.kv_heads)),
+                    split_params.max_splits);
   return keys;
 }
 

@@ -3,7 +3,7 @@
 // Copies of a few key tiles are under way at any time.
 #pragma once
 
-#include "cuda/cached_attention/sequence_keys.cuh"
+#include "cuda/cached_attention/merge.cuh"
 #include "cuda/launch_kernel.h"
 #include "cuda/tiles/online_softmax.cuh"
 #include "cuda/tiles/shared_tile.cuh"
@@ -50,7 +50,10 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
   const SharedTile<T, kDim> queries{stages + (kStages - Tiles::kHoldsQueries) * 2 * kCachedKeys * kDim};
   __shared__ SpanBounds bounds[2][kMaxSpanBounds];  // of cached and fresh keys
   __shared__ uint64_t visible[kRows];               // a bit per key of a tile
+  // What is needed at the end, as registers are dearer.
   __shared__ SequenceKeys keys;
+  __shared__ unsigned* finished;  // counts the CTAs of these rows
+  __shared__ int kept_split, kept_present;
 
   // ---- which rows and keys
   const int group = p.q_heads / p.kv_heads, row_tiles = (p.q_len * group + kRows - 1) / kRows;
@@ -60,9 +63,10 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
   const int64_t batch = blockIdx.x / row_tiles / p.kv_heads / split_params.max_splits;
   const GroupRows rows(p, batch, kv_head);
   const int present = min(p.q_len * group - first, kRows);
-  if (threadIdx.x < 32) {
-    const SequenceKeys mine = sequence_keys(p, batch, bounds[0]);
-    if (threadIdx.x == 0) keys = mine;
+  if (threadIdx.x == 0) {
+    keys = planned_keys(split_params, batch);
+    kept_split = split, kept_present = present;
+    finished = split_params.plan.counters + (batch * p.kv_heads + kv_head) * row_tiles + first / kRows;
   }
   queries.template copy_rows<kThreads, kRows>(p.head_dim, [&](int i) {
     return i < present ? rows.template at<T>(p.q, p.q_layout, first + i) : nullptr;
@@ -76,15 +80,17 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
   const auto spans = [&](KeyTile tile) { return spans_of(p, batch, keys.live, tile); };
   const int first_query = rows.position(first);
   const int live_queries = live > 0 ? rows.position(first + live - 1) - first_query + 1 : 0;
+  KeyRows<T> key_rows(p, batch, kv_head);
+  const int begin = live > 0 ? keys.split_begin(split) : 0, end = live > 0 ? keys.split_begin(split + 1) : 0;
+  if (begin < end) key_rows.look_up(keys.tile(begin));  // on its way beside the spans
   if (threadIdx.x < 32) {
     if (p.cache_spans.row_stride) tile_bounds(spans({0, true}), first_query, live_queries, bounds[0]);
+    else tile_bounds(spans({0, true}), 0, 1, bounds[0]);
     tile_bounds(spans({0, false}), first_query, live_queries, bounds[1]);
   }
   __syncthreads();
 
   // ---- copies: lane i finds where key i of a tile lies; what no query of this CTA sees is not read
-  KeyRows<T> key_rows(p, batch, kv_head);
-  const int begin = live > 0 ? keys.split_begin(split) : 0, end = live > 0 ? keys.split_begin(split + 1) : 0;
   const auto stage_of = [&](int t) { return stages + (t - begin) % kStages * 2 * kCachedKeys * kDim; };
   const auto copy_tile = [&](int t) {
     Visibility seen_by_rows = Visibility::none;
@@ -111,7 +117,6 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
     cp_async_commit_group();
     return static_cast<unsigned>(seen_by_rows);
   };
-  if (begin < end) key_rows.look_up(keys.tile(begin));
   unsigned ahead = 0;  // visibility of the tiles under way, two bits for each
 #pragma unroll 1
   for (int stage = 0; stage < kStages - 1; stage++) ahead |= copy_tile(begin + stage) << 2 * stage;
@@ -164,8 +169,13 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
   const int live_end = min(row + Tiles::kWarpRows, live);
   const auto result = [&](int i) { return rows.template at<T>(p.out, p.out_layout, first + i); };
   if (keys.splits > 1) {
-    const int64_t partial = partial_index(split_params, batch, split, kv_head, keys.live * group) + first;
+    const int64_t partial =
+        partial_index(split_params, batch, kept_split, kv_head, keys.live * group) + first;
     store_partial(split_params, partial, row, live_end, softmax, out);
+    if (live > 0 && is_last_cta(finished, keys.splits)) {
+      constexpr int kGroups = (kDim + 127) / 128;
+      merge_rows<(kManyRows ? 4 : 8) / kGroups, kGroups, T>(split_params, rows, keys, first, first + live);
+    }
   } else {
     float inverse[kRowTiles][2];
 #pragma unroll
@@ -185,8 +195,8 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
     __syncwarp();
     queries.template store_rows<kDim>(row, live_end, p.head_dim, result);
   }
-  if (split > 0) return;
-  for (int i = live + static_cast<int>(threadIdx.x); i < present; i += kThreads) {
+  if (kept_split > 0) return;
+  for (int i = live + static_cast<int>(threadIdx.x); i < kept_present; i += kThreads) {
     p.lse[rows.lse_index(p, first + i)] = -INFINITY;
     for (int d = 0; d < p.head_dim; d += 8) *reinterpret_cast<uint4*>(result(i) + d) = {0, 0, 0, 0};
   }

@@ -1,5 +1,4 @@
 #include "cuda/cached_attention/fp32.cuh"
-#include "cuda/cached_attention/merge.cuh"
 
 namespace dllm::cuda {
 
@@ -10,7 +9,5 @@ cudaError_t launch_cached_fp32(const SplitParams& p, cudaStream_t stream) {
   return launch_overlapping_ctas(cached_fp32_kernel, row_tiles * a.kv_heads * p.max_splits * a.batch,
                                  32 * kCachedFp32Rows, 0, stream, p);
 }
-
-template cudaError_t launch_merge<float>(const SplitParams&, cudaStream_t);
 
 }  // namespace dllm::cuda

@@ -1,4 +1,3 @@
-#include "cuda/cached_attention/merge.cuh"
 #include "cuda/cached_attention/tiles.cuh"
 
 namespace dllm::cuda {
@@ -8,5 +7,4 @@ template cudaError_t launch_cached_tiles<__nv_bfloat16, 128, false>(const SplitP
 template cudaError_t launch_cached_tiles<__nv_bfloat16, 128, true>(const SplitParams&, cudaStream_t);
 template cudaError_t launch_cached_tiles<__nv_bfloat16, 256, false>(const SplitParams&, cudaStream_t);
 template cudaError_t launch_cached_tiles<__nv_bfloat16, 256, true>(const SplitParams&, cudaStream_t);
-template cudaError_t launch_merge<__nv_bfloat16>(const SplitParams&, cudaStream_t);
 }  // namespace dllm::cuda

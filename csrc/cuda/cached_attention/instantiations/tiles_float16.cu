@@ -1,4 +1,3 @@
-#include "cuda/cached_attention/merge.cuh"
 #include "cuda/cached_attention/tiles.cuh"
 
 namespace dllm::cuda {
@@ -8,5 +7,4 @@ template cudaError_t launch_cached_tiles<__half, 128, false>(const SplitParams&,
 template cudaError_t launch_cached_tiles<__half, 128, true>(const SplitParams&, cudaStream_t);
 template cudaError_t launch_cached_tiles<__half, 256, false>(const SplitParams&, cudaStream_t);
 template cudaError_t launch_cached_tiles<__half, 256, true>(const SplitParams&, cudaStream_t);
-template cudaError_t launch_merge<__half>(const SplitParams&, cudaStream_t);
 }  // namespace dllm::cuda
