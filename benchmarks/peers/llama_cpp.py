@@ -34,7 +34,7 @@ def run(peer: Peer, model: Path, prompt: list[int], canvas: int, steps: int) -> 
     command = [
         str(peer.path), "-m", str(model), "-p", text_of(prompt), "-c", str(canvas), "-b", str(canvas),
         "-ub", str(canvas), "--diffusion-steps", str(steps), "--diffusion-eps", "0.001", "--temp", "0",
-        "--top-k", "1", "-t", threads, "-tb", threads, "-ngl", "0", "--log-colors", "off",
+        "--top-k", "1", "-t", threads, "-tb", threads, "-ngl", "0",
     ]  # fmt: skip
     for _ in range(ATTEMPTS):
         done = subprocess.run(
