@@ -4,9 +4,9 @@
 
 A step with the dual cache, 32 tokens of a canvas of 512, of a random model of LLaDA's architecture: its time
 with stock layers and with the weights of `dk.load(weights=...)`, in all and by part, in turns within one
-process; the same for one thread to all. Then the embedded model's accuracy with each kind of weights, as
-`dllm_train.recipes.tiny_python.evaluate` measures it. docs/performance.md is filled from the file. `--only`
-measures a part of this again and keeps the others.
+process; the same where neither torch nor our kernels use AVX-512, and for one thread to all. Then the
+embedded model's accuracy with each kind of weights, as `dllm_train.recipes.tiny_python.evaluate` measures it.
+docs/performance.md is filled from the file. `--only` measures a part of this again and keeps the others.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import copy
 import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -43,6 +46,12 @@ STOCK = "stock"
 ROUNDS, THREADS_ROUNDS = 5, 3
 SCALING_KINDS = (STOCK, "float32", "int8")
 PARTS = ("linear layers", "vocabulary", "attention", "rest")
+AVX2 = {  # environment that keeps our kernels, and those of torch and its libraries, from AVX-512
+    "DLLM_ISA": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
 
 
 class Stopwatch:
@@ -208,6 +217,15 @@ def measure_steps(smoke: bool) -> dict:
     }
 
 
+def measure_avx2(smoke: bool) -> dict:
+    """Return what `measure_steps` finds in a process where neither side uses AVX-512."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "steps.json"
+        command = [sys.executable, "-m", "benchmarks.step_parts", "--only", "steps", "--output", str(file)]
+        subprocess.run(command + ["--smoke"] * smoke, env=os.environ | AVX2, check=True)
+        return json.loads(file.read_text())["steps"]
+
+
 def measure_threads(smoke: bool) -> dict:
     """Return seconds of a step by the number of threads and the kind of weights."""
     rounds, canvas = (1, 64) if smoke else (THREADS_ROUNDS, CANVAS)
@@ -230,7 +248,12 @@ def random_stock(smoke: bool) -> nn.Module:
     return random_model(*((2, 64, 256) if smoke else (16, 1024, 50_257)))
 
 
-SECTIONS = {"steps": measure_steps, "threads": measure_threads, "accuracy": measure_accuracy}
+SECTIONS = {
+    "steps": measure_steps,
+    "avx2": measure_avx2,
+    "threads": measure_threads,
+    "accuracy": measure_accuracy,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,9 +9,12 @@ from benchmarks.tables import duration, grid, machine, percent
 NAMES = {STOCK: "stock layers, float32"}
 
 
-def steps(figures: dict) -> str:
-    """Return a table of a step's time by part for each kind of weights, and what was measured where."""
-    figures = figures["steps"]
+def steps(figures: dict, section: str = "steps") -> str:
+    """Return a table of a step's time by part for each kind of weights, and what was measured where.
+
+    section: "steps", or "avx2", where neither side used AVX-512.
+    """
+    figures = figures[section]
     stock = figures["seconds"][STOCK]["all"]
     rows = [
         [

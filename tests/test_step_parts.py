@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,9 +78,19 @@ def test_one_section_is_measured_again_and_the_others_stay(tmp_path, monkeypatch
     step_parts.main(["--output", str(path), "--only", "threads", "--smoke"])
     torch.set_num_threads(threads)
     found = json.loads(path.read_text())
-    assert [*found] == ["steps", "threads", "accuracy"]
-    assert [section["smoke"] for section in found.values()] == [False, True, False]
+    assert [*found] == ["steps", "avx2", "threads", "accuracy"]
+    assert [section["smoke"] for section in found.values()] == [False, False, True, False]
     assert all(section["machine"]["device"] == "cpu" for section in found.values())
+
+
+def test_the_avx2_section_is_of_a_process_held_to_it(monkeypatch):
+    def run(command, *, env, check):
+        assert check and {name: env[name] for name in step_parts.AVX2} == step_parts.AVX2
+        assert command[-1] == "--smoke"
+        Path(command[command.index("--output") + 1]).write_text(json.dumps({"steps": {"seconds": 1}}))
+
+    monkeypatch.setattr(step_parts.subprocess, "run", run)
+    assert step_parts.measure_avx2(smoke=True) == {"seconds": 1}
 
 
 def test_tables_show_every_kind_and_the_machine():
@@ -102,6 +113,8 @@ def test_tables_show_every_kind_and_the_machine():
         },
     }  # fmt: skip
     assert "| `int8` | 25 ms | 4.00× | 50 ms |" in step_tables.steps(figures)
+    slow = {"avx2": {**figures["steps"], "seconds": {"stock": step, "int8": {**step, "all": 0.05}}}}
+    assert "| `int8` | 50 ms | 2.00× | 50 ms |" in step_tables.steps(slow, "avx2")
     assert "20 GB/s (50%) | 100 GFLOP/s (50%) |" in step_tables.limits(figures)
     assert "| weights | 1 thread | 2 threads |" in step_tables.threads(figures)
     assert "| `int8` | 4.00× | 1.5000 | 100.0% | 10.0% | 75.0% |" in step_tables.accuracy(figures)

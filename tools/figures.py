@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -244,6 +245,7 @@ SECTIONS = {
     "gpu": gpu_tables,
     "headline": headline,
     "smollm2": smollm2_run,
+    "step-avx2": of_step(partial(step_tables.steps, section="avx2")),
     "step-limits": of_step(step_tables.limits),
     "step-parts": of_step(step_tables.steps),
     "step-threads": of_step(step_tables.threads),
