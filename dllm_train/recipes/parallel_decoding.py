@@ -224,15 +224,27 @@ class Teaching:
         ).loss
 
     def loops_loss(self, rng) -> Tensor | None:
-        """Return the mean over loops of the least `margin_loss` of their tokens, in states of decoding."""
+        """Return the mean over loops of the `margin_loss` of their tokens, in states of decoding.
+
+        Of a line that comes again it is the least one: another token in one place is another line. Where a
+        few tokens alternate it is the mean: each of them has to lose.
+        """
         chosen = self._choose("loops", self.settings.loops, rng)
         ids, labels = self._blank(len(chosen))
         looping = torch.zeros_like(ids, dtype=torch.bool)
+        alternating = torch.zeros(len(chosen), dtype=torch.bool)
         for row, text in enumerate(chosen):
             start, end = text.start // self.block_size * self.block_size, len(text.ids)
             ids[row, :end] = torch.tensor(text.ids)
             labels[row, start:end] = ids[row, start:end]
-            looping[row, text.start : text.end] = True
+            tokens = set(text.ids[text.start : text.end])
+            alternating[row] = 2 * len(tokens) <= text.end - text.start
+            if alternating[row]:  # and mostly goes on to the end of the block
+                looping[row, text.start : end] = torch.isin(
+                    ids[row, text.start : end], torch.tensor([*tokens])
+                )
+            else:
+                looping[row, text.start : text.end] = True
         ids, labels, masked = self._decoding_states(ids, labels, rng)
         if not (looping & masked).any():
             return None
@@ -246,8 +258,11 @@ class Teaching:
         losses = margin_loss(
             self.model, hidden[row, column - int(self.shift)], ids[row, column], self.settings.margin
         )
-        least = losses.new_full((len(chosen),), torch.inf).scatter_reduce(0, row, losses, "amin")
-        return least[least.isfinite()].mean()
+        found = losses.new_zeros(len(chosen))
+        least, mean = (
+            found.scatter_reduce(0, row, losses, reduce, include_self=False) for reduce in ("amin", "mean")
+        )
+        return torch.where(alternating, mean, least)[row.unique()].mean()
 
     # ---- state -------------------------------------------------------------------------------------------
     def save(self) -> None:

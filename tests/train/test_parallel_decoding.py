@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import dllm_kernels as dk
-from dllm_train.noise import Noise
+from dllm_train.noise import IGNORED_LABEL, Noise
 from dllm_train.objectives import mdlm_loss
 from dllm_train.recipes import own_text, parallel_decoding
 from dllm_train.recipes.parallel_decoding import Settings, Teaching, margin_loss
@@ -237,6 +237,23 @@ def test_steps_on_one_loss_lower_it(checkpoint, tmp_path, name):
         loss().backward()
         optimizer.step()
     assert loss() < before
+
+
+@pytest.mark.parametrize(
+    ("ids", "start", "end", "loss"),
+    [
+        ([*range(20, 24)] * 3, 8, 12, 20.0),  # a line: one token
+        ([*range(20, 28), 5, 6, 5, 6, 5, 6, 30, 5], 8, 12, (3 * 6 + 4 * 5) / 7),  # all that alternate
+    ],
+)
+def test_what_of_a_loop_has_to_lose(checkpoint, tmp_path, monkeypatch, ids, start, end, loss):
+    run = teaching(checkpoint, tmp_path)
+    run.texts = [{"loops": [own_text.Loop(ids, start, end)]}]
+    monkeypatch.setattr(own_text, "decoding_states", lambda labels, *_: labels != IGNORED_LABEL)
+    monkeypatch.setattr(
+        parallel_decoding, "margin_loss", lambda model, hidden, tokens, margin: tokens.float()
+    )
+    assert run.loops_loss(np.random.default_rng(0)) == pytest.approx(loss)
 
 
 def test_the_command_reads_a_dataset(tmp_path, tokenizer):
