@@ -4,6 +4,7 @@ VENV        ?= .venv
 PYTHON      ?= $(VENV)/bin/python
 BASE_PYTHON ?= python3
 TORCH       ?= torch==2.13.0
+CUTLASS     ?= nvidia-cutlass==4.2.0.0
 PIP         := "$(PYTHON)" -m pip --disable-pip-version-check
 DLLM        := "$(PYTHON)" -m dllm_kernels
 TORCH_FITS  := from importlib.metadata import version; \
@@ -22,6 +23,7 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 INSTALLED := $(VENV)/.installed
 DEV_TOOLS := $(VENV)/.dev-tools
 DOCS_TOOLS := $(VENV)/.docs-tools
+HEADERS   := $(VENV)/.cutlass
 endif
 
 .PHONY: help demo test fuzz lint types format docs figures pictures bench cuda gpu-check gpu-sanitize asan build clean
@@ -64,7 +66,7 @@ pictures: build    ## the pictures of README.md and docs, from real runs; needs 
 bench: build       ## benchmarks against what a user would otherwise run; ARGS="-k attention", ARGS=--smoke
 	"$(PYTHON)" -m pytest -q benchmarks $(ARGS)
 
-cuda: $(DEV_TOOLS) $(INSTALLED) ## the CUDA library for 80 and 90a on any machine with nvcc, with its compile gates
+cuda: $(DEV_TOOLS) $(INSTALLED) $(HEADERS) ## the CUDA library for 80 and 90a on any machine with nvcc, with its compile gates
 	DLLM_CUDA=ON DLLM_CUDA_ARCHS="80;90a" "$(PYTHON)" setup.py -q build_ext --inplace
 	"$(PYTHON)" tools/cuda_gates.py build
 
@@ -105,6 +107,12 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py MANIFEST.in
 $(VENV)/.dev-tools: pyproject.toml | $(VENV)/bin/pip
 	@echo "set-up: linters"
 	@$(PIP) install -q $(DEV_NEEDS)
+	@touch $@
+
+# Headers alone: what the wheel declares beside them is not needed.
+$(VENV)/.cutlass: Makefile | $(VENV)/bin/pip
+	@echo "set-up: headers of CUTLASS"
+	@$(PIP) install -q --no-deps "$(CUTLASS)"
 	@touch $@
 
 $(VENV)/.docs-tools: pyproject.toml | $(VENV)/bin/pip

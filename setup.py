@@ -1,12 +1,13 @@
 """Builds the compiled libraries by calling CMake; everything else is in pyproject.toml.
 
 Environment variables:
-  DLLM_CUDA        AUTO, ON or OFF
-  DLLM_CUDA_ARCHS  e.g. "80;90a" (default: the local GPU, else both of these)
-  DLLM_SANITIZE    e.g. "address,undefined"
-  DLLM_TARGET      build this library only, e.g. _host
-  DLLM_BUILD_DIR   where CMake works (default: build)
-  DLLM_LIB_DIR     where an in-place build puts the libraries (default: dllm_kernels/lib)
+  DLLM_CUDA         AUTO, ON or OFF
+  DLLM_CUDA_ARCHS   e.g. "80;90a" (default: the local GPU, else both of these)
+  DLLM_CUTLASS_DIR  the folder that holds cutlass/cutlass.h (default: that of the wheel nvidia-cutlass)
+  DLLM_SANITIZE     e.g. "address,undefined"
+  DLLM_TARGET       build this library only, e.g. _host
+  DLLM_BUILD_DIR    where CMake works (default: build)
+  DLLM_LIB_DIR      where an in-place build puts the libraries (default: dllm_kernels/lib)
 """
 
 import json
@@ -44,6 +45,15 @@ def torch_root() -> Path:
     raise SystemExit(
         "torch is not installed here: pip install torch, then pip install --no-build-isolation ."
     )
+
+
+def cutlass_root() -> str:
+    """Folder of the headers of CUTLASS: as asked for, or of the installed wheel; empty without either."""
+    if asked := os.environ.get("DLLM_CUTLASS_DIR"):
+        return str(Path(asked).expanduser().resolve())
+    folders = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    headers = (Path(folder) / "cutlass_library" / "source" / "include" for folder in folders)
+    return next((str(path) for path in headers if (path / "cutlass" / "version.h").exists()), "")
 
 
 def tool(name: str) -> str:
@@ -92,6 +102,7 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
             "DLLM_TORCH_ROOT": torch_root(),
             "Python_EXECUTABLE": sys.executable,
+            "DLLM_CUTLASS_DIR": cutlass_root(),
         }
         check_paths(ROOT, BUILD, tool("cmake"), *paths.values())
         options = {

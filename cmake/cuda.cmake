@@ -1,10 +1,14 @@
 # Decides whether the CUDA library is built and for which architectures. Sets
 #   DLLM_CUDA_LEFT_OUT     why it is not built (empty: it is)
 #   DLLM_CUDA_ARCHS_BUILT  architectures, e.g. 80;90a
+#   DLLM_CUTLASS_LEFT_OUT  why the kernels of CUTLASS are not built (empty: they are)
+#   DLLM_CUTLASS_VERSION   e.g. 4.2.0
 # and defines dllm_cuda_kernels().
 
 set(DLLM_CUDA_LEFT_OUT "")
 set(DLLM_CUDA_ARCHS_BUILT "")
+set(DLLM_CUTLASS_LEFT_OUT "there is no CUDA library")
+set(DLLM_CUTLASS_VERSION "")
 
 # Reports in `why` what is wrong with the nvcc of this machine; empty when it works.
 function(dllm_check_nvcc why)
@@ -65,6 +69,37 @@ function(dllm_pick_archs archs)
   set(${archs} "${wanted}" PARENT_SCOPE)
 endfunction()
 
+# Reports in `why` what is wrong with DLLM_CUTLASS_DIR; empty when it holds the headers of CUTLASS, whose version
+# goes to `version`.
+function(dllm_check_cutlass why version)
+  set(${version} "" PARENT_SCOPE)
+  if(NOT "90a" IN_LIST DLLM_CUDA_ARCHS_BUILT)
+    set(${why} "they are for 90a" PARENT_SCOPE)
+    return()
+  endif()
+  if(NOT DLLM_CUTLASS_DIR)
+    set(${why} "its headers were not found (pip install --no-deps nvidia-cutlass==4.2.0.0, or DLLM_CUTLASS_DIR)" PARENT_SCOPE)
+    return()
+  endif()
+  if(DLLM_CUTLASS_DIR MATCHES "[',]")
+    set(${why} "nvcc reads no path with ' or a comma: ${DLLM_CUTLASS_DIR}" PARENT_SCOPE)
+    return()
+  endif()
+  set(header "${DLLM_CUTLASS_DIR}/cutlass/version.h")
+  if(NOT EXISTS "${header}")
+    message(FATAL_ERROR "DLLM_CUTLASS_DIR is '${DLLM_CUTLASS_DIR}', which does not hold cutlass/version.h")
+  endif()
+  file(STRINGS "${header}" numbers REGEX "define CUTLASS_(MAJOR|MINOR|PATCH)")
+  string(REGEX REPLACE "[^0-9;]" "" numbers "${numbers}")
+  list(JOIN numbers "." found)
+  if(found VERSION_LESS 4.2 OR found VERSION_GREATER_EQUAL 5)
+    set(${why} "${DLLM_CUTLASS_DIR} is version ${found}, 4.2 to 4.x is needed" PARENT_SCOPE)
+    return()
+  endif()
+  set(${why} "" PARENT_SCOPE)
+  set(${version} "${found}" PARENT_SCOPE)
+endfunction()
+
 # Adds `sources`, compiled for each of `archs`, to the library `target`. Plain architectures also carry
 # PTX, so that GPUs newer than all of them run it; architecture-specific code (90a) cannot.
 function(dllm_cuda_kernels target name archs sources)
@@ -108,5 +143,6 @@ if(NOT DLLM_CUDA_LEFT_OUT)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
   enable_language(CUDA)
+  dllm_check_cutlass(DLLM_CUTLASS_LEFT_OUT DLLM_CUTLASS_VERSION)
   message(NOTICE "CUDA library: nvcc ${CMAKE_CUDA_COMPILER_VERSION}, architectures ${DLLM_CUDA_ARCHS_BUILT}")
 endif()

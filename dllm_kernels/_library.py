@@ -17,7 +17,8 @@ REBUILD = "`pip install --no-build-isolation .` in the source tree (or `make bui
 
 
 def build_info() -> dict:
-    """Return the build record: compiler, isas, nvcc, cuda_archs, cuda_left_out (why there is no CUDA)."""
+    """Return the build record: compiler, isas, nvcc, cuda_archs, cuda_left_out (why there is no CUDA), the
+    version of cutlass, cutlass_left_out."""
     path = FOLDER / "build_info.json"
     return json.loads(path.read_text()) if path.exists() else {}
 

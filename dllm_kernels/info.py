@@ -25,11 +25,14 @@ def collect() -> dict:
     facts["compilers"] = [
         name for name in (built.get("compiler"), built.get("nvcc") and f"nvcc {built['nvcc']}") if name
     ]
+    facts["CUTLASS"] = built.get("cutlass") or "not built in"
     facts["GPUs"] = [_gpu(torch, index) for index in range(torch.cuda.device_count())]
     if reason := _library.cuda_unavailable():
         facts["missing"].append(f"CUDA: {reason}")
     if built.get("cuda_left_out") and not torch.version.cuda:
         facts["missing"].append(f"CUDA library: left out of this build, {built['cuda_left_out']}")
+    if "90a" in built.get("cuda_archs", []) and built.get("cutlass_left_out"):
+        facts["missing"].append(f"CUTLASS kernels: left out of this build, {built['cutlass_left_out']}")
     try:
         _library.host()
     except ImportError as error:

@@ -156,6 +156,10 @@ def test_pinned_versions_agree():
     for tool, repository in (("ruff", "ruff-pre-commit"), ("clang-format", "mirrors-clang-format")):
         (revision,) = re.findall(rf"{repository}\n +rev: v(\S+)", hooks)
         assert set(re.findall(rf'"{tool}==([\d.]+)"', project)) == {revision}
+    makefile, cmake = (ROOT / "Makefile").read_text(), (ROOT / "cmake" / "cuda.cmake").read_text()
+    (cutlass,) = re.findall(r"^CUTLASS +\?= (\S+)$", makefile, re.MULTILINE)
+    for text in (cmake, (ROOT / "tools" / "wheels.sh").read_text(), (ROOT / "README.md").read_text()):
+        assert set(re.findall(r"nvidia-cutlass==[\d.]+\d", text)) == {cutlass}
     (version,) = re.findall(r'__version__ = "(.*)"', (ROOT / "dllm_kernels" / "__init__.py").read_text())
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert re.search(r"^## \[(.*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
@@ -279,6 +283,10 @@ def test_without_nvcc_on_fails(tmp_path):
         ({"DLLM_CUDA": "MAYBE"}, "DLLM_CUDA is 'MAYBE'; allowed: AUTO, ON, OFF"),
         ({"DLLM_CUDA": "AUTO", "DLLM_CUDA_ARCHS": "80;sm_90"}, "'sm_90' is not an architecture"),
         ({"DLLM_CUDA": "AUTO", "DLLM_CUDA_ARCHS": "75"}, "'75' is not an architecture"),
+        (
+            {"DLLM_CUDA": "AUTO", "DLLM_CUDA_ARCHS": "90a", "DLLM_CUTLASS_DIR": "/nowhere"},
+            "DLLM_CUTLASS_DIR is '/nowhere', which does not hold cutlass/version.h",
+        ),
     ],
 )
 def test_bad_options_are_named(tmp_path, options, message):
@@ -287,6 +295,33 @@ def test_bad_options_are_named(tmp_path, options, message):
     result = configure(tmp_path, **options)
     assert result.returncode != 0
     assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        ("", "its headers were not found (pip install --no-deps nvidia-cutlass"),
+        ("4.2.1", ""),
+        ("3.9.0", "is version 3.9.0, 4.2 to 4.x is needed"),
+    ],
+)
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="CUTLASS is looked for only where there is an nvcc")
+def test_without_cutlass_the_rest_is_built_and_one_line_says_so(tmp_path, headers, reason):
+    options = {"DLLM_CUDA": "AUTO", "DLLM_CUDA_ARCHS": "80;90a"}
+    if headers:
+        folder = tmp_path / "headers"
+        (folder / "cutlass").mkdir(parents=True)
+        parts = zip(("MAJOR", "MINOR", "PATCH"), headers.split("."), strict=True)
+        (folder / "cutlass" / "version.h").write_text(
+            "".join(f"#define CUTLASS_{name} {number}\n" for name, number in parts)
+        )
+        options["DLLM_CUTLASS_DIR"] = folder
+    result = configure(tmp_path / "build", **options)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in (result.stdout + result.stderr).splitlines() if "CUTLASS" in line]
+    assert len(lines) == bool(reason) and all("CUTLASS kernels left out: " in line for line in lines)
+    info = json.loads((tmp_path / "build" / "build_info.json").read_text())
+    assert reason in info["cutlass_left_out"] and bool(info["cutlass"]) == (not reason)
 
 
 # ---- loading and reporting ---------------------------------------------------------------------------
@@ -420,9 +455,12 @@ def test_every_plan_of_shared_memory_is_of_a_kernel():
 def test_sm90_kernels_must_use_hgmma():
     matrix = "\tcode for sm_90a\n\t\tFunction : _Z1aPf\n  HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], !UPT ;\n"
     plain = "\t\tFunction : _Z1bPf\n  HMMA.16816.F32.BF16 R4, R8, R2, R4 ;\n"
-    assert gates().sass_failures(matrix) == []
-    assert gates().sass_failures(matrix + plain) == ["_Z1bPf: no HGMMA in its SASS"]
-    assert gates().sass_failures("") == ["no SASS found"]
+    assert gates().sass_failures(matrix, "HGMMA") == []
+    assert gates().sass_failures(matrix + plain, "HGMMA") == ["_Z1bPf: no HGMMA in its SASS"]
+    assert gates().sass_failures("", "HGMMA") == ["no SASS found"]
+    bytes_alone = matrix.replace("HGMMA", "QGMMA")
+    assert gates().sass_failures(matrix + bytes_alone, "HGMMA", "QGMMA") == []
+    assert gates().sass_failures(bytes_alone, "HGMMA") == ["_Z1aPf: no HGMMA in its SASS"]
 
 
 def test_forbidden_links_are_found():

@@ -4,11 +4,14 @@
 
 A kernel fails when it spills registers or has a stack frame, when its static and dynamic shared memory are
 more than a CTA can have, or when ptxas gave up on asynchronous wgmma. Every kernel in a folder named sm90
-must contain HGMMA: kernels without matrix products belong to the sources compiled for all architectures.
+must contain HGMMA, and every one of CUTLASS that or QGMMA, its 8-bit form: kernels without matrix products
+belong to the sources compiled for all architectures. The dynamic shared memory of the kernels of CUTLASS,
+which CUTLASS decides on, is checked where they are compiled (csrc/cuda/skinny_linear/cutlass/gemm.cuh).
 The library may link neither the driver nor the CUDA libraries of torch.
 """
 
 import functools
+import json
 import os
 import re
 import shutil
@@ -130,12 +133,13 @@ def report_failures(text: str, archs: list[str], plans: Plans = no_plans) -> lis
     return failures + [f"no kernel was compiled for {arch}" for arch in sorted(missing)]
 
 
-def sass_failures(sass: str) -> list[str]:
-    """Kernels without HGMMA in what `cuobjdump --dump-sass` printed for a source file of an sm90 folder."""
+def sass_failures(sass: str, *products: str) -> list[str]:
+    """Kernels without any of `products` in what `cuobjdump --dump-sass` printed for a source file."""
     kernels = re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]
     if not kernels:
         return ["no SASS found"]
-    return [f"{kernel.split()[0]}: no HGMMA in its SASS" for kernel in kernels if "HGMMA" not in kernel]
+    lacking = [kernel for kernel in kernels if not any(product in kernel for product in products)]
+    return [f"{kernel.split()[0]}: no {' or '.join(products)} in its SASS" for kernel in lacking]
 
 
 def link_failures(dynamic: str) -> list[str]:
@@ -156,13 +160,23 @@ def output_of(*command: str) -> str:
     return result.stdout
 
 
+# Groups of sources: the architectures they are compiled for, and the products that all their kernels hold.
+GROUPS = {
+    "cuda_sm80": (["80", "90a"], ()),
+    "cuda_sm90": (["90a"], ("HGMMA",)),
+    "cuda_cutlass": (["90a"], ("HGMMA", "QGMMA")),
+}
+
+
 def main(build: Path) -> int:
     library = build / "lib" / "_C_cuda.so"
     failures = [
         f"{library.name}: {failure}" for failure in link_failures(output_of("readelf", "-d", str(library)))
     ]
+    if left_out := json.loads((build / "build_info.json").read_text())["cutlass_left_out"]:
+        failures.append(f"the kernels of CUTLASS were left out: {left_out}")
     plans, rows = shared_plans(), []
-    for group, archs in (("cuda_sm80", ["80", "90a"]), ("cuda_sm90", ["90a"])):
+    for group, (archs, products) in GROUPS.items():
         for path in map(Path, (build / f"{group}.objects").read_text().splitlines()):
             source = str(path).split(f"{group}.dir/")[1].removeprefix("./").removesuffix(".o")
             report = Path(f"{path}.ptxas")
@@ -170,8 +184,8 @@ def main(build: Path) -> int:
                 failures.append(f"{source}: no compiler report, rebuild it")
                 continue
             found = report_failures(report.read_text(), archs, plans)
-            if group == "cuda_sm90":
-                found += sass_failures(output_of("cuobjdump", "--dump-sass", str(path)))
+            if products:
+                found += sass_failures(output_of("cuobjdump", "--dump-sass", str(path)), *products)
             failures += [f"{source}: {failure}" for failure in found]
             rows += [(source, f) for f in parse_report(report.read_text(), plans)]
     compiled = {function.plan for _, function in rows}

@@ -54,8 +54,9 @@ void plans_of_streamed_weights() {
 template <int kRows>
 void plans_of_linear() {
   const std::string rows = std::to_string(kRows);
-  plan("sm80::linear_kernel<" + rows + ",0>", sm80::LinearTiles<kRows, false>::kSharedBytes);
-  plan("sm80::linear_kernel<" + rows + ",1>", sm80::LinearTiles<kRows, true>::kSharedBytes);
+  plan("sm80::linear_kernel<" + rows + ",0,0>", sm80::LinearTiles<kRows, false>::kSharedBytes);
+  plan("sm80::linear_kernel<" + rows + ",1,0>", sm80::LinearTiles<kRows, true>::kSharedBytes);
+  plan("sm80::linear_kernel<" + rows + ",1,1>", sm80::LinearTiles<kRows, true>::kSharedBytes);
 }
 
 void print_plans(int64_t limit) {

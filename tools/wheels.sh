@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What cibuildwheel calls inside its containers, which are AlmaLinux 8:
 #
-#   tools/wheels.sh needs    before each build: torch and the tools that compile
+#   tools/wheels.sh needs    before each build: torch, the tools that compile, and headers of CUTLASS
 #   tools/wheels.sh nvcc     once, for the wheels with CUDA
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,6 +9,7 @@ case ${1:?needs or nvcc} in
   needs)
     pip install --index-url https://download.pytorch.org/whl/cpu "torch==2.11.*"
     pip install "setuptools>=77" "cmake>=3.25" ninja "pybind11>=3.0"
+    pip install --no-deps nvidia-cutlass==4.2.0.0
     ;;
   nvcc)
     dnf install -y dnf-plugins-core

@@ -66,11 +66,14 @@ def test_merged_projections(compare, pick, device, rows):
 LAYERS = {"qkv": (4096, 12_288), "o": (4096, 4096), "gate and up": (4096, 24_576), "down": (12_288, 4096)}
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "fp8"])
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("rows", [32, 64])
+@pytest.mark.parametrize("rows", [32, 64, 1200])
 def test_skinny_linear(compare, pick, device, rows, layer, weights):
-    """The layers of LLaDA-8B; bytes also against the bfloat16 weight that they stand for."""
+    """The layers of LLaDA-8B for a block, two and a canvas; bytes also against the bfloat16 weight that they
+    stand for. fp8 rounds x too, and is multiplied on CUDA alone."""
+    if weights == "fp8" and device == "cpu":
+        pytest.skip("fp8 is multiplied on CUDA")
     rows, (inputs, outputs) = pick(rows, 4), pick(LAYERS[layer], (128, 96))
 
     def problem():
@@ -78,8 +81,9 @@ def test_skinny_linear(compare, pick, device, rows, layer, weights):
         weight = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16) / inputs**0.5
         if weights == "bfloat16":
             return x, weight, None, weight
-        weight8, scales = dk.quantize_weight(weight)
-        return x, weight8, scales, (weight8 * scales).bfloat16()
+        dtype = torch.int8 if weights == "int8" else torch.float8_e4m3fn
+        weight8, scales = dk.quantize_weight(weight, dtype=dtype)
+        return x, weight8, scales, (weight8.float() * scales).bfloat16()
 
     compare(
         lambda x, weight, scales, _: dk.skinny_linear(x, weight, scales=scales),
@@ -88,5 +92,5 @@ def test_skinny_linear(compare, pick, device, rows, layer, weights):
         title=f"skinny_linear, {rows} rows, {layer}, {weights}",
         flops=2 * rows * inputs * outputs,
         bytes=inputs * outputs * (2 if weights == "bfloat16" else 1),
-        tolerance={"atol": 5e-2, "rtol": 5e-2},
+        tolerance={"atol": 2e-1 if weights == "fp8" else 5e-2, "rtol": 5e-2},
     )

@@ -165,14 +165,16 @@ struct Projection {
   int64_t weight_stride;  // 0 on CUDA: a row is not contiguous
 };
 
-// out = x · weightᵀ + bias; an int8 weight w of output n stands for w · scales[n, group].
+// out = x · weightᵀ + bias; a byte w of the weight of output n stands for w · scales[n, group].
 struct SkinnyLinearParams {
-  const void* x;        // [rows, inputs], contiguous
-  const void* weight;   // [outputs, inputs], rows weight_stride elements apart
-  const float* scales;  // [outputs, groups] of an int8 weight, else null
-  const void* bias;     // [outputs], or null
-  void* out;            // [rows, outputs], in the type of x
+  const void* x;          // [rows, inputs], contiguous
+  const void* weight;     // [outputs, inputs], rows weight_stride elements apart
+  const float* scales;    // [outputs, groups] of a weight in bytes, else null
+  const float* x_scales;  // [rows] where x was divided by them and rounded to e4m3, else null
+  const void* bias;       // [outputs], or null
+  void* out;              // [rows, outputs], in x_type
   DType x_type, weight_type, bias_type;
+  bool e4m3;  // a weight with scales is in e4m3 [OCP OFP8], else in int8
   int64_t rows, weight_stride;
   int32_t inputs, outputs;
   int32_t groups;  // each of inputs / groups inputs

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "core/e4m3.h"
 #include "core/params.h"
 
 namespace dllm::cuda {
@@ -16,6 +17,7 @@ __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float widen(__half x) { return __half2float(x); }
 __device__ inline double widen(double x) { return x; }
 __device__ inline float widen(int8_t x) { return x; }
+__device__ inline float widen(E4m3 x) { return x.value(); }
 
 // Value i of float32, bfloat16 or float16 data.
 __device__ inline float value_at(const void* data, DType type, int64_t i) {

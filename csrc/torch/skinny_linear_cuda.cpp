@@ -20,7 +20,8 @@ void check_linear(const Tensor& x, const Tensor& weight, const std::optional<Ten
   check_float(op, "x", x);
   check_dims(op, "weight", weight, 2, "[outputs, inputs]");
   check_dtype(op, "weight", weight,
-              {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Char});
+              {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Char,
+               ScalarType::Float8_e4m3fn});
   check_same_device(op, "weight", weight, "x", x);
   check_size(op, "weight", weight, 1, x.size(-1), "the inputs of x");
   if (!bias) return;
@@ -30,11 +31,14 @@ void check_linear(const Tensor& x, const Tensor& weight, const std::optional<Ten
   check_size(op, "bias", *bias, 0, weight.size(0), "the outputs of weight");
 }
 
-// Groups of the inputs of an int8 weight, each with its scale; 1 of other weights.
+bool is_e4m3(const Tensor& weight) { return dtype_of(weight) == ScalarType::Float8_e4m3fn; }
+
+// Groups of the inputs of a weight in bytes, each with its scale; 1 of other weights.
 int32_t checked_groups(const Tensor& weight, const std::optional<Tensor>& scales) {
-  const bool bytes = dtype_of(weight) == ScalarType::Char;
-  check(bytes == scales.has_value(), op,
-        bytes ? ": an int8 weight needs scales" : ": scales go with an int8 weight");
+  const bool bytes = dtype_of(weight) == ScalarType::Char || is_e4m3(weight);
+  check(!bytes || scales.has_value(), op, is_e4m3(weight) ? ": a " : ": an ", dtype_name(dtype_of(weight)),
+        " weight needs scales");
+  check(bytes || !scales.has_value(), op, ": scales go with an int8 or float8_e4m3fn weight");
   if (!bytes) return 1;
   check_dims(op, "scales", *scales, 2, "[outputs, groups]");
   check_dtype(op, "scales", *scales, {ScalarType::Float});
@@ -44,6 +48,8 @@ int32_t checked_groups(const Tensor& weight, const std::optional<Tensor>& scales
   check(groups > 0 && inputs % groups == 0 && (groups == 1 || inputs / groups % kScaleInputs == 0), op,
         ": scales must be [outputs, groups] with groups of the ", inputs,
         " inputs that are equal and multiples of ", kScaleInputs, ", or one group; got shape ",
+        shape_text(*scales));
+  check(groups == 1 || !is_e4m3(weight), op, ": scales of a float8_e4m3fn weight must be [outputs, 1], got ",
         shape_text(*scales));
   return static_cast<int32_t>(groups);
 }
@@ -74,7 +80,7 @@ Tensor skinny_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::o
   const Tensor dense_x = aligned(x);
   const Tensor dense_weight = weight.stride(1) == 1 ? weight : torch::stable::contiguous(weight);
   p.x = dense_x.data_ptr(), p.x_type = storage_type(x);
-  p.weight = dense_weight.data_ptr(), p.weight_type = storage_type(weight);
+  p.weight = dense_weight.data_ptr(), p.weight_type = storage_type(weight), p.e4m3 = is_e4m3(weight);
   p.weight_stride = p.outputs == 1 ? p.inputs : dense_weight.stride(0);
   p.out = out.data_ptr();
   Tensor dense_bias, dense_scales;
@@ -86,11 +92,11 @@ Tensor skinny_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::o
     dense_scales = torch::stable::contiguous(*scales);
     p.scales = static_cast<const float*>(dense_scales.data_ptr());
   }
-  const int64_t floats = cuda::skinny_linear_workspace(p);
+  const int64_t bytes = cuda::skinny_linear_workspace(p);
   Tensor workspace;
-  if (floats > 0) workspace = new_tensor(x, {floats}, ScalarType::Float);
-  check_launch(op, cuda::launch_skinny_linear(
-                       p, floats > 0 ? static_cast<float*>(workspace.data_ptr()) : nullptr, device.stream()));
+  if (bytes > 0) workspace = new_tensor(x, {bytes}, ScalarType::Byte);
+  check_launch(op,
+               cuda::launch_skinny_linear(p, bytes > 0 ? workspace.data_ptr() : nullptr, device.stream()));
   return out;
 }
 

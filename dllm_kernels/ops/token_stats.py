@@ -18,7 +18,7 @@ from dllm_kernels import _library  # noqa: F401
 from dllm_kernels._arguments import check_optional_tensors, check_tensors
 from dllm_kernels.ops._autograd import register_no_derivative
 from dllm_kernels.ops._fake import register_fake
-from dllm_kernels.ops.skinny_linear import PackedWeight, skinny_linear
+from dllm_kernels.ops.skinny_linear import PackedWeight, RowMajorWeight, skinny_linear
 from dllm_kernels.ops.stats_options import StatsOptions, checked_options, with_options
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def token_stats(
 @with_options
 def linear_token_stats(
     hidden: Tensor,
-    weight: Tensor | PackedWeight,
+    weight: Tensor | PackedWeight | RowMajorWeight,
     bias: Tensor | None = None,
     *,
     noise_ids: Tensor | None = None,
@@ -125,16 +125,16 @@ def linear_token_stats(
             raise ValueError(
                 f"linear_token_stats: {name} needs stored logits; leave it None, or call token_stats on them"
             )
-    packed = weight if isinstance(weight, PackedWeight) else None
-    check_tensors(hidden=hidden, weight=packed.data if packed else weight)
+    laid_out = weight if isinstance(weight, PackedWeight | RowMajorWeight) else None
+    check_tensors(hidden=hidden, weight=laid_out[0] if laid_out else weight)
     check_optional_tensors(bias=bias, noise_ids=noise_ids)
     checked = checked_options("linear_token_stats", options)
-    if packed:
+    if laid_out:
         return TokenStats(
             *_stats_in_chunks(
                 hidden,
-                lambda some: skinny_linear(some, packed, bias),
-                packed.outputs,
+                lambda some: skinny_linear(some, laid_out, bias),
+                laid_out.outputs,
                 {"noise_ids": noise_ids, **checked},
             )
         )

@@ -77,7 +77,8 @@ void splits_of_linear(int outputs, int inputs, int element_bytes, int* sizes, in
 }
 
 int kernel_of_linear(int capability, int x_type, int weight_type, bool bytes, int inputs, int groups,
-                     long weight_stride, long x, long weight) {
+                     long weight_stride, long x, long weight, bool e4m3, long rows, int outputs,
+                     int bias_type, bool has_cutlass) {
   SkinnyLinearParams p{};
   static const float scale = 1;
   p.x_type = static_cast<DType>(x_type);
@@ -88,6 +89,8 @@ int kernel_of_linear(int capability, int x_type, int weight_type, bool bytes, in
   p.weight_stride = weight_stride;
   p.x = reinterpret_cast<const void*>(x);
   p.weight = reinterpret_cast<const void*>(weight);
-  return static_cast<int>(linear_kernel(p, capability));
+  p.e4m3 = e4m3, p.rows = rows, p.outputs = outputs;
+  p.bias = bias_type < 0 ? nullptr : &scale, p.bias_type = static_cast<DType>(bias_type);
+  return static_cast<int>(linear_kernel(p, capability, has_cutlass));
 }
 }

@@ -31,6 +31,10 @@ def hopper(tmp_path_factory) -> ctypes.CDLL:
         ctypes.c_bool,
         *[ctypes.c_int] * 2,
         *[ctypes.c_long] * 3,
+        ctypes.c_bool,
+        ctypes.c_long,
+        *[ctypes.c_int] * 2,
+        ctypes.c_bool,
     ]
     loaded.linear_serves.argtypes = [
         *[ctypes.c_int] * 3,
@@ -217,7 +221,7 @@ def test_splits_cover_the_inputs_and_have_enough_of_them(hopper, outputs, inputs
     assert splits == 1 or tiles * (splits - 1) < 96
 
 
-ANY_TYPES, SM80, SM90 = range(3)
+ANY_TYPES, SM80, SM90, CUTLASS = range(4)
 SKINNY = {
     "capability": 90,
     "x_type": 1,
@@ -228,7 +232,14 @@ SKINNY = {
     "weight_stride": 4096,
     "x": 256,
     "weight": 512,
+    "e4m3": False,
+    "rows": 32,
+    "outputs": 4096,
+    "bias_type": -1,
+    "has_cutlass": True,
 }
+INT8 = {"bytes": True, "weight_type": 0, "rows": 65}
+E4M3 = {"bytes": True, "weight_type": 0, "e4m3": True}
 
 
 @pytest.mark.parametrize(
@@ -254,6 +265,29 @@ SKINNY = {
         ({"weight_stride": 4100}, ANY_TYPES),
         ({"x": 258}, ANY_TYPES),
         ({"weight": 520}, ANY_TYPES),
+        ({"rows": 500}, SM90),
+        (INT8, CUTLASS),
+        (INT8 | {"x_type": 2, "bias_type": 2}, CUTLASS),
+        (INT8 | {"rows": 64}, SM90),
+        (INT8 | {"has_cutlass": False}, SM90),
+        (INT8 | {"groups": 2}, SM90),
+        (INT8 | {"outputs": 4100}, SM90),
+        (INT8 | {"bias_type": 0}, SM90),
+        (INT8 | {"weight_stride": 4080}, SM80),
+        (INT8 | {"weight_stride": 4100}, ANY_TYPES),
+        (INT8 | {"capability": 80}, SM80),
+        (INT8 | {"capability": 100}, SM80),
+        (INT8 | {"x_type": 0}, ANY_TYPES),
+        (E4M3, CUTLASS),
+        (E4M3 | {"rows": 1}, CUTLASS),
+        (E4M3 | {"rows": 500}, CUTLASS),
+        (E4M3 | {"has_cutlass": False}, SM80),
+        (E4M3 | {"outputs": 4100}, SM80),
+        (E4M3 | {"bias_type": 0}, SM80),
+        (E4M3 | {"capability": 80}, SM80),
+        (E4M3 | {"inputs": 4088}, ANY_TYPES),
+        (E4M3 | {"weight": 520}, ANY_TYPES),
+        (E4M3 | {"x_type": 0}, ANY_TYPES),
     ],
 )
 def test_a_linear_layer_goes_to_the_kernel_that_can_read_it(hopper, change, kernel):

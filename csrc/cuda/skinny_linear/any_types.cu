@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(32 * kWarps) linear_of_any_types_kernel(const 
 
 template <class X>
 auto kernel_of(const SkinnyLinearParams& p) {
-  if (p.scales) return linear_of_any_types_kernel<X, int8_t>;
+  if (p.scales) return p.e4m3 ? linear_of_any_types_kernel<X, E4m3> : linear_of_any_types_kernel<X, int8_t>;
   switch (p.weight_type) {
     case DType::bfloat16: return linear_of_any_types_kernel<X, __nv_bfloat16>;
     case DType::float16: return linear_of_any_types_kernel<X, __half>;

@@ -3,14 +3,17 @@
 
 #include <cuda_runtime.h>
 
+#include "core/e4m3.h"
 #include "core/params.h"
 #include "cuda/ptx.cuh"
 
 namespace dllm::cuda {
 
-// The two lower bytes as a pair of T, exactly: 2²³ + byte + 128 as a float, less 2²³ + 128.
-template <class T>
+// The two lower bytes as a pair of T, exactly; int8 by 2²³ + byte + 128 as a float, less 2²³ + 128.
+template <class T, bool kE4m3 = false>
 __device__ uint32_t widened_bytes(uint32_t bytes) {
+  if constexpr (kE4m3)
+    return pack<T>(E4m3{static_cast<uint8_t>(bytes)}.value(), E4m3{static_cast<uint8_t>(bytes >> 8)}.value());
   bytes ^= 0x8080u;
   const auto one = [&](int i) {
     return __uint_as_float(0x4B000000u | (bytes >> 8 * i & 0xFFu)) - 8388736.0f;

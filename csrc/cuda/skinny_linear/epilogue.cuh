@@ -9,7 +9,8 @@ namespace dllm::cuda {
 template <class T>
 __device__ void store_result(const SkinnyLinearParams& p, int64_t row, int32_t output, float sum) {
   const float bias = p.bias ? value_at(p.bias, p.bias_type, output) : 0.0f;
-  static_cast<T*>(p.out)[row * p.outputs + output] = T(sum + bias);
+  const float scale = p.x_scales ? p.x_scales[row] : 1.0f;
+  static_cast<T*>(p.out)[row * p.outputs + output] = T(fmaf(scale, sum, bias));
 }
 
 // Of a warp: the accumulators of 16 outputs from `output` on, 8·kTiles rows of x, as cuda/ptx.cuh draws them.

@@ -22,7 +22,7 @@ __device__ constexpr int row_of_column(int column) {
 // of x. The sum runs in the order in which ldmatrix hands out bytes: of 16 inputs, lane `pair` of a group has
 // 4·pair to 4·pair + 3, as the first two rows of b[0] and of b[1]. Column c of the sums is row
 // row_of_column(c) of x.
-template <class T, int kRowTiles, int kTiles>
+template <class T, bool kE4m3, int kRowTiles, int kTiles>
 __device__ void add_byte_products(float (&sums)[kRowTiles][kTiles][4], const SharedTile<T, 64>& weight,
                                   int row, const SharedTile<T, 128>& x, int half) {
   const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
@@ -37,7 +37,7 @@ __device__ void add_byte_products(float (&sums)[kRowTiles][kTiles][4], const Sha
 #pragma unroll
       for (int m = 0; m < kRowTiles; m++) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) a[m][i] = widened_bytes<T>(bytes[m][2 * j + i % 2] >> i / 2 * 16);
+        for (int i = 0; i < 4; i++) a[m][i] = widened_bytes<T, kE4m3>(bytes[m][2 * j + i % 2] >> i / 2 * 16);
       }
 #pragma unroll
       for (int n = 0; n < kTiles; n++) {
@@ -50,7 +50,7 @@ __device__ void add_byte_products(float (&sums)[kRowTiles][kTiles][4], const Sha
   }
 }
 
-template <class T, int kRows, bool kBytes>
+template <class T, int kRows, bool kBytes, bool kE4m3>
 __global__ void __launch_bounds__(LinearTiles<kRows, kBytes>::kThreads)
     linear_kernel(const __grid_constant__ SplitLinearParams params) {
   using Tiles = LinearTiles<kRows, kBytes>;
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(LinearTiles<kRows, kBytes>::kThreads)
       for (int half = 0; half < 2; half++) {
         const int32_t end_of_half = step * Tiles::kInputs + 64 * half + 64;
         if (end_of_half - 64 >= p.inputs) break;
-        add_byte_products(of_group, weight_of(step), own, x_of(step), half);
+        add_byte_products<T, kE4m3>(of_group, weight_of(step), own, x_of(step), half);
         if (!ends_group(p, end_of_half, half == 1 && step + 1 == end)) continue;
 #pragma unroll
         for (int m = 0; m < kRowTiles; m++) {
@@ -131,21 +131,25 @@ __global__ void __launch_bounds__(LinearTiles<kRows, kBytes>::kThreads)
                   [&](int column) { return first_row + (kBytes ? row_of_column(column) : column); });
 }
 
-template <class T, int kRows, bool kBytes>
+template <class T, int kRows, bool kBytes, bool kE4m3>
 cudaError_t launch_linear_rows(const SplitLinearParams& p, cudaStream_t stream) {
   using Tiles = LinearTiles<kRows, kBytes>;
   const int64_t ctas = ((p.linear.rows - 1) / kRows + 1) * p.splits.items();
-  return launch_overlapping_ctas(linear_kernel<T, kRows, kBytes>, ctas, Tiles::kThreads, Tiles::kSharedBytes,
-                                 stream, p);
+  return launch_overlapping_ctas(linear_kernel<T, kRows, kBytes, kE4m3>, ctas, Tiles::kThreads,
+                                 Tiles::kSharedBytes, stream, p);
+}
+
+template <class T, bool kBytes, bool kE4m3>
+cudaError_t launch_linear_weight(const SplitLinearParams& p, cudaStream_t stream) {
+  return p.linear.rows <= 32 ? launch_linear_rows<T, 32, kBytes, kE4m3>(p, stream)
+                             : launch_linear_rows<T, 64, kBytes, kE4m3>(p, stream);
 }
 
 template <class T>
 cudaError_t launch_linear(const SplitLinearParams& p, cudaStream_t stream) {
-  if (p.linear.scales)
-    return p.linear.rows <= 32 ? launch_linear_rows<T, 32, true>(p, stream)
-                               : launch_linear_rows<T, 64, true>(p, stream);
-  return p.linear.rows <= 32 ? launch_linear_rows<T, 32, false>(p, stream)
-                             : launch_linear_rows<T, 64, false>(p, stream);
+  if (!p.linear.scales) return launch_linear_weight<T, false, false>(p, stream);
+  return p.linear.e4m3 ? launch_linear_weight<T, true, true>(p, stream)
+                       : launch_linear_weight<T, true, false>(p, stream);
 }
 
 }  // namespace dllm::cuda::sm80
