@@ -35,7 +35,7 @@ from benchmarks.llada_shaped import parameters, random_model
 from dllm_kernels.models.fused_layers import fuse_layers
 from dllm_kernels.models.gated_layers import GatedPair, gate_layers
 from dllm_kernels.models.grouped_layers import GroupedLinear, group_layers
-from dllm_kernels.models.stored_weights import KINDS, StoredLinear, store_weights
+from dllm_kernels.models.stored_weights import KINDS_ON, StoredLinear, store_weights
 from dllm_kernels.sampling.runner import ModelRunner
 from dllm_kernels.sampling.views import StepView
 from dllm_train.recipes.tiny_python import evaluate
@@ -161,7 +161,7 @@ def moved(model: nn.Module) -> dict[str, dict[str, float]]:
 
 
 def stored_bytes(layer: nn.Module) -> int:
-    return layer.packed.data.nbytes if isinstance(layer, StoredLinear) else layer.weight.nbytes
+    return layer.stored[0].nbytes if isinstance(layer, StoredLinear) else layer.weight.nbytes
 
 
 def accuracy(kinds: tuple[str, ...], smoke: bool) -> dict[str, dict[str, float]]:
@@ -206,7 +206,7 @@ def thread_counts() -> list[int]:
 def measure_steps(smoke: bool) -> dict:
     """Return seconds of a step with each kind of weights, and what the machine could reach."""
     rounds, canvas = (1, 64) if smoke else (ROUNDS, CANVAS)
-    models = {kind: with_weights(random_stock(smoke), kind) for kind in (STOCK, *KINDS)}
+    models = {kind: with_weights(random_stock(smoke), kind) for kind in (STOCK, *KINDS_ON["cpu"])}
     return {
         "peaks": machine.peaks("cpu"),
         "model": parameters(models[STOCK]),
@@ -241,7 +241,7 @@ def measure_threads(smoke: bool) -> dict:
 
 def measure_accuracy(smoke: bool) -> dict:
     """Return the accuracy of the embedded model with each kind of weights."""
-    return {"figures": accuracy((STOCK, *KINDS), smoke)}
+    return {"figures": accuracy((STOCK, *KINDS_ON["cpu"]), smoke)}
 
 
 def random_stock(smoke: bool) -> nn.Module:

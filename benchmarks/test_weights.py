@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 import dllm_kernels as dk
 from benchmarks.llada_shaped import parameters, random_model
 from benchmarks.step_parts import with_weights
-from dllm_kernels.models.stored_weights import KINDS, store_weights
+from dllm_kernels.models.stored_weights import KINDS_ON, store_weights
 
 BLOCK, CANVAS, ROUNDS = 32, 512, 3
 
@@ -28,7 +28,7 @@ def stock_model(smoke: bool):
     return random_model(*((2, 64, 256) if smoke else (16, 1024, 50_257)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS_ON["cpu"])
 def test_weights(compare, pick, smoke, kind):
     stock = stock_model(smoke)
     model = with_weights(stock, kind)

@@ -56,9 +56,9 @@ Dtype = Annotated[
 Weights = Annotated[
     str | None,
     typer.Option(
-        help="How linear layers store their weights, on the CPU: float32, bfloat16 or int8.",
+        help="How linear layers store their weights: float32, bfloat16 or int8; on a GPU also fp8.",
         rich_help_panel=MODEL_PANEL,
-        autocompletion=one_of("float32", "bfloat16", "int8"),
+        autocompletion=one_of("float32", "bfloat16", "int8", "fp8"),
     ),
 ]
 

@@ -30,7 +30,7 @@ from dllm_kernels.models.safetensors_io import fill_weights, own_storages, plan_
 from dllm_kernels.models.savable import refuse_unsavable
 from dllm_kernels.models.saved_weights import quantization_of, saved_state
 from dllm_kernels.models.staging import CONFIG, interrupted_save, recover, staged
-from dllm_kernels.models.stored_weights import KINDS, StoredLinear, check_stored, store_weights
+from dllm_kernels.models.stored_weights import KINDS, KINDS_ON, StoredLinear, check_stored, store_weights
 from dllm_kernels.models.tokenizer_files import FILES, read_tokenizer
 
 if TYPE_CHECKING:
@@ -67,9 +67,10 @@ def load(
     merge_projections: queries, keys and values as one product without gradients, gate and up as another
     (`models.merged_projections`); a model whose projections are fused already stays as it is.
     base: the base model of an adapter, in place of the one that its adapter_config.json names.
-    weights: "float32" | "bfloat16" | "int8", on the CPU: linear layers store their weights so, packed and
-    read once for few rows (`models.stored_weights`); the vocabulary projection only as int8. None: as the
-    checkpoint has them, int8 ones stored as they are and others in stock layers.
+    weights: "float32" | "bfloat16" | "int8", and "fp8" (e4m3) on CUDA: linear layers store their weights so,
+    read once for few rows (`models.stored_weights`); the vocabulary projection only in 8 bits. How the
+    products round: `skinny_linear`. None: as the checkpoint has them, int8 and fp8 ones stored as they are
+    and others in stock layers.
     fused: norms, rotations and gated MLPs are single operators (`models.fused_layers`), on devices that have
     them. None: where linear layers are stored.
     The model is a stock transformers model in eval mode. Called directly it sees what it was trained to see
@@ -108,7 +109,7 @@ def read_checkpoint(
     """Return (model, tokenizer) of a folder, the model in eval mode and with its own mask.
 
     trained: False also reads checkpoints that were not trained for diffusion; their config's "diffusion"
-    entry then lists no attention. weights: as in `load`, or "stock": stock layers, int8 ones dequantized.
+    entry then lists no attention. weights: as in `load`, or "stock": stock layers, 8-bit ones dequantized.
     """
     if merge_projections and weights is not None:
         raise ValueError(f"merge_projections has no meaning with weights={weights!r}")
@@ -133,18 +134,18 @@ def read_checkpoint(
         stored = stored_tensors(folder)
         kind = model_class(config, family.masked_lm, entries.get("architectures"))
         expected = skeleton(kind, config, dtype, sum(math.prod(tensor.shape) for tensor in stored.values()))
-        sizes = _quantized_layers(entries, expected, layout)
+        sizes, file_kind = _quantized_layers(entries, expected, layout)
         if sizes and weights != "stock":
-            _refuse_quantized(device, merge_projections)
-        layers = layers_to_store(expected, sizes, weights)
-        expect_quantized(expected, sizes)
+            _refuse_quantized(file_kind, weights, device, merge_projections)
+        layers = layers_to_store(expected, sizes, weights, file_kind)
+        expect_quantized(expected, sizes, file_kind)
         plan = plan_weights(expected, stored, layout, family.other_heads)
         without = [name for name, storing in layers.items() if storing.kind is not None]
         model = empty_model(kind, config, device, dtype, without)
         _complete(model.config, config)
         if merge_projections:
             merged_projections.merge_projections(model)
-        fill_weights(model, plan, stored, receivers(model, layers, dtype))
+        fill_weights(model, plan, stored, receivers(model, layers, dtype, device))
     if _version(folder) != version:
         raise ValueError(f"{folder} was replaced while it was read; load it again")
     return model.eval(), tokenizer
@@ -237,20 +238,28 @@ def _read_config(folder: Path):
     return entries, family, *read_config(entries, family)
 
 
-def _quantized_layers(entries: dict, skeleton: nn.Module, layout: Layout | None) -> dict[str, int | None]:
-    """Return the int8 layers that config.json names, by stock name -> inputs per scale (None: all)."""
+def _quantized_layers(
+    entries: dict, skeleton: nn.Module, layout: Layout | None
+) -> tuple[dict[str, int | None], str]:
+    """Return the layers that config.json says are in 8 bits, by stock name -> inputs per scale (None: all),
+    and whether these are "int8" or "fp8"."""
     if not entries.get("quantization_config"):
-        return {}
+        return {}, "int8"
     names = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
     written = {name: name if layout is None else layout.own_module_name(name) for name in names}
-    return QuantizationConfig.of_entries(entries["quantization_config"]).sizes(written)
+    config = QuantizationConfig.of_entries(entries["quantization_config"])
+    return config.sizes(written), config.kind
 
 
-def _refuse_quantized(device: torch.device, merge_projections: bool) -> None:
-    if device.type != "cpu":
-        raise ValueError(f"its weights are int8, for models on the CPU, and device is {device}; give 'cpu'")
+def _refuse_quantized(kind: str, weights: str | None, device: torch.device, merge_projections: bool) -> None:
+    allowed = KINDS_ON.get(device.type, ())
+    if weights is None and kind not in allowed:
+        raise ValueError(
+            f"its weights are {kind}, which are not for models on {device}; give weights=, one of: "
+            f"{', '.join(allowed)}"
+        )
     if merge_projections:
-        raise ValueError("merge_projections has no meaning with int8 weights")
+        raise ValueError(f"merge_projections has no meaning with {kind} weights")
 
 
 def _read_adapted(

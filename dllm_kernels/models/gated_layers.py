@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from dllm_kernels.models.fused_layers import is_gated_mlp
 from dllm_kernels.models.merged_projections import runs_as_its_class
 from dllm_kernels.models.stored_weights import StoredLinear
-from dllm_kernels.ops.skinny_linear import gated_linear, interleaved
+from dllm_kernels.ops.skinny_linear import PackedWeight, gated_linear, interleaved
 
 
 def gate_layers(model: nn.Module) -> int:
     """Compute gate and up of each MLP as one operator from now on; return in how many MLPs.
 
     These are the MLPs of `fuse_layers` whose gate_proj and up_proj are plain StoredLinear of equal kind and
-    shape. Each layer keeps its place, its name and its weight, which becomes a part of the pair's memory.
-    Memory: one pair besides the model.
+    shape, on the CPU. Each layer keeps its place, its name and its weight, which becomes a part of the pair's
+    memory. Memory: one pair besides the model.
     """
     gated = 0
     for mlp in model.modules():
@@ -34,18 +34,18 @@ class GatedPair:
     """The weights of two layers, laid together; the layers' own become views of them."""
 
     def __init__(self, gate: StoredLinear, up: StoredLinear):
-        self.whole = interleaved(gate.packed, up.packed)
+        self.whole = interleaved(gate.stored, up.stored)
         pairs = self.whole.data.unflatten(0, (-1, 2))
-        gate.packed = gate.packed._replace(data=pairs[:, 0])
-        up.packed = up.packed._replace(data=pairs[:, 1])
-        self.parts = gate.packed, up.packed
+        gate.stored = gate.stored._replace(data=pairs[:, 0])
+        up.stored = up.stored._replace(data=pairs[:, 1])
+        self.parts = gate.stored, up.stored
 
     def product(self, gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor | None:
         """Return silu(gate(x)) · up(x), or None where the layers have to compute by themselves: a gradient is
         recorded, or a layer, its weight or its forward was replaced."""
         if torch.is_grad_enabled() or not (_is_plain(gate) and _is_plain(up)):
             return None
-        if gate.packed is not self.parts[0] or up.packed is not self.parts[1]:
+        if gate.stored is not self.parts[0] or up.stored is not self.parts[1]:
             return None
         biases = [layer.bias for layer in (gate, up) if layer.bias is not None]
         if len(biases) == 1:
@@ -60,7 +60,9 @@ def _is_plain(layer: nn.Module) -> bool:
 def _fit_together(gate: nn.Module, up: nn.Module) -> bool:
     if not (_is_plain(gate) and _is_plain(up)):
         return False
-    first, second = gate.packed, up.packed
+    first, second = gate.stored, up.stored
+    if not (isinstance(first, PackedWeight) and isinstance(second, PackedWeight)):
+        return False
     scales = [None if packed.scales is None else packed.scales.shape for packed in (first, second)]
     return (
         first.data.dtype == second.data.dtype

@@ -1,9 +1,10 @@
 """Stored linear layers of one input as one product: queries, keys and values; gate and up.
 
-`group_layers` does for StoredLinear what merged_projections does for nn.Linear. The panels of a group lie one
-after the other in memory, and every layer keeps its place, its name and its weight, which become a part of
-that memory. The first layer of a group multiplies for all, and x is quantized once. A layer multiplies by
-itself where a gradient is recorded, in compiled code, and when the weight of one of them was replaced.
+`group_layers` does for StoredLinear what merged_projections does for nn.Linear. The weights of a group lie
+one after the other in memory, and every layer keeps its place, its name and its weight, which become a part
+of that memory. The first layer of a group multiplies for all, and x is quantized once. A layer multiplies by
+itself where a gradient is recorded, in compiled code, and when the weight of one of them was replaced. On
+another device the layers are a group no more, until `group_layers` is called again.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from torch import Tensor, nn
 
 from dllm_kernels.models.merged_projections import GROUPS, attach_parts, own_part, runs_as_its_class
 from dllm_kernels.models.stored_weights import StoredLinear
-from dllm_kernels.ops.skinny_linear import PackedWeight, skinny_linear
+from dllm_kernels.ops.skinny_linear import PackedWeight, RowMajorWeight, skinny_linear
+
+Weight = PackedWeight | RowMajorWeight
 
 
 def group_layers(model: nn.Module) -> int:
     """Compute each group of stored layers in `model` as one product from now on; return how many there are.
 
     Groups are found by name (merged_projections.GROUPS). A group is formed of plain StoredLinear without
-    hooks, with the same inputs, dtype, groups of scales and presence of a bias, if the outputs of each fill
-    its panels. Memory: one group besides the model.
+    hooks, with the same inputs, dtype, device, groups of scales and presence of a bias, if the outputs of
+    each fill its panels where weights are packed. Memory: one group besides the model.
     """
     grouped = 0
     for parent in model.modules():
@@ -43,7 +46,14 @@ class GroupedLinear(StoredLinear):
     """
 
     others: tuple[GroupedLinear, ...] = ()
-    whole: tuple[tuple[PackedWeight, ...], PackedWeight] | None = None
+    whole: tuple[tuple[Weight, ...], Weight] | None = None
+
+    def _apply(self, fn, recurse=True):
+        before = self.stored
+        super()._apply(fn, recurse)
+        if self.stored is not before:
+            self.__class__, self.others, self.whole = StoredLinear, (), None
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Project x [..., in] -> [..., out], by a part of the group's product if there is one."""
@@ -55,7 +65,7 @@ class GroupedLinear(StoredLinear):
     def _first_part(self, x: Tensor) -> Tensor | None:
         group, (weights, whole) = (self, *self.others), self.whole
         biases = [layer.bias for layer in group if layer.bias is not None]
-        as_grouped = all(layer.packed is weight for layer, weight in zip(group, weights, strict=True))
+        as_grouped = all(layer.stored is weight for layer, weight in zip(group, weights, strict=True))
         if not as_grouped or len(biases) not in (0, len(group)):
             return None
         return attach_parts(x, group, skinny_linear(x, whole, torch.cat(biases) if biases else None))
@@ -65,28 +75,20 @@ def _fit_together(layers: tuple[StoredLinear, ...]) -> bool:
     kinds = {
         (
             layer.in_features, layer.stored_dtype, layer.bias is None,
-            None if layer.packed.scales is None else len(layer.packed.scales),
+            type(layer.stored), layer.stored.groups, layer.stored[0].device,
         )
         for layer in layers
     }  # fmt: skip
-    width = layers[0].packed.data.shape[2]
     return len(kinds) == 1 and all(
-        layer.out_features % width == 0 and runs_as_its_class(layer) for layer in layers
+        layer.stored.ends_in_a_panel and runs_as_its_class(layer) for layer in layers
     )
 
 
 def _lay_together(layers: tuple[StoredLinear, ...]) -> None:
-    weights = [layer.packed for layer in layers]
-    scales = [weight.scales for weight in weights if weight.scales is not None]
-    whole = PackedWeight(
-        torch.cat([weight.data for weight in weights]),
-        torch.cat(scales, dim=1) if scales else None,
-        sum(weight.outputs for weight in weights),
-        weights[0].inputs,
-    )
-    parts = whole.data.split([len(weight.data) for weight in weights])
-    for layer, weight, data in zip(layers, weights, parts, strict=True):
+    first, *others = (layer.stored for layer in layers)
+    whole, parts = first.followed_by(*others)
+    for layer, part in zip(layers, parts, strict=True):
         layer.__class__ = GroupedLinear
-        layer.packed = weight._replace(data=data)
+        layer.stored = part
     layers[0].others = layers[1:]
-    layers[0].whole = tuple(layer.packed for layer in layers), whole
+    layers[0].whole = tuple(parts), whole

@@ -176,7 +176,8 @@ def _misfit(tensor: Tensor, weight: Tensor) -> str | None:
     """Return why `tensor` cannot be read into `weight`; None if it can."""
     if tensor.shape != weight.shape:
         return f"{[*tensor.shape]}, not {[*weight.shape]}"
-    if tensor.dtype != weight.dtype and not (tensor.is_floating_point() and weight.is_floating_point()):
+    floats = tensor.is_floating_point() and weight.is_floating_point()
+    if tensor.dtype != weight.dtype and not (floats and tensor.dtype.itemsize > 1 < weight.dtype.itemsize):
         return f"{tensor.dtype}, not {weight.dtype}"
     return None
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dllm_kernels.models.empty_models import skeleton
 from dllm_kernels.models.quantization_config import expect_quantized
-from dllm_kernels.models.saved_weights import int8_layers, saved_state
+from dllm_kernels.models.saved_weights import quantized_kind, quantized_layers, saved_state
 
 # Wrappers by the name of their class -> what to save instead.
 _WRAPPERS = {
@@ -46,7 +46,7 @@ def refuse_unsavable(model: object) -> None:
         if reason := _odd(tensor):
             raise ValueError(f"{name} of {described} is {reason}")
     stock = skeleton(type(model), model.config, model.dtype)
-    expect_quantized(stock, int8_layers(model))
+    expect_quantized(stock, quantized_layers(model), quantized_kind(model))
     expected = stock.state_dict(keep_vars=True)
     if added := sorted(state.keys() - expected.keys()):
         of = (reason for part, reason in _ADDITIONS.items() if any(part in name for name in added))

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are packed for `skinny_linear`, and stored in fewer bytes.
+"""Linear layers whose weights are laid out for `skinny_linear`, and stored in fewer bytes.
 
 A step of a cached sampler computes a block of some 32 rows: the time of its linear layers is that of reading
 their weights. Activations stay in the model's dtype.
@@ -15,32 +15,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dllm_kernels.models.merged_projections import is_plain_linear
-from dllm_kernels.ops.skinny_linear import PackedWeight, pack_weight, quantize_weight
+from dllm_kernels.ops.skinny_linear import (
+    PackedWeight,
+    RowMajorWeight,
+    dequantize_weight,
+    pack_weight,
+    quantize_weight,
+)
 
-# skinny_linear of a packed weight, without what it checks in Python: a small model calls this a hundred times
-# in a step of a millisecond.
-_packed_linear = torch.ops.dllm_kernels.packed_linear.default
-
-KINDS = ("float32", "bfloat16", "int8")
+# How weights are stored; 8-bit kinds have scales. KINDS_ON: by the type of device.
+KINDS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+SCALED = {kind: dtype for kind, dtype in KINDS.items() if dtype.itemsize == 1}
+KINDS_ON = {"cpu": ("float32", "bfloat16", "int8"), "cuda": tuple(KINDS)}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _PACKINGS = itertools.count()  # weights that layers have had
 _ROUNDED_AT_ONCE = 2**17  # numbers, so that they stay in the cache of a core
+_ROUNDED_AT_ONCE_ON_CUDA = 2**25
 
 
 def store_weights(model: nn.Module, kind: str) -> int:
     """Store the weights of linear layers in `model` as `kind` from now on; return the number of layers.
 
-    "float32": as they are, "bfloat16", "int8": rounded, int8 with one scale for each output, and the
-    vocabulary projection too. Embeddings, shared weights, biases, norms and layers that are not plain
-    nn.Linear stay as they are. Stored weights are no Parameters any more: they cannot be trained, but
-    gradients pass through their layers. Memory: one layer besides the model.
+    "float32": as they are, "bfloat16", "int8", "fp8": rounded, the last two with one scale for each output,
+    and the vocabulary projection too; fp8 is e4m3, on CUDA. Embeddings, shared weights, biases, norms and
+    layers that are not plain nn.Linear stay as they are. Stored weights are no Parameters any more: they
+    cannot be trained, but gradients pass through their layers. Memory: one layer besides the model.
 
-    Raises ValueError for another kind, a model that is not on the CPU, one without such layers, and for
-    infinities and NaN in int8; the model is then as it was.
+    Raises ValueError for another kind, a model that is neither on the CPU nor on a CUDA device, one without
+    such layers, and for infinities and NaN in int8 and fp8; the model is then as it was.
     """
     check_stored(kind, next(model.parameters()).device)
     found = linear_layers(model, kind)
-    for name, module in found.items() if kind == "int8" else ():
+    for name, module in found.items() if kind in SCALED else ():
         if not module.weight.isfinite().all():
             raise ValueError(f"weights={kind!r}: the weight of {name} holds infinities or NaN")
     for name, module in found.items():
@@ -52,8 +63,13 @@ def check_stored(kind: str, device: torch.device) -> None:
     """Raise ValueError unless weights can be stored as `kind` on `device`."""
     if kind not in KINDS:
         raise ValueError(f"weights is {kind!r}; allowed: {', '.join(KINDS)}")
-    if device.type != "cpu":
-        raise ValueError(f"weights={kind!r} is for models on the CPU, and this one is on {device}")
+    if device.type not in KINDS_ON:
+        raise ValueError(f"weights={kind!r} is for models on the CPU or on CUDA, and this one is on {device}")
+    if kind not in KINDS_ON[device.type]:
+        allowed = ", ".join(KINDS_ON[device.type])
+        raise ValueError(
+            f"weights={kind!r} is for models on CUDA, and this one is on {device}; allowed there: {allowed}"
+        )
 
 
 def linear_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
@@ -66,7 +82,7 @@ def linear_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
         for name, module in model.named_modules()
         if is_plain_linear(module)
         and owners[id(module.weight)] == places[id(module)] == 1
-        and (kind == "int8" or module is not head)
+        and (kind in SCALED or module is not head)
     }
     if all(module is head for module in found.values()):
         raise ValueError(
@@ -76,21 +92,32 @@ def linear_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
     return found
 
 
-class StoredLinear(nn.Module):
-    """A linear layer whose weight is packed for `skinny_linear`: float32, 16 bits, or int8 with scales.
+def laid_out(weight: Tensor, scales: Tensor | None) -> PackedWeight | RowMajorWeight:
+    """Return a copy of a weight as `skinny_linear` reads it where it is: packed on the CPU, else in rows.
 
-    The weight is no Parameter and stays on the CPU, in its dtype, when the module is moved; `state_dict` has
-    it as "weight", and "scales". The bias stays a Parameter.
+    fp8 is in rows on the CPU too, to be saved and moved.
+    """
+    weight = weight.detach()
+    if weight.device.type == "cpu" and weight.dtype != torch.float8_e4m3fn:
+        return pack_weight(weight, scales)
+    return RowMajorWeight(weight.clone(memory_format=torch.contiguous_format), _copy_of(scales))
+
+
+class StoredLinear(nn.Module):
+    """A linear layer whose weight is laid out for `skinny_linear`: float32, 16 bits, or 8 with scales.
+
+    The weight is no Parameter and keeps its dtype when the module is moved; another device lays it out anew.
+    `state_dict` has it as "weight", and "scales". The bias stays a Parameter.
     """
 
-    def __init__(self, packed: PackedWeight, dtype: torch.dtype, bias: nn.Parameter | None):
+    def __init__(self, stored: PackedWeight | RowMajorWeight, dtype: torch.dtype, bias: nn.Parameter | None):
         super().__init__()
-        self.packed, self.stored_dtype = packed, dtype
-        self.out_features, self.in_features = packed.outputs, packed.inputs
+        self.stored, self.stored_dtype = stored, dtype
+        self.out_features, self.in_features = stored.outputs, stored.inputs
         self.bias = bias
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name == "packed":  # what is kept for a model compares this number: addresses come again
+        if name == "stored":  # what is kept for a model compares this number: addresses come again
             super().__setattr__("packing", next(_PACKINGS))
         super().__setattr__(name, value)
 
@@ -101,13 +128,14 @@ class StoredLinear(nn.Module):
         """Return a layer that stores a copy of `weight`, in eval mode.
 
         weight: float32, bfloat16 or float16 [out, in], or int8 [out, in] with scales: float32 [out, groups],
-        one for each in / groups inputs. bias: [out]. Raises ValueError for other dtypes and shapes.
+        one for each in / groups inputs, or float8_e4m3fn with one for each output, which multiplies on CUDA
+        alone. bias: [out]. Raises ValueError for other dtypes and shapes.
         """
-        quantized = weight.dtype == torch.int8
+        quantized = weight.dtype in SCALED.values()
         if weight.dim() != 2 or not (quantized or weight.dtype in FLOATS):
             raise ValueError(
-                f"weight is {weight.dtype} {[*weight.shape]}; it must be float32, bfloat16, float16 or int8 "
-                "[out, in]"
+                f"weight is {weight.dtype} {[*weight.shape]}; it must be float32, bfloat16, float16, int8 "
+                "or float8_e4m3fn [out, in]"
             )
         if quantized != (scales is not None):
             raise ValueError(f"a weight in {weight.dtype} comes {'with' if quantized else 'without'} scales")
@@ -115,22 +143,22 @@ class StoredLinear(nn.Module):
             _check_scales(weight, scales)
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"bias is {[*bias.shape]}; it must be {[*weight.shape[:1]]}")
-        return cls(pack_weight(weight.detach(), scales), weight.dtype, bias).eval()
+        return cls(laid_out(weight, scales), weight.dtype, bias).eval()
 
     @classmethod
     def rounded(cls, linear: nn.Linear, kind: str) -> StoredLinear:
-        """Return `linear` with its weight rounded to `kind`; int8 has one scale per output."""
+        """Return `linear` with its weight rounded to `kind`; 8-bit kinds have one scale per output."""
         weight = linear.weight.detach()
         return cls.of(*round_weight(weight, kind, weight.dtype), linear.bias).train(linear.training)
 
     @property
     def weight(self) -> Tensor:
-        """The weight [out, in] as it is stored, unpacked: a new tensor."""
+        """The weight [out, in] as it is stored; on the CPU a new tensor."""
         return self.parts()[0]
 
     def parts(self) -> tuple[Tensor, Tensor | None]:
         """Return (weight [out, in], scales [out, groups] or None), as `of` takes them."""
-        weight, scales = self.packed.unpacked()
+        weight, scales = self.stored.unpacked()
         return weight.to(self.stored_dtype), scales
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,10 +167,18 @@ class StoredLinear(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or trained):
             weight, scales = self.parts()
             if scales is not None:
-                weight = dequantize(weight, scales)
+                weight = dequantize_weight(weight, scales)
             return F.linear(x, weight.to(x.dtype), self.bias)
-        packed = self.packed
-        return _packed_linear(x, packed.data, packed.outputs, self.bias, packed.scales)
+        return self.stored.linear(x, self.bias)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        here = self.stored[0].device
+        there = fn(torch.empty(0, dtype=torch.uint8, device=here)).device
+        if there != here:
+            weight, scales = self.parts()
+            self.stored = laid_out(weight.to(there), None if scales is None else scales.to(there))
+        return self
 
     def extra_repr(self) -> str:
         kind = str(self.stored_dtype).removeprefix("torch.")
@@ -157,7 +193,7 @@ class StoredLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         rest = dict(state_dict)
-        names = ("weight", "scales") if self.stored_dtype == torch.int8 else ("weight",)
+        names = ("weight", "scales") if self.stored_dtype in SCALED.values() else ("weight",)
         given = [rest.pop(prefix + name, None) for name in names]
         missing += [prefix + name for name, part in zip(names, given, strict=True) if part is None and strict]
         super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
@@ -169,7 +205,8 @@ class StoredLinear(nn.Module):
                 f"{[self.out_features, self.in_features]}"
             )
             return
-        self.packed = type(self).of(*given).packed
+        here = self.stored[0].device
+        self.stored = type(self).of(*(part.to(here) for part in given)).stored
 
 
 def round_weight(
@@ -177,34 +214,33 @@ def round_weight(
     kind: str,
     dtype: torch.dtype,
     scales: Tensor | None = None,
-    empty: Callable[..., Tensor] = torch.empty,
+    empty: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return (weight, scales) as `StoredLinear.of` takes them, of a weight [out, in].
 
-    weight: float, cast to `dtype` first, or int8 with its scales. kind: one of KINDS; a float weight has one
-    scale per output as "int8". empty: makes the weight that is returned. Memory: a few rows besides the
-    result. ValueError for infinities and NaN in int8.
+    weight: float, cast to `dtype` first, or in 8 bits with its scales. kind: one of KINDS; a float weight has
+    one scale per output in 8 bits. empty: makes the weight that is returned, on its device. Memory: a few
+    rows besides the result. ValueError for infinities and NaN in 8 bits.
     """
-    kept = getattr(torch, kind)
+    kept = KINDS[kind]
     if weight.dtype == kept and (scales is not None or torch.promote_types(kept, dtype) == dtype):
         return weight, scales  # no cast changes anything
-    stored = empty(weight.shape, dtype=kept)
-    made = torch.empty(len(weight), 1) if kind == "int8" else None
-    rows = max(1, _ROUNDED_AT_ONCE // max(1, weight.shape[1]))
+    stored = (empty or weight.new_empty)(weight.shape, dtype=kept)
+    made = torch.empty(len(weight), 1, device=weight.device) if kind in SCALED else None
+    at_once = _ROUNDED_AT_ONCE if weight.device.type == "cpu" else _ROUNDED_AT_ONCE_ON_CUDA
+    rows = max(1, at_once // max(1, weight.shape[1]))
     for start in range(0, len(weight), rows):
         some = slice(start, start + rows)
-        part = weight[some].to(dtype) if scales is None else dequantize(weight[some], scales[some])
+        part = weight[some].to(dtype) if scales is None else dequantize_weight(weight[some], scales[some])
         if made is None:
             stored[some] = part
         else:
-            stored[some], made[some] = quantize_weight(part)
+            stored[some], made[some] = quantize_weight(part, dtype=kept)
     return stored, made
 
 
-def dequantize(weight: Tensor, scales: Tensor) -> Tensor:
-    """Return int8 [out, in] times scales [out, groups], in float32."""
-    groups = weight.unflatten(1, (scales.shape[1], -1))
-    return (groups * scales[..., None]).flatten(1)
+def _copy_of(scales: Tensor | None) -> Tensor | None:
+    return None if scales is None else scales.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _check_scales(weight: Tensor, scales: Tensor) -> None:
@@ -215,3 +251,5 @@ def _check_scales(weight: Tensor, scales: Tensor) -> None:
             f"scales is {scales.dtype} {[*scales.shape]}; it must be float32 [{rows}, groups], and groups "
             f"must divide the {inputs} inputs"
         )
+    if weight.dtype == torch.float8_e4m3fn and scales.shape[1] != 1:
+        raise ValueError(f"scales is {[*scales.shape]}; of float8_e4m3fn it must be [{rows}, 1]")

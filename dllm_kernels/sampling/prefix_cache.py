@@ -187,7 +187,7 @@ def _key_of(plan: Plan) -> tuple:
     versions = [object() if weight.is_inference() else weight._version for weight in plan.model.parameters()]
     versions += [0 if buffer.is_inference() else buffer._version for buffer in plan.model.buffers()]
     layers = [module for module in plan.model.modules() if isinstance(module, StoredLinear)]
-    packed = [tensor for layer in layers for tensor in layer.packed[:2] if tensor is not None]
+    packed = [tensor for layer in layers for tensor in layer.stored[:2] if tensor is not None]
     versions += [object() if tensor.is_inference() else tensor._version for tensor in packed]
     kind = plan.device.type
     return (

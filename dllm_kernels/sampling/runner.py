@@ -82,7 +82,7 @@ class ModelRunner:
         if is_plain_linear(projection):
             return linear_token_stats(outputs, projection.weight, projection.bias, **options)
         if type(projection) is StoredLinear and runs_as_its_class(projection):
-            return linear_token_stats(outputs, projection.packed, projection.bias, **options)
+            return linear_token_stats(outputs, projection.stored, projection.bias, **options)
         return token_stats(projection(outputs), **options)
 
     @contextmanager

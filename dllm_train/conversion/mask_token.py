@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dllm_kernels.models.families import token_ids
-from dllm_kernels.models.stored_weights import StoredLinear, dequantize
-from dllm_kernels.ops.skinny_linear import quantize_weight
+from dllm_kernels.models.stored_weights import StoredLinear
+from dllm_kernels.ops.skinny_linear import dequantize_weight, quantize_weight
 
 DEFAULT = "<|mask|>"
 _ROLES = ("eos_token", "pad_token", "bos_token", "unk_token", "cls_token", "sep_token")
@@ -143,7 +143,7 @@ def _make_room(model, mask_id: int, in_use: int) -> None:
 
 def _dequantized(stored: StoredLinear) -> nn.Linear:
     linear = nn.Linear(stored.in_features, stored.out_features, stored.bias is not None, device="meta")
-    linear.weight, linear.bias = nn.Parameter(dequantize(*stored.parts())), stored.bias
+    linear.weight, linear.bias = nn.Parameter(dequantize_weight(*stored.parts())), stored.bias
     return linear
 
 

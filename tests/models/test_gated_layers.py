@@ -103,7 +103,7 @@ def test_a_gated_model_computes_the_same(kind, change, calls):
     mlp = model.model.layers[0].mlp
     memory = {
         part.untyped_storage().data_ptr()
-        for part in (mlp.gate_proj.packed.data, mlp.up_proj.packed.data, mlp.gated_pair.whole.data)
+        for part in (mlp.gate_proj.stored.data, mlp.up_proj.stored.data, mlp.gated_pair.whole.data)
     }
     assert len(memory) == 1
 
@@ -132,7 +132,7 @@ def test_layers_compute_by_themselves_where_they_have_to(calls):
     first, second = (one.model.layers[0].mlp for one in (plain, model))
     for mlp in (first, second):
         weight, scales = mlp.up_proj.parts()
-        mlp.up_proj.packed = StoredLinear.of(weight, 2 * scales).packed
+        mlp.up_proj.stored = StoredLinear.of(weight, 2 * scales).stored
     torch.testing.assert_close(logits(model), logits(plain), rtol=5e-2, atol=5e-2)
     assert len(calls) == model.config.num_hidden_layers - 1
     calls.clear()

@@ -64,7 +64,7 @@ def test_layers_keep_their_weights_and_memory_is_shared(kind):
     attention = model.model.layers[0].self_attn
     assert type(attention.q_proj) is type(attention.v_proj) is GroupedLinear
     storages = {
-        layer.packed.data.untyped_storage().data_ptr()
+        layer.stored.data.untyped_storage().data_ptr()
         for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
     }
     assert storages == {attention.q_proj.whole[1].data.untyped_storage().data_ptr()}
@@ -76,7 +76,7 @@ def test_a_replaced_weight_is_used(products):
     for one in (plain, model):
         layer = one.model.layers[0].mlp.up_proj
         weight, scales = layer.parts()
-        layer.packed = StoredLinear.of(weight, 2 * scales).packed
+        layer.stored = StoredLinear.of(weight, 2 * scales).stored
     torch.testing.assert_close(logits(model), logits(plain), rtol=5e-2, atol=5e-2)
     assert len(products) == 2 * model.config.num_hidden_layers - 1
     products.clear()

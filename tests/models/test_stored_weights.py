@@ -12,6 +12,8 @@ from dllm_kernels.models.stored_weights import StoredLinear, store_weights
 from tests.models.published_checkpoints import PUBLISHED
 from tests.sampling.tiny_models import MASK, prompts_of, tiny_model
 
+FP8 = torch.float8_e4m3fn
+
 
 def layers_of(model) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, StoredLinear)]
@@ -123,14 +125,14 @@ def test_a_state_dict_holds_the_weights(kind):
     model, other = model_with(kind), model_with(kind)
     for layer in layers_of(other):
         weight, scales = layer.parts()
-        layer.packed = StoredLinear.of(torch.zeros_like(weight), scales).packed
+        layer.stored = StoredLinear.of(torch.zeros_like(weight), scales).stored
     state = model.state_dict()
     name = "model.layers.0.mlp.up_proj."
     assert state[name + "weight"].equal(model.get_submodule(name[:-1]).weight)
     assert (name + "scales" in state) == (kind == "int8")
     other.load_state_dict(state)
     for mine, loaded in zip(layers_of(model), layers_of(other), strict=True):
-        assert loaded.packed.data.equal(mine.packed.data)
+        assert loaded.stored.data.equal(mine.stored.data)
     with pytest.raises(RuntimeError, match=r"Missing key.*up_proj\.weight"):
         other.load_state_dict({key: value for key, value in state.items() if key != name + "weight"})
     with pytest.raises(RuntimeError, match=r"up_proj.weight is .* \[1, 2\]; expected"):
@@ -208,6 +210,8 @@ def test_parts_that_make_no_layer_are_refused():
         ((weight,), "a weight in torch.int8 comes with scales"),
         ((weight.bfloat16(), torch.ones(4, 1)), "a weight in torch.bfloat16 comes without scales"),
         ((weight.double(),), r"weight is torch.float64 \[4, 8\]; it must be float32, bfloat16, float16"),
+        ((weight.to(FP8),), "a weight in torch.float8_e4m3fn comes with scales"),
+        ((weight.to(FP8), torch.ones(4, 2)), r"scales is \[4, 2\]; of float8_e4m3fn it must be \[4, 1\]"),
         ((weight, torch.ones(4)), r"scales is torch.float32 \[4\]; it must be float32 \[4, groups\]"),
         ((weight, torch.ones(4, 3)), "groups must divide the 8 inputs"),
         ((weight, torch.ones(4, 1).half()), "scales is torch.float16"),
@@ -218,11 +222,16 @@ def test_parts_that_make_no_layer_are_refused():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="weights is 'int4'; allowed: float32, bfloat16, int8"):
+    with pytest.raises(ValueError, match="weights is 'int4'; allowed: float32, bfloat16, int8, fp8"):
         dk.load("tiny-python", weights="int4")
+    on_cpu = (
+        "weights='fp8' is for models on CUDA, and this one is on cpu; allowed there: float32, bfloat16, int8"
+    )
+    with pytest.raises(ValueError, match=on_cpu):
+        dk.load("tiny-python", device="cpu", weights="fp8")
     with pytest.raises(ValueError, match="merge_projections has no meaning with weights='int8'"):
         dk.load("tiny-python", weights="int8", merge_projections=True)
-    with pytest.raises(ValueError, match="is for models on the CPU, and this one is on meta"):
+    with pytest.raises(ValueError, match="is for models on the CPU or on CUDA, and this one is on meta"):
         store_weights(copy.deepcopy(tiny_model()).to("meta"), "int8")
     config = transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2)
     with pytest.raises(ValueError, match="this GPT2LMHeadModel has no plain nn"):

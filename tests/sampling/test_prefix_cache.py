@@ -133,9 +133,9 @@ def test_other_stored_weights_empty_the_cache(change):
     for _ in range(1 + (change == "replaced twice")):
         weight, scales = layer.parts()
         if change == "in place":
-            layer.packed.scales.mul_(-1)
+            layer.stored.scales.mul_(-1)
         else:
-            layer.packed = StoredLinear.of(weight, -2 * scales).packed
+            layer.stored = StoredLinear.of(weight, -2 * scales).stored
     kept = dk.sample(model, [prompt], prefix_cache=cache, **OPTIONS)
     assert cache.reused_tokens == reused
     assert kept.sequences.equal(dk.sample(model, [prompt], **OPTIONS).sequences)

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 import dllm_kernels as dk
 from dllm_kernels.cli import app
-from dllm_kernels.models.stored_weights import StoredLinear, dequantize
+from dllm_kernels.models.stored_weights import StoredLinear
+from dllm_kernels.ops.skinny_linear import dequantize_weight
 from dllm_train import convert
 from dllm_train.conversion.sources import read_source
 from tests.train.convertible_checkpoints import write
@@ -47,7 +48,7 @@ def test_q8_0_layers_keep_the_bytes_of_the_file(tied, tmp_path):
     for name, layer in layers.items():
         expected = q8_0(source.get_submodule(name).weight)  # rows permuted there and back
         assert all(part.equal(own) for part, own in zip(layer.parts(), expected, strict=True))
-    embedding = dequantize(*q8_0(source.model.embed_tokens.weight))
+    embedding = dequantize_weight(*q8_0(source.model.embed_tokens.weight))
     assert model.model.embed_tokens.weight.equal(embedding)
     assert not tied or model.lm_head.weight is model.model.embed_tokens.weight
     assert model.model.norm.weight.equal(source.model.norm.weight) and not model.training
@@ -59,7 +60,7 @@ def test_rows_of_queries_and_keys_are_in_the_order_of_transformers(tmp_path):
     model, _ = read_source(file, weights="int8")
     whole, _ = read_source(file)  # by transformers, in float32
     for name, layer in stored_layers(model).items():
-        assert dequantize(*layer.parts()).equal(whole.get_submodule(name).weight)
+        assert dequantize_weight(*layer.parts()).equal(whole.get_submodule(name).weight)
     weight = source.model.layers[0].self_attn.q_proj.weight
     assert not paired(weight, 4).equal(weight)
 
@@ -73,7 +74,7 @@ def test_qwen_files_are_read_as_transformers_reads_them(arch, head_dim, tmp_path
     layers = stored_layers(model)
     assert len(layers) == 15 and all(layer.stored_dtype == torch.int8 for layer in layers.values())
     for name, layer in layers.items():
-        assert dequantize(*layer.parts()).equal(whole.get_submodule(name).weight)
+        assert dequantize_weight(*layer.parts()).equal(whole.get_submodule(name).weight)
     floats = dict(whole.named_parameters())
     assert all(parameter.equal(floats[name]) for name, parameter in model.named_parameters())
     assert model.config.to_diff_dict() == whole.config.to_diff_dict()
@@ -120,8 +121,8 @@ def test_the_head_keeps_the_bytes_of_its_rows_beside_the_mask_token(tmp_path):
     parts, expected = model.lm_head.parts(), q8_0(source.lm_head.weight)
     assert model.config.mask_token_id == len(parts[0]) - 1 >= len(expected[0])
     assert all(part[: len(own)].equal(own) for part, own in zip(parts, expected, strict=True))
-    mean = dequantize(*expected).mean(dim=0)
-    row = dequantize(*(part[-1:] for part in parts))[0]
+    mean = dequantize_weight(*expected).mean(dim=0)
+    row = dequantize_weight(*(part[-1:] for part in parts))[0]
     torch.testing.assert_close(row, mean, atol=float(mean.abs().max()) / 127, rtol=0)
 
 
