@@ -13,6 +13,7 @@ _MODULE_OF = {
     "cached_attention_plan": "ops.attention",
     "cached_block_attention": "ops.attention",
     "kv_write_": "ops.kv_write",
+    "attend_and_write_": "ops.attend_and_write",
     "advance_": "ops.advance",
     "BlockRows": "ops.advance",
     "token_stats": "ops.token_stats",

@@ -7,6 +7,7 @@ from dllm_kernels.models.checkpoint import save as save
 from dllm_kernels.models.fused_layers import fuse_layers as fuse_layers
 from dllm_kernels.ops.advance import BlockRows as BlockRows
 from dllm_kernels.ops.advance import advance_ as advance_
+from dllm_kernels.ops.attend_and_write import attend_and_write_ as attend_and_write_
 from dllm_kernels.ops.attention import block_attention as block_attention
 from dllm_kernels.ops.attention import cached_attention_plan as cached_attention_plan
 from dllm_kernels.ops.attention import cached_block_attention as cached_block_attention

@@ -160,7 +160,7 @@ check() {
       # Sizes that a CPU compares slowly, and the build of the emulator, are left to the others.
       run_tests -m "not hardware" -k "not the_emulator_gives"
       run_benchmarks --seconds 0.5 -k "not scaling and not dual and (merged or not step)" \
-        benchmarks/gpu/test_{unmask,cached_attention,sampling,attention}.py
+        benchmarks/gpu/test_{unmask,cached_attention,layer_attention,sampling,attention}.py
       ;;
     "full 1")
       deadline=570
@@ -171,7 +171,7 @@ check() {
       deadline=570
       mapfile -t part < <(test_files 3 4)
       run_tests "${part[@]}"
-      run_benchmarks benchmarks/gpu/test_{unmask,cached_attention,loss,layer_kernels}.py
+      run_benchmarks benchmarks/gpu/test_{unmask,cached_attention,layer_attention,loss,layer_kernels}.py
       ;;
     "full 3")
       deadline=570

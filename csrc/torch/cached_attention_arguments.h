@@ -4,6 +4,7 @@
 
 #include "torch/attention_arguments.h"
 #include "torch/overlap.h"
+#include "torch/rotate_half_arguments.h"
 
 namespace dllm {
 
@@ -179,5 +180,34 @@ struct KvWriteTensors {
     return p;
   }
 };
+
+// What attend_and_write_ has beside the arguments of cached_block_attention and kv_write_, which check
+// theirs.
+inline void check_attend_and_write(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const Tensor& cache_k, const Tensor& cache_v, const Tensor& page_table,
+                                   const Tensor& cache_spans, const std::optional<Tensor>& cos,
+                                   const std::optional<Tensor>& sin, const std::optional<Tensor>& positions,
+                                   const std::optional<Tensor>& fresh_spans,
+                                   const std::optional<Tensor>& q_lengths,
+                                   const std::optional<Tensor>& plan) {
+  check(cos.has_value() == sin.has_value(), op, ": cos and sin must both be given, or neither");
+  if (cos) {
+    check(q.size(3) % 2 == 0, op, ": head_dim must be even, got ", q.size(3));
+    check_angles(op, "cos", *cos, "q", q);
+    check_angles(op, "sin", *sin, "q", q);
+  }
+  if (!positions) return;
+  std::vector<Argument> read = {
+      {"q", q}, {"k", k}, {"v", v}, {"page_table", page_table}, {"cache_spans", cache_spans}};
+  const std::pair<const char*, const std::optional<Tensor>&> optional[] = {{"cos", cos},
+                                                                           {"sin", sin},
+                                                                           {"positions", positions},
+                                                                           {"fresh_spans", fresh_spans},
+                                                                           {"q_lengths", q_lengths},
+                                                                           {"plan", plan}};
+  for (const auto& [name, tensor] : optional)
+    if (tensor) read.push_back({name, *tensor});
+  check_written(op, {{"cache_k", cache_k}, {"cache_v", cache_v}}, read);
+}
 
 }  // namespace dllm

@@ -1,10 +1,11 @@
-// cached_block_attention, its plan, and kv_write_ on CUDA tensors: allocation and launches on the current
-// stream. What index tensors hold stays on the device; the kernels cut spans, lengths and pages to what there
-// is.
+// cached_block_attention, its plan, kv_write_, and attend_and_write_ on CUDA tensors: allocation and launches
+// on the current stream. What index tensors hold stays on the device; the kernels cut spans, lengths and
+// pages to what there is.
 #include <tuple>
 
 #include "cuda/cached_attention/launch.h"
 #include "cuda/kv_write/launch.h"
+#include "cuda/rotate_half/launch.h"
 #include "torch/cached_attention_arguments.h"
 #include "torch/cuda_launch.h"
 #include "torch/host_copies.h"
@@ -37,13 +38,13 @@ Tensor cached_attention_plan_cuda(const Tensor& q, const Tensor& k, const Tensor
   return plan;
 }
 
-std::tuple<Tensor, Tensor> cached_block_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                       const Tensor& cache_k, const Tensor& cache_v,
-                                                       const Tensor& page_table, const Tensor& cache_spans,
-                                                       const std::optional<Tensor>& fresh_spans,
-                                                       const std::optional<Tensor>& q_lengths, double scale,
-                                                       const std::optional<Tensor>& given_plan) {
-  const char* op = "cached_block_attention";
+// rotation, writes: where the kernel takes fresh tokens.
+std::tuple<Tensor, Tensor> attend(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const Tensor& cache_k, const Tensor& cache_v, const Tensor& page_table,
+                                  const Tensor& cache_spans, const std::optional<Tensor>& fresh_spans,
+                                  const std::optional<Tensor>& q_lengths, double scale,
+                                  const std::optional<Tensor>& given_plan,
+                                  const cuda::Rotation& rotation = {}, const cuda::FreshWrites& writes = {}) {
   check_cached_attention(op, q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths);
   check_aligned(op, "cache_k", cache_k);
   check_aligned(op, "cache_v", cache_v);
@@ -53,6 +54,8 @@ std::tuple<Tensor, Tensor> cached_block_attention_cuda(const Tensor& q, const Te
                                        scale);
   cuda::SplitParams p;
   p.attention = tensors.params();
+  p.rotation = rotation;
+  p.writes = writes;
   if (debugging()) {
     HostCopies host;
     CachedAttentionParams copy = p.attention;
@@ -63,7 +66,7 @@ std::tuple<Tensor, Tensor> cached_block_attention_cuda(const Tensor& q, const Te
     check_contents(op, copy);
   }
   if (given_plan) check_plan(op, *given_plan, q, cuda::plan_size(p.attention));
-  Tensor plan = given_plan ? torch::stable::contiguous(*given_plan) : new_plan(q, p.attention);
+  Tensor plan = given_plan ? with_aligned_rows(*given_plan) : new_plan(q, p.attention);
   p.plan = cuda::plan_at(plan.mutable_data_ptr<int32_t>(), p.attention);
   if (!given_plan) {
     check_launch(op, cuda::launch_plan(p.attention, plan.mutable_data_ptr<int32_t>(), device.stream()));
@@ -78,20 +81,93 @@ std::tuple<Tensor, Tensor> cached_block_attention_cuda(const Tensor& q, const Te
   return {tensors.attention.out, tensors.attention.lse};
 }
 
+void check_written_contents(const char* op, const KvWriteTensors& tensors) {
+  HostCopies host;
+  KvWriteParams copy = tensors.params();
+  copy.page_table = host.of(tensors.page_table);
+  copy.positions = host.of(tensors.positions);
+  check_contents(op, copy);
+}
+
+void check_written_unseen(const char* op, const KvWriteTensors& tensors, const Tensor& cache_spans,
+                          const std::optional<Tensor>& q_lengths) {
+  HostCopies host;
+  KvWriteParams copy = tensors.params();
+  copy.positions = host.of(tensors.positions);
+  const Tensor spans = torch::stable::contiguous(cache_spans);
+  SpanTable table = span_table(spans);
+  table.data = host.of(spans);
+  check_unseen(op, copy, table,
+               host.of(q_lengths ? std::optional(torch::stable::contiguous(*q_lengths)) : std::nullopt));
+}
+
 void kv_write_cuda(Tensor cache_k, Tensor cache_v, const Tensor& k, const Tensor& v, const Tensor& page_table,
                    const Tensor& positions) {
   const char* op = "kv_write_";
   const KvWriteTensors tensors(op, cache_k, cache_v, k, v, page_table, positions);
   const OnDeviceOf device(cache_k);
-  const KvWriteParams p = tensors.params();
-  if (debugging()) {
-    HostCopies host;
-    KvWriteParams copy = p;
-    copy.page_table = host.of(tensors.page_table);
-    copy.positions = host.of(tensors.positions);
-    check_contents(op, copy);
+  if (debugging()) check_written_contents(op, tensors);
+  check_launch(op, cuda::launch_kv_write(tensors.params(), device.stream()));
+}
+
+std::tuple<Tensor, Tensor> cached_block_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                       const Tensor& cache_k, const Tensor& cache_v,
+                                                       const Tensor& page_table, const Tensor& cache_spans,
+                                                       const std::optional<Tensor>& fresh_spans,
+                                                       const std::optional<Tensor>& q_lengths, double scale,
+                                                       const std::optional<Tensor>& plan) {
+  return attend("cached_block_attention", q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans,
+                q_lengths, scale, plan);
+}
+
+// One kernel where it takes fresh tokens, else one after the other.
+std::tuple<Tensor, Tensor> attend_and_write_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                 Tensor cache_k, Tensor cache_v, const Tensor& page_table,
+                                                 const Tensor& cache_spans, const std::optional<Tensor>& cos,
+                                                 const std::optional<Tensor>& sin,
+                                                 const std::optional<Tensor>& positions,
+                                                 const std::optional<Tensor>& fresh_spans,
+                                                 const std::optional<Tensor>& q_lengths, double scale,
+                                                 const std::optional<Tensor>& plan) {
+  const char* op = "attend_and_write_";
+  check_cached_attention(op, q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths);
+  check_attend_and_write(op, q, k, v, cache_k, cache_v, page_table, cache_spans, cos, sin, positions,
+                         fresh_spans, q_lengths, plan);
+  const OnDeviceOf device(q);
+  const bool together = cuda::takes_fresh_tokens(storage_type(q), q.size(3), cos.has_value());
+
+  Tensor query = q, key = k, cos_rows, sin_rows, places;
+  cuda::Rotation rotation{};
+  if (cos && together) {
+    cos_rows = with_aligned_rows(*cos), sin_rows = with_aligned_rows(*sin);
+    rotation = {cos_rows.data_ptr(),
+                sin_rows.data_ptr(),
+                cos->size(0) == 1 ? 0 : cos_rows.stride(0),
+                cos_rows.stride(1),
+                sin->size(0) == 1 ? 0 : sin_rows.stride(0),
+                sin_rows.stride(1)};
+  } else if (cos) {
+    const RotateHalfTensors rotated(op, {"q", "k"}, q, k, *cos, *sin, false);
+    check_launch(op, cuda::launch_rotate_half(rotated.params, device.stream()));
+    query = rotated.query_out, key = rotated.key_out;
   }
-  check_launch(op, cuda::launch_kv_write(p, device.stream()));
+  cuda::FreshWrites writes{};
+  if (positions) {
+    const KvWriteTensors written(op, cache_k, cache_v, k, v, page_table, *positions);
+    if (debugging()) {
+      check_written_contents(op, written);
+      check_written_unseen(op, written, cache_spans, q_lengths);
+    }
+    places = written.positions;
+    writes = {places.const_data_ptr<int32_t>(), cache_k.mutable_data_ptr(), cache_v.mutable_data_ptr()};
+  }
+  auto result = attend(op, query, key, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths,
+                       scale, plan, rotation, together ? writes : cuda::FreshWrites{});
+  if (positions && !together) {
+    const KvWriteTensors written(op, cache_k, cache_v, key, v, page_table, *positions);
+    check_launch(op, cuda::launch_kv_write(written.params(), device.stream()));
+  }
+  return result;
 }
 
 }  // namespace
@@ -100,5 +176,6 @@ void kv_write_cuda(Tensor cache_k, Tensor cache_v, const Tensor& k, const Tensor
 DLLM_CUDA_OPERATORS(m) {
   m.impl("cached_block_attention", TORCH_BOX(&dllm::cached_block_attention_cuda));
   m.impl("cached_attention_plan", TORCH_BOX(&dllm::cached_attention_plan_cuda));
+  m.impl("attend_and_write_", TORCH_BOX(&dllm::attend_and_write_cuda));
   m.impl("kv_write_", TORCH_BOX(&dllm::kv_write_cuda));
 }

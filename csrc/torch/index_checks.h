@@ -85,6 +85,25 @@ inline void check_contents(const char* op, const KvWriteParams& p) {
   }
 }
 
+// No live query sees in the cache what the same call writes there.
+inline void check_unseen(const char* op, const KvWriteParams& p, const SpanTable& spans,
+                         const int32_t* q_lengths) {
+  for (int64_t b = 0; b < p.batch; b++) {
+    const int64_t live = q_lengths ? std::clamp(q_lengths[b], 0, p.length) : p.length;
+    const int64_t rows = spans.row_stride ? live : live > 0;
+    for (int64_t i = 0; i < rows * spans.count; i++) {
+      const int64_t row = i / spans.count, r = i % spans.count;
+      const int32_t* span = spans.data + b * spans.batch_stride + row * spans.row_stride + r * 2;
+      for (int64_t t = 0; span[0] < span[1] && t < p.length; t++) {
+        const int32_t position = p.positions[b * p.length + t];
+        check(position < span[0] || position >= span[1], op, ": positions[", b, ", ", t, "] is ", position,
+              ", which cache_spans[", b, ", ", row, ", ", r,
+              "] shows; what a call writes must not be seen in the cache by it");
+      }
+    }
+  }
+}
+
 inline void check_contents(const char* op, const AdvanceParams& p) {
   p.for_each([&](const char* name, RowFieldKind kind, const int32_t* values) {
     for (int32_t b = 0; kind == RowFieldKind::position && b < p.batch; b++)

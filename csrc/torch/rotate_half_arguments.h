@@ -1,9 +1,22 @@
-// Arguments of rotate_half and its gradient, checked once for CPU and CUDA.
+// Arguments of rotate_half, its gradient, and operators that rotate by the way, checked once for CPU and
+// CUDA.
 #pragma once
 
 #include "torch/attention_arguments.h"
 
 namespace dllm {
+
+// cos or sin [batch or 1, length, head_dim] for heads [batch, heads, length, head_dim].
+inline void check_angles(const char* op, const char* name, const Tensor& angles, const char* heads_name,
+                         const Tensor& heads) {
+  check_dims(op, name, angles, 3, "[batch or 1, length, head_dim]");
+  check_same_dtype(op, name, angles, heads_name, heads);
+  check_same_device(op, name, angles, heads_name, heads);
+  check(angles.size(0) == 1 || angles.size(0) == heads.size(0), op, ": ", name, ".shape[0] must be 1 or ",
+        heads.size(0), " (the batch size), got shape ", shape_text(angles));
+  check_size(op, name, angles, 1, heads.size(2), "the number of positions");
+  check_size(op, name, angles, 2, heads.size(3), "the head dim");
+}
 
 struct RotateHalfTensors {
   Tensor query, key, cos, sin, query_out, key_out;
@@ -50,15 +63,6 @@ struct RotateHalfTensors {
                          const Tensor& other) {
     check_same_dtype(op, name, tensor, other_name, other);
     check_same_device(op, name, tensor, other_name, other);
-  }
-  static void check_angles(const char* op, const char* name, const Tensor& angles, const char* other_name,
-                           const Tensor& query) {
-    check_dims(op, name, angles, 3, "[batch or 1, length, head_dim]");
-    check_same(op, name, angles, other_name, query);
-    check(angles.size(0) == 1 || angles.size(0) == query.size(0), op, ": ", name, ".shape[0] must be 1 or ",
-          query.size(0), " (the batch size), got shape ", shape_text(angles));
-    check_size(op, name, angles, 1, query.size(2), "the number of positions");
-    check_size(op, name, angles, 2, query.size(3), "the head dim");
   }
 };
 

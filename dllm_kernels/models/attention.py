@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from dllm_kernels.models.families import FAMILIES, is_masked_lm
+from dllm_kernels.models.late_rotation import take_rotation
 from dllm_kernels.models.model_masks import (
     NAME,
     UNKNOWN_PATTERN,
@@ -33,6 +34,7 @@ from dllm_kernels.models.model_masks import (
 from dllm_kernels.models.nested_patch import nested_patch
 from dllm_kernels.models.wrappers import unwrapped
 from dllm_kernels.ops.attention import block_attention
+from dllm_kernels.ops.rotate_half import rotate_half
 from dllm_kernels.span_mask import SpanMask, trusted_mask
 
 # The attention_mask to pass beside a view: models hand 4-D masks on as they are and make none themselves.
@@ -208,11 +210,15 @@ def attention(
             )
     if dllm_view is None and _forward.by_view:
         raise ValueError(view_not_handed_on(type(module).__name__))
-    width = value.shape[3]
+    width, rotation = value.shape[3], take_rotation(query, key)
+    if rotation is not None and (dllm_view is None or width != query.shape[3] or width % 8):
+        query, key = rotate_half(query, key, *rotation)  # of their own width
+        rotation = None
     query, key, value, scaling = _of_one_width(query, key, value, scaling)
     if dllm_view is not None:
+        late = () if rotation is None else (rotation,)
         output = dllm_view.attend(
-            getattr(module, "layer_idx", None), query, key, value, scaling, sliding_window
+            getattr(module, "layer_idx", None), query, key, value, scaling, sliding_window, *late
         )
     else:
         if dllm_mask is None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from types import CellType, FunctionType, SimpleNamespace
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama as llama
 
+from dllm_kernels.models.late_rotation import leave_rotation
 from dllm_kernels.models.merged_projections import is_plain_linear
 from dllm_kernels.ops import rms_norm, rotate_half, silu_mul  # noqa: F401  (fake kernels and gradients)
 
@@ -280,17 +282,43 @@ class _Down(torch.autograd.Function):
 
 
 # ---- rotation of queries and keys --------------------------------------------------------------------------
-_STOCK_ROTATION, _OUR_ROTATION = "apply_rotary_pos_emb", "dllm_apply_rotary_pos_emb"
+_STOCK_ROTATION = "apply_rotary_pos_emb"
 
 
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """Compute what transformers' apply_rotary_pos_emb does."""
-    if unsqueeze_dim == 1 and q.dim() == k.dim() == 4 and cos.dim() == 3 and _fits(q, k, cos, sin):
-        batch, _, length, dim = q.shape
-        fits = k.shape[0] == batch and k.shape[2] == length and k.shape[3] == dim and dim % 2 == 0
-        if fits and cos.shape == sin.shape == (cos.shape[0], length, dim) and cos.shape[0] in (1, batch):
-            return _rotate_half(q, k, cos, sin)
+    if _can_rotate(q, k, cos, sin, unsqueeze_dim):
+        return _rotate_half(q, k, cos, sin)
     return llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+
+
+def _rotate_late(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Do as _rotate, or leave it to the attention that follows and return q and k as they are."""
+    if _can_rotate(q, k, cos, sin, unsqueeze_dim) and leave_rotation(q, k, cos, sin):
+        return q, k
+    return _rotate(q, k, cos, sin, unsqueeze_dim)
+
+
+def _can_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> bool:
+    if unsqueeze_dim != 1 or not q.dim() == k.dim() == 4 or cos.dim() != 3 or not _fits(q, k, cos, sin):
+        return False
+    batch, _, length, dim = q.shape
+    fits = k.shape[0] == batch and k.shape[2] == length and k.shape[3] == dim and dim % 2 == 0
+    return fits and cos.shape == sin.shape == (cos.shape[0], length, dim) and cos.shape[0] in (1, batch)
+
+
+# The rotations by the names under which forwards find them.
+_ROTATIONS = {"dllm_apply_rotary_pos_emb": _rotate, "dllm_late_rotary_pos_emb": _rotate_late}
+# Attention classes whose forward hands what it has rotated to the attention function as it is.
+_HAND_ON = {name: f"{name.title()}Attention" for name in ("llama", "mistral", "qwen2", "qwen3")}
+
+
+def _hands_on(forward: Callable) -> bool:
+    """Return whether a forward reads like that of a class of _HAND_ON, in a module that is loaded."""
+    modules = ((sys.modules.get(f"transformers.models.{n}.modeling_{n}"), c) for n, c in _HAND_ON.items())
+    return any(module and _reads_like(forward, getattr(module, name).forward) for module, name in modules)
 
 
 def _attention_forward(stock: Callable) -> Callable | None:
@@ -306,14 +334,15 @@ def _attention_forward(stock: Callable) -> Callable | None:
     rotation = innermost.__globals__.get(_STOCK_ROTATION)
     if not _is_stock_rotation(rotation) or not _only_global(code, _STOCK_ROTATION):
         return None
-    names = tuple(_OUR_ROTATION if name == _STOCK_ROTATION else name for name in code.co_names)
+    ours = "dllm_late_rotary_pos_emb" if _hands_on(stock) else "dllm_apply_rotary_pos_emb"
+    names = tuple(ours if name == _STOCK_ROTATION else name for name in code.co_names)
     forward = FunctionType(
         code.replace(co_names=names), innermost.__globals__, innermost.__name__,
         innermost.__defaults__, innermost.__closure__,
     )  # fmt: skip
     functools.update_wrapper(forward, innermost)
     forward.__kwdefaults__ = innermost.__kwdefaults__
-    innermost.__globals__[_OUR_ROTATION] = _rotate
+    innermost.__globals__[ours] = _ROTATIONS[ours]
     return _rewrapped(stock, innermost, forward)
 
 

@@ -18,6 +18,7 @@ from dllm_kernels._arguments import kind
 from dllm_kernels.models.attention import AS_A_FUNCTION, attention_by_view, view_not_handed_on
 from dllm_kernels.models.compiled import compiled, current
 from dllm_kernels.models.inference import inference
+from dllm_kernels.models.late_rotation import late_rotation
 from dllm_kernels.models.merged_projections import is_plain_linear, runs_as_its_class
 from dllm_kernels.models.probe import Traits
 from dllm_kernels.models.stored_weights import StoredLinear
@@ -55,8 +56,9 @@ class ModelRunner:
         """Return the last hidden states [B, N, H] of one forward over ids [B, N]."""
         view.layers.clear()
         step = current(view) if self.compile else nullcontext(view)
+        late = nullcontext() if self.compile else late_rotation()
         # Without the bookkeeping that no_grad still does for each of a model's thousand small operators.
-        with torch.inference_mode(), attention_by_view(), step as handed_on:
+        with torch.inference_mode(), attention_by_view(), late, step as handed_on:
             hidden = self.model.base_model(
                 input_ids=ids,
                 position_ids=view.position_ids + self.first_position,

@@ -25,8 +25,10 @@ from torch import Tensor
 
 from dllm_kernels.kv_cache import BlockKVCache
 from dllm_kernels.models.attention import within_window
+from dllm_kernels.ops.attend_and_write import attend_and_write_
 from dllm_kernels.ops.attention import block_attention, cached_attention_plan, cached_block_attention
 from dllm_kernels.ops.kv_write import kv_write_
+from dllm_kernels.ops.rotate_half import rotate_half
 from dllm_kernels.span_mask import SpanMask, trusted_mask
 
 
@@ -108,16 +110,27 @@ class StepView:
         return views
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        window: int | None,
+        rotation: Rotation = None,
     ) -> Tensor:
-        """Attention of one layer: query [1, Hq, N, D], key and value [1, Hkv, N, D] -> like query."""
+        """Attention of one layer: query [1, Hq, N, D], key and value [1, Hkv, N, D] -> like query.
+
+        rotation: cos and sin [1, N, D] by which query and key are rotated first.
+        """
         layer = len(self.layers)  # of the cache: a model's own layer may attend more than once
         self.layers.add(layer)
         pages = self.pages
-        if pages is None or pages.empty:
-            output = block_attention(query, key, value, self.mask(window), scale=scale)
-        else:
-            output = pages.attend(layer, query, key, value, scale, self.mask, window)
+        if pages is not None and not pages.empty:
+            return pages.attend(layer, query, key, value, scale, self.mask, window, rotation)
+        if rotation is not None:
+            query, key = rotate_half(query, key, *rotation)
+        output = block_attention(query, key, value, self.mask(window), scale=scale)
         if self.writes:
             kv_write_(*pages.of(layer), pages.rows(key), pages.rows(value), pages.table, pages.write)
         return output
@@ -143,6 +156,31 @@ class StepView:
             block_end = ((packing.position - origin) // self.block_size + 1) * self.block_size + origin
             stop = torch.minimum(stop, begin + block_end - packing.first[packing.row])
         return torch.stack([begin, stop], dim=-1)[None, :, None].int()
+
+
+# cos and sin of a layer's queries and keys; None: they are rotated.
+Rotation = tuple[Tensor, Tensor] | None
+
+
+def attend_to_pages(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pages: tuple[Tensor, Tensor],
+    table: Tensor,
+    cache_spans: Tensor,
+    rotation: Rotation,
+    write: Tensor | None,
+    **options,
+) -> Tensor:
+    """Attend to cached and fresh keys, and keep those with a position in `write`: a row sees none of these in
+    the cache, since it computes them."""
+    if rotation is None and write is None:
+        return cached_block_attention(query, key, value, *pages, table, cache_spans, **options)
+    cos, sin = rotation or (None, None)
+    return attend_and_write_(
+        query, key, value, *pages, table, cache_spans, cos=cos, sin=sin, positions=write, **options
+    )
 
 
 class Plans:
@@ -187,12 +225,15 @@ class Pages:
         self.lengths = None if self.even else length.int()
         self._spans: dict[int | None, tuple[Tensor, Tensor | None]] = {}
         self._plans = Plans()
+        self._rotation: tuple[Tensor, ...] | None = None  # cos and sin as they came, and by rows
 
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
         """Cached keys and values of a layer."""
         return self.cache.keys(layer), self.cache.values(layer)
 
-    def attend(self, layer, query, key, value, scale, mask: Callable[..., SpanMask], window) -> Tensor:
+    def attend(
+        self, layer, query, key, value, scale, mask: Callable[..., SpanMask], window, rotation
+    ) -> Tensor:
         """Do as StepView.attend, over cached and fresh keys."""
         if window not in self._spans:
             all_fresh = window is None and not self.own_block
@@ -201,11 +242,19 @@ class Pages:
         cache_spans, fresh_spans = self._spans[window]
         query, key, value, pages = self.rows(query), self.rows(key), self.rows(value), self.of(layer)
         plan = self._plans.of(window, query, key, pages[0], self.table, cache_spans, self.lengths)
-        output = cached_block_attention(
-            query, key, value, *pages, self.table, cache_spans, fresh_spans=fresh_spans,
-            q_lengths=self.lengths, scale=scale, plan=plan,
+        output = attend_to_pages(
+            query, key, value, pages, self.table, cache_spans, self._rows_of(rotation), self.write,
+            fresh_spans=fresh_spans, q_lengths=self.lengths, scale=scale, plan=plan,
         )  # fmt: skip
         return output if self.alone else self.packed(output)
+
+    def _rows_of(self, rotation: Rotation) -> Rotation:
+        """Return cos and sin [B, Tq, D], which layers share."""
+        if rotation is None or self.alone:
+            return rotation
+        if self._rotation is None or self._rotation[0] is not rotation[0]:
+            self._rotation = *rotation, *(self.rows(angles[:, None])[:, 0] for angles in rotation)
+        return self._rotation[2:]
 
     def packed(self, tokens: Tensor) -> Tensor:
         """[B, H, Tq, D] -> [1, H, N, D]"""
@@ -357,23 +406,32 @@ class DeviceView:
         return DeviceView(*both, self.table, self.cache)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        window: int | None,
+        rotation: Rotation = None,
     ) -> Tensor:
-        """Attention of one layer: query [B, Hq, Q, D], key and value [B, Hkv, Q, D] -> like query."""
+        """Attention of one layer: query [B, Hq, Q, D], key and value [B, Hkv, Q, D] -> like query; rotation:
+        cos and sin [B, Q, D] by which query and key are rotated first."""
         layer = len(self.layers)  # of the cache: a model's own layer may attend more than once
         self.layers.add(layer)
         pages = self.cache.keys(layer), self.cache.values(layer)
         if window not in self._seen:
             self._seen[window] = self._whole(window) if self.cache_spans is None else self._spans(window)
-        if self.cache_spans is None:
-            output = block_attention(query, key, value, self._seen[window], scale=scale)
-        else:
+        if self.cache_spans is not None:
             cache_spans, fresh_spans = self._seen[window]
             plan = self._plans.of(window, query, key, pages[0], self.table, cache_spans, self.lengths)
-            output = cached_block_attention(
-                query, key, value, *pages, self.table, cache_spans, fresh_spans=fresh_spans,
-                q_lengths=self.lengths, scale=scale, plan=plan,
+            return attend_to_pages(
+                query, key, value, pages, self.table, cache_spans, rotation, self.write_positions,
+                fresh_spans=fresh_spans, q_lengths=self.lengths, scale=scale, plan=plan,
             )  # fmt: skip
+        if rotation is not None:
+            query, key = rotate_half(query, key, *rotation)
+        output = block_attention(query, key, value, self._seen[window], scale=scale)
         if self.write_positions is not None:
             kv_write_(*pages, key, value, self.table, self.write_positions)
         return output

@@ -28,6 +28,10 @@ all_guarded() {  // by the end of the mapping; never destroyed, tensors may outl
   static auto* all = new std::map<char*, Guarded>;
   return *all;
 }
+std::map<char*, char*>& ends_of_mappings() {  // by the data
+  static auto* all = new std::map<char*, char*>;
+  return *all;
+}
 std::mutex lock;
 
 struct Allocator final : c10::Allocator {
@@ -46,16 +50,19 @@ struct Allocator final : c10::Allocator {
     char* data = cta.order.seed == 1 ? begin + kPage : begin + kPage + pages - aligned;
     const std::lock_guard guard(lock);
     all_guarded()[begin + mapped] = {begin, data, mapped, bytes};
-    return {data, begin + mapped, &release, c10::Device(c10::DeviceType::CPU)};
+    ends_of_mappings()[data] = begin + mapped;
+    return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
   }
-  static void release(void* end) {
-    if (!end) return;
+  static void release(void* data) {
+    if (!data) return;
     const std::lock_guard guard(lock);
-    const auto found = all_guarded().find(static_cast<char*>(end));
+    const auto end = ends_of_mappings().find(static_cast<char*>(data));
+    const auto found = all_guarded().find(end->second);
     munmap(found->second.mapping, found->second.mapped);
     all_guarded().erase(found);
+    ends_of_mappings().erase(end);
   }
-  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }  // of torch's 16-bit products
   void copy_data(void* to, const void* from, size_t bytes) const override { memcpy(to, from, bytes); }
 };
 

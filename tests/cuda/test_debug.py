@@ -41,6 +41,14 @@ def a_position_without_a_slot():
     return dk.kv_write_, cache, cache.clone(), k, k, ints([0, 1]), ints([0, 8])
 
 
+def a_position_that_is_seen():
+    def call(q, cache_k, cache_v, table, spans, positions):
+        return dk.attend_and_write_(q, q, q, cache_k, cache_v, table, spans, positions=positions)
+
+    caches = torch.zeros(2, 3, 4, 1, 8).unbind()
+    return call, torch.zeros(1, 1, 2, 8), *caches, ints([0, 1]), ints([[0, 5]])[None], ints([5, 4])
+
+
 def candidate_listed_twice():
     return commit(positions=ints([1, 1]), quota=ints(1))
 
@@ -86,6 +94,7 @@ WRONG = [
     overlapping_cache_spans,
     too_many_queries,
     a_position_without_a_slot,
+    a_position_that_is_seen,
     candidate_listed_twice,
     negative_quota,
     a_block_beyond_the_canvas,

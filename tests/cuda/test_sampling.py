@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dllm_kernels as dk
+from dllm_kernels.models import fused_layers
 from dllm_kernels.sampling import graph_loop
 from dllm_kernels.sampling.graph_loop import graph_loop_of
 from dllm_kernels.sampling.graphs import Launches, NotRecorded
@@ -79,6 +80,20 @@ def test_two_graphs_of_a_block(gpu, monkeypatch):
     with gpu.kernels():
         placed = copy.deepcopy(model).to(gpu.device)
         assert_same(sampled_in_graphs(placed, prompts, **options), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_layers_in_one_kernel_and_in_several(gpu, kind, monkeypatch):
+    """Rotation, attention and the writes of bfloat16 layers: the same bits."""
+    attention, cache = KINDS[kind]
+    model = copy.deepcopy(tiny_model("llama", attention=attention)).bfloat16()
+    assert dk.fuse_layers(model) > 0
+    options = dict(max_new_tokens=9, block_size=8, max_batch=2, cache=cache, threshold=0.3)
+    with gpu.kernels():
+        together = sampled_in_graphs(copy.deepcopy(model).to(gpu.device), prompts_of(3, 17), **options)
+        monkeypatch.setattr(fused_layers, "leave_rotation", lambda *_: False)
+        apart = sampled_in_graphs(copy.deepcopy(model).to(gpu.device), prompts_of(3, 17), **options)
+    assert_same(together, apart)
 
 
 def test_sliding_windows_and_a_narrow_suffix(gpu):

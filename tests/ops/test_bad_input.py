@@ -9,7 +9,7 @@ import torch
 import dllm_kernels as dk
 
 # The modules that register fake kernels load with their functions.
-LOADED = dk.block_attention, dk.kv_write_, dk.token_stats, dk.commit_
+LOADED = dk.block_attention, dk.kv_write_, dk.attend_and_write_, dk.token_stats, dk.commit_
 LOADED += dk.rms_norm, dk.silu_mul, dk.rotate_half, dk.skinny_linear
 OPS = torch.ops.dllm_kernels
 HUGE = 2**31
@@ -55,6 +55,12 @@ def calls() -> dict[str, dict]:
             "q": q, "k": k, "cache_k": cache[0], "page_table": int32(1, 2), "cache_spans": int32(1, 1, 1, 2),
             "q_lengths": per_row,
         },
+        "attend_and_write_": {
+            "q": q, "k": k, "v": k, "cache_k": cache[0].clone(), "cache_v": cache[1].clone(),
+            "page_table": int32(1, 2), "cache_spans": int32(1, 1, 1, 2), "cos": torch.randn(1, 4, 8),
+            "sin": torch.randn(1, 4, 8), "positions": torch.arange(4, dtype=torch.int32)[None],
+            "fresh_spans": int32(1, 4, 1, 2), "q_lengths": per_row, "scale": 1.0,
+        },
         "kv_write_": {
             "cache_k": cache[0], "cache_v": cache[1], "k": k, "v": k, "page_table": int32(1, 2),
             "positions": torch.arange(4, dtype=torch.int32)[None],
@@ -82,9 +88,9 @@ def test_the_good_calls_are_good(operator):
     call = calls()[operator]
     before = {name: value.clone() for name, value in call.items() if isinstance(value, torch.Tensor)}
     results = getattr(OPS, operator)(**call)
-    if results is None:  # it writes in place
+    if operator.endswith("_"):  # it writes in place
         assert any(not torch.equal(call[name], value) for name, value in before.items())
-    else:
+    if results is not None:
         results = results if isinstance(results, tuple | list) else [results]
         planned = operator == "cached_attention_plan"  # on a CPU there is nothing to plan
         assert all(bool(result.numel()) != planned and not result.isnan().any() for result in results)

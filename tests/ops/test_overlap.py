@@ -31,7 +31,11 @@ def advance_call() -> dict:
     return {"canvas": torch.full((2, 8), 9), "rows": rows.buffer, **sizes, "mask_id": 9}
 
 
-CALLS = {name: call for name, call in calls().items() if name in ("commit_", "unmask_", "kv_write_")}
+CALLS = {
+    name: call
+    for name, call in calls().items()
+    if name in ("commit_", "unmask_", "kv_write_", "attend_and_write_")
+}
 CALLS |= {"diffusion_cross_entropy_gradient_": loss_call(), "advance_": advance_call()}
 SHOWN = {name: f"stats.{name}" for name in ("token", "prob", "margin", "entropy", "divergence")}
 

@@ -113,7 +113,38 @@ def check_kv_write_(draw: Draw, call: dict, result, before: dict) -> None:
         equal(name, call[name], before[name])
 
 
+def attend_and_write_(draw: Draw) -> dict:
+    """Rows see the first half of their pages and write into the second."""
+    call = cached_block_attention(draw)
+    batch, _, length, dim = call["q"].shape
+    capacity = call["page_table"].shape[1] * call["cache_k"].shape[1]
+    call["cache_spans"] = call["cache_spans"].clamp(max=capacity // 2)
+    angles = {
+        name: draw.floats(draw.choice([1, batch]), length, dim, dtype=call["q"].dtype)
+        for name in ("cos", "sin")
+    }
+    if draw.chance(0.3):
+        angles = dict.fromkeys(angles)
+    positions = torch.randint(capacity // 2 - 1, capacity, (batch, length)).int()
+    positions[positions < capacity // 2] = -1
+    return {**call, **angles, "positions": positions if draw.chance(0.8) else None}
+
+
+def check_attend_and_write_(draw: Draw, call: dict, result, before: dict) -> None:
+    dtype = call["q"].dtype
+    wide = _in_float64(before)
+    if wide["cos"] is not None:  # rounded as the operator rounds
+        rotated = torch.ops.dllm_kernels.rotate_half(*(before[name] for name in ("q", "k", "cos", "sin")))
+        wide |= {"q": rotated[0].double(), "k": rotated[1].double(), "cos": None, "sin": None}
+    out, lse = reference.attend_and_write_(**wide)
+    close("out", result[0], out, TOLERANCE[dtype])
+    close("lse", result[1], lse, TOLERANCE[dtype])
+    for name in ("cache_k", "cache_v"):
+        equal(name, call[name], wide[name].to(dtype))
+
+
 CALLS = {
+    "attend_and_write_": (attend_and_write_, check_attend_and_write_),
     "block_attention": (block_attention, check_block_attention),
     "block_attention_backward": (block_attention_backward, check_block_attention_backward),
     "cached_block_attention": (cached_block_attention, check_cached_block_attention),

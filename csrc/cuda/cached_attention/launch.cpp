@@ -31,6 +31,11 @@ void plan_splits(SplitParams& p) {
   p.partial_rows = partial_rows(a.head_dim, p.max_splits, a.kv_heads, static_cast<int64_t>(a.q_len) * group);
 }
 
+bool takes_fresh_tokens(DType dtype, int64_t head_dim, bool rotates) {
+  const bool halves_in_chunks = head_dim % 16 == 0;
+  return dtype != DType::float32 && (halves_in_chunks || !rotates);
+}
+
 int64_t plan_size(const CachedAttentionParams& p) {
   const int64_t rows = static_cast<int64_t>(p.q_len) * (p.q_heads / p.kv_heads);
   return p.batch * (sizeof(PlannedSequence) / sizeof(int32_t) + p.kv_heads * counters_of_head(rows));

@@ -24,10 +24,28 @@ struct CachedPlan {
   unsigned* counters;          // [batch, kv_heads, counters_of_head(rows of a kv head)]
 };
 
+// By what queries and fresh keys are rotated on their way in, see RotateHalfParams. cos is null: they are
+// not.
+struct Rotation {
+  const void *cos, *sin;  // [batch or 1, q_len, head_dim]
+  int64_t cos_batch_stride, cos_position_stride, sin_batch_stride, sin_position_stride;  // batch of 1: 0
+};
+
+// Where fresh keys, rotated, and values are left. No slot that is written may be seen in the cache.
+struct FreshWrites {
+  const int32_t* positions;  // [batch, q_len], -1: nowhere; null: nothing is written
+  void *cache_k, *cache_v;   // those of the attention
+};
+
+// Whether the kernels rotate and write themselves.
+bool takes_fresh_tokens(DType dtype, int64_t head_dim, bool rotates);
+
 // Sums and states of rows whose keys are split; partial_rows(...) of config.h for each sequence.
 struct SplitParams {
   CachedAttentionParams attention;
   CachedPlan plan;
+  Rotation rotation{};   // of kernels that take_fresh_tokens, like
+  FreshWrites writes{};  // these
   int32_t max_splits;
   int64_t partial_rows;  // of a sequence
   float* sums;           // [batch, partial_rows, head_dim]

@@ -3,6 +3,7 @@
 // Copies of a few key tiles are under way at any time.
 #pragma once
 
+#include "cuda/cached_attention/fresh_tokens.cuh"
 #include "cuda/cached_attention/merge.cuh"
 #include "cuda/launch_kernel.h"
 #include "cuda/tiles/online_softmax.cuh"
@@ -121,6 +122,22 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
 #pragma unroll 1
   for (int stage = 0; stage < kStages - 1; stage++) ahead |= copy_tile(begin + stage) << 2 * stage;
 
+  // ---- fresh tokens: all of them are written, each by one of the CTAs that are here for its queries
+  const Rotation& rotation = split_params.rotation;
+  if (split_params.writes.positions) {
+    const int token = (first + group - 1) / group, tokens = (first + present + group - 1) / group - token;
+    const int writers = live > 0 ? keys.splits : 1;
+    write_tokens<T>(split_params, batch, kv_head, token + static_cast<int>(int64_t{tokens} * split / writers),
+                    token + static_cast<int>(int64_t{tokens} * (split + 1) / writers));
+  }
+  if (rotation.cos && begin < end) {
+    cp_async_wait_group<kStages - 2>();
+    __syncthreads();  // the queries are there
+    rotate_rows<kThreads, kRows>(queries, rotation, p.head_dim, batch,
+                                 [&](int i) { return i < live ? rows.position(first + i) : -1; });
+    __syncthreads();
+  }
+
   // ---- main loop over the key tiles of this split
   const int row = threadIdx.x / 32 * Tiles::kWarpRows;  // the first of this warp
   uint32_t held[Tiles::kHoldsQueries ? kDim / 16 : 1][4];
@@ -137,6 +154,12 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
     __syncthreads();  // tile t is there, tile t - 1 was used
     const auto seen_by_rows = static_cast<Visibility>(ahead & 3);
     ahead = ahead >> 2 | copy_tile(t + kStages - 1) << 2 * (kStages - 2);
+    if (rotation.cos && seen_by_rows != Visibility::none && t >= keys.cached_tiles) {
+      const int position = keys.tile(t).begin;
+      rotate_rows<kThreads, kCachedKeys>(SharedTile<T, kDim>{stage_of(t)}, rotation, p.head_dim, batch,
+                                         [&](int i) { return position + i < keys.live ? position + i : -1; });
+      __syncthreads();
+    }
     if (seen_by_rows == Visibility::none || row >= live) continue;
     if (seen_by_rows == Visibility::partial) {
       const KeyTile tile = keys.tile(t);

@@ -3,8 +3,8 @@
 #include "cuda/launch_kernel.h"
 #include "cuda/ptx.cuh"
 #include "cuda/rotate_half/launch.h"
+#include "cuda/rotate_half/rotated.cuh"
 #include "cuda/tiles/head_pointer.cuh"
-#include "cuda/vectors.cuh"
 
 namespace dllm::cuda {
 namespace {
@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kThreads) rotate_half_kernel(const __grid_cons
       a[j] = x * cos_a[j] + y * sin_b[j];
       b[j] = y * cos_b[j] - x * sin_a[j];
     } else {
-      a[j] = rounded<T>(x * cos_a[j]) + rounded<T>(-y * sin_a[j]);
-      b[j] = rounded<T>(y * cos_b[j]) + rounded<T>(x * sin_b[j]);
+      a[j] = rotated<T>(x, -y, cos_a[j], sin_a[j]);
+      b[j] = rotated<T>(y, x, cos_b[j], sin_b[j]);
     }
   }
   store_values(to, a);

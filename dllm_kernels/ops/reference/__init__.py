@@ -2,6 +2,7 @@
 
 from .advance import advance_
 from .attention import (
+    attend_and_write_,
     block_attention,
     block_attention_backward,
     cached_block_attention,
@@ -27,6 +28,7 @@ from .layer import (
 __all__ = [
     "add_rms_norm",
     "advance_",
+    "attend_and_write_",
     "block_attention",
     "block_attention_backward",
     "cached_block_attention",

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .layer import rotate_half
+
 
 def visible_keys(spans: Tensor, kv_len: int) -> Tensor:
     """Return bool [B or 1, Sq, kv_len]: key k is in some [start, end) of spans [B or 1, Sq, R, 2]."""
@@ -63,6 +65,20 @@ def kv_write_(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, page_table
         page, offset = divmod(int(positions[b, t]), page_size)
         cache_k[page_table[b, page], offset] = k[b, :, t]
         cache_v[page_table[b, page], offset] = v[b, :, t]
+
+
+def attend_and_write_(
+    q, k, v, cache_k, cache_v, page_table, cache_spans, cos, sin, positions, fresh_spans, q_lengths, scale,
+    plan=None,
+):  # fmt: skip
+    """Rotate, attend, then write. A plan changes nothing."""
+    if cos is not None:
+        q, k = rotate_half(q, k, cos, sin)
+    pages = cache_k, cache_v, page_table
+    result = cached_block_attention(q, k, v, *pages, cache_spans, fresh_spans, q_lengths, scale)
+    if positions is not None:
+        kv_write_(cache_k, cache_v, k, v, page_table, positions)
+    return result
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float):
