@@ -112,6 +112,18 @@ def test_quantized_weights_are_near_the_weights():
         assert int(quantized.abs().max()) == 127 and not quantized[3].any()
 
 
+def test_weights_in_e4m3_are_near_the_weights():
+    """Three bits of mantissa follow the first one; the smallest step is 2^-9."""
+    _, weight, _ = arguments(0, 1, 256, 40)
+    weight[3], weight[4] = 0, 1e-30
+    quantized, scales = dk.quantize_weight(weight, dtype=torch.float8_e4m3fn)
+    assert quantized.dtype == torch.float8_e4m3fn and scales.shape == (40, 1)
+    back = quantized.float() * scales
+    assert bool(((back - weight).abs() <= weight.abs() * 2**-4 + scales * 2**-10).all())
+    largest = quantized.float().abs().amax(1)
+    assert largest[3] == 0 and bool((largest[torch.arange(40) != 3] == 448).all())
+
+
 def test_rows_do_not_depend_on_the_rows_beside_them():
     for dtype in DTYPES:
         x, weight, bias = arguments(1, 70, 515, 70, dtype, bias=True)
@@ -324,6 +336,16 @@ def test_arguments_that_make_no_sense_are_refused(given, error, says):
         (dict(weight=WEIGHT, group_size=42), ValueError, "group_size must be a multiple of 4"),
         (dict(weight=WEIGHT, group_size=256), ValueError, "divides the 128 inputs, got 256"),
         (dict(weight=WEIGHT, group_size=0), ValueError, "group_size must lie in 1"),
+        (
+            dict(weight=WEIGHT, dtype=torch.float16),
+            ValueError,
+            "dtype is torch.float16; allowed: torch.int8, t",
+        ),
+        (
+            dict(weight=WEIGHT, dtype=torch.float8_e4m3fn, group_size=64),
+            ValueError,
+            "group_size has no meaning with dtype=torch.float8_e4m3fn",
+        ),
     ],
 )
 def test_weights_that_cannot_be_quantized_are_refused(given, error, says):
