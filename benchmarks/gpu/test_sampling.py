@@ -15,15 +15,17 @@ from dllm_kernels.sampling.plan import make_plan
 from dllm_kernels.sampling.prompts import completions
 
 BLOCK = 32
-LAYERS = {  # merged projections, compiled
-    "stock": (False, False),
-    "compiled": (False, True),
-    "merged-compiled": (True, True),
+LAYERS = {  # merged projections, fused layers, compiled
+    "stock": (False, False, False),
+    "compiled": (False, False, True),
+    "merged-compiled": (True, False, True),
+    "merged-fused": (True, True, False),
 }
 NAMES = {
     "stock": "stock layers",
     "compiled": "stock layers, torch.compile",
     "merged-compiled": "merged projections, torch.compile",
+    "merged-fused": "merged projections, fused layers",
 }
 CACHES = {"block": "block_causal", "dual": "bidirectional"}
 LLADA_8B = dict(hidden=4096, intermediate=12_288, layers=32, heads=32, vocabulary=126_464)
@@ -31,7 +33,9 @@ TINY = dict(hidden=32, intermediate=64, layers=2, heads=2, vocabulary=120)
 
 
 @functools.lru_cache(maxsize=1)  # one of them fills a good part of a GPU
-def random_model(device: str, smoke: bool, attention: str, merged: bool = False) -> LlamaForCausalLM:
+def random_model(
+    device: str, smoke: bool, attention: str, merged: bool = False, fused: bool = False
+) -> LlamaForCausalLM:
     """bfloat16 (a smoke run: tiny, float32)."""
     shape = TINY if smoke else LLADA_8B
     config = LlamaConfig(
@@ -55,6 +59,8 @@ def random_model(device: str, smoke: bool, attention: str, merged: bool = False)
     model = loops.see_both_ways(model.to(torch.float32 if smoke else torch.bfloat16).eval())
     if merged:
         merge_projections(model)
+    if fused:
+        dk.fuse_layers(model)
     return model
 
 
@@ -70,8 +76,8 @@ def parameter_bytes(model) -> int:
 @pytest.mark.parametrize("layers", LAYERS)
 def test_step(compare, pick, smoke, device, layers):
     """One denoising step of one row with `length` tokens before its block: ours is one launch."""
-    merged, compile = LAYERS[layers]
-    model, length = random_model(device, smoke, "block_causal", merged), pick(1184, 2 * BLOCK)
+    *changed, compile = LAYERS[layers]
+    model, length = random_model(device, smoke, "block_causal", *changed), pick(1184, 2 * BLOCK)
     plan = make_plan(model, None, None, dict(max_new_tokens=BLOCK, steps_per_block=10**6, compile=compile))
     prompt = random_prompt(model, length)
     canvas = torch.tensor([prompt + [plan.mask_id] * BLOCK], device=device)
@@ -92,8 +98,8 @@ def test_step(compare, pick, smoke, device, layers):
 @pytest.mark.parametrize("layers", LAYERS)
 def test_dual_step(compare, pick, smoke, device, layers):
     """The same with a dual cache: two launches, and two flags that the host waits for."""
-    merged, compile = LAYERS[layers]
-    model, length = random_model(device, smoke, "bidirectional", merged), pick(1184, 2 * BLOCK)
+    *changed, compile = LAYERS[layers]
+    model, length = random_model(device, smoke, "bidirectional", *changed), pick(1184, 2 * BLOCK)
     plan = make_plan(
         model, None, None, dict(max_new_tokens=BLOCK, cache="dual", threshold=1.0, compile=compile)
     )
