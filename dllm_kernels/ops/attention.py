@@ -188,10 +188,14 @@ def _(q, k, v, cache_k, cache_v, page_table, cache_spans, fresh_spans, q_lengths
 
 @register_fake("cached_attention_plan")
 def _(q, k, cache_k, page_table, cache_spans, q_lengths):
-    batch, q_heads, q_len, _ = q.shape
-    kv_heads = k.shape[1]
-    counters = kv_heads * ((q_len * (q_heads // max(kv_heads, 1)) + 3) // 4)  # of rows, four to a counter
-    return q.new_empty(batch * (4 + counters) if q.is_cuda else 0, dtype=torch.int32)
+    return q.new_empty(_plan_size(q.shape, k.shape[1]) if q.is_cuda else 0, dtype=torch.int32)
+
+
+def _plan_size(shape: torch.Size, kv_heads: int) -> int:
+    """Return the values of a plan for queries [B, Hq, Tq, D]: four of each sequence, and a counter for every
+    four rows of a kv head."""
+    batch, q_heads, q_len, _ = shape
+    return batch * (4 + kv_heads * ((q_len * (q_heads // kv_heads) + 3) // 4))
 
 
 @register_fake("block_attention_backward")

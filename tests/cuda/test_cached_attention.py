@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dllm_kernels import cached_attention_plan, cached_block_attention
-from dllm_kernels.ops import reference
+from dllm_kernels.ops import attention, reference
 from simt import placement
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -275,7 +275,15 @@ def test_a_plan_holds_live_queries_and_the_tiles_that_they_see(gpu):
     *_, sizes = planned_call()
     plan = gpu(cached_attention_plan, *sizes)
     assert plan[:12].view(3, 4)[:, :3].tolist() == [[9, 0, 20], [0, 0, 0], [4, 32, 15]]
-    assert (plan[12:] == 0).all() and len(plan) > 12
+    assert (plan[12:] == 0).all()
+
+
+@pytest.mark.parametrize("length, group", [(1, 1), (9, 2), (33, 3)])
+def test_compilers_know_the_size_of_a_plan(gpu, length, group):
+    call = random_call(2, 3, group, length)
+    q, k, _, cache_k, _, table = call
+    plan = gpu(cached_attention_plan, q, k, cache_k, table, spans_of([[[0, 5]]], [[[0, 9]]]))
+    assert len(plan) == attention._plan_size(q.shape, 3)
 
 
 @pytest.mark.parametrize("seed", range(6))
