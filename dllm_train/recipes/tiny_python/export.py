@@ -113,7 +113,8 @@ def _runs(training: dict) -> str:
         text += f" (settings were changed at steps {', '.join(changed)}, see evaluation.json)"
     if training.get("recipe") == "parallel_decoding":
         text += " on its own text, by `dllm_train.recipes.tiny_python.parallel`"
-        share = training["settings"]["student_share"]
+        last = {key: value for start in training["resumed"] for key, value in start["settings"].items()}
+        share = (training["settings"] | last)["student_share"]
         if share < 1:
             text += f" (the weights are {share:.0%} the student's and {1 - share:.0%} those from before)"
     if "init" in training:

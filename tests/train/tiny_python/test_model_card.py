@@ -43,6 +43,15 @@ def test_every_figure_names_its_attention(evaluation):
     assert all(any(kind in column for kind in kinds) for column in columns)
 
 
+def test_the_card_names_the_share_of_the_student_that_the_last_start_chose(evaluation):
+    training = {
+        "recipe": "parallel_decoding", "steps": 10, "minutes": 1.0, "settings": {"student_share": 1.0},
+        "resumed": [{"step": 10, "settings": {"student_share": 0.75}}],
+    }  # fmt: skip
+    card = model_card(evaluation | {"training": training})
+    assert "the weights are 75% the student's and 25% those from before" in card
+
+
 def test_the_weights_fit_the_limits(evaluation):
     weights = FOLDER / "model.safetensors"
     assert weights.stat().st_size <= 16e6
