@@ -435,6 +435,11 @@ def _check_arguments(trainer: type, model, args, given: dict) -> None:
         raise ValueError("model is None; give a transformers model (get_model loads one)")
     if not isinstance(args, DiffusionTrainingArguments):
         raise TypeError(f"args is a {type(args).__name__}; expected DiffusionTrainingArguments")
+    if any(getattr(module, "copies_embedding", False) for module in model.modules()):
+        raise ValueError(
+            f"the vocabulary head of this {type(model).__name__} is an 8-bit copy of its embedding, which "
+            "training would leave as it is; load the model without weights="
+        )
     for name, reason in _REFUSED.items():
         if given.get(name) is not None:
             raise ValueError(f"{name} is not supported: {reason}")

@@ -30,7 +30,15 @@ from dllm_kernels.models.safetensors_io import fill_weights, own_storages, plan_
 from dllm_kernels.models.savable import refuse_unsavable
 from dllm_kernels.models.saved_weights import quantization_of, saved_state
 from dllm_kernels.models.staging import CONFIG, interrupted_save, recover, staged
-from dllm_kernels.models.stored_weights import KINDS, KINDS_ON, StoredLinear, check_stored, store_weights
+from dllm_kernels.models.stored_weights import (
+    KINDS,
+    KINDS_ON,
+    SCALED,
+    StoredLinear,
+    check_stored,
+    store_tied_head,
+    store_weights,
+)
 from dllm_kernels.models.tokenizer_files import FILES, read_tokenizer
 
 if TYPE_CHECKING:
@@ -68,9 +76,10 @@ def load(
     (`models.merged_projections`); a model whose projections are fused already stays as it is.
     base: the base model of an adapter, in place of the one that its adapter_config.json names.
     weights: "float32" | "bfloat16" | "int8", and "fp8" (e4m3) on CUDA: linear layers store their weights so,
-    read once for few rows (`models.stored_weights`); the vocabulary projection only in 8 bits. How the
-    products round: `skinny_linear`. None: as the checkpoint has them, int8 and fp8 ones stored as they are
-    and others in stock layers.
+    read once for few rows (`models.stored_weights`); the vocabulary projection only in 8 bits. One that is
+    tied to the embedding then has an 8-bit copy, one byte a weight more, and the embedding stays as it is.
+    How the products round: `skinny_linear`. None: as the checkpoint has them, int8 and fp8 ones stored as
+    they are and others in stock layers.
     fused: norms, rotations and gated MLPs are single operators (`models.fused_layers`), on devices that have
     them. None: where linear layers are stored.
     The model is a stock transformers model in eval mode. Called directly it sees what it was trained to see
@@ -84,6 +93,9 @@ def load(
     model, tokenizer = read_checkpoint(
         folder, device, dtype, attention, merge_projections, base=base, weights=weights
     )
+    if weights in SCALED:
+        with _named(folder):
+            store_tied_head(model, weights)
     stored = any(isinstance(module, StoredLinear) for module in model.modules())
     if fused or (fused is None and stored):
         fuse_layers(model)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dllm_kernels.models.empty_models import skeleton
 from dllm_kernels.models.quantization_config import expect_quantized
-from dllm_kernels.models.saved_weights import quantized_kind, quantized_layers, saved_state
+from dllm_kernels.models.saved_weights import copied_heads, quantized_kind, quantized_layers, saved_state
 
 # Wrappers by the name of their class -> what to save instead.
 _WRAPPERS = {
@@ -66,6 +66,12 @@ def refuse_unsavable(model: object) -> None:
                 "dequantize the model first"
             )
     _refuse_other_ties(described, state, expected)
+    for name, source in copied_heads(model).items():
+        if not model.get_submodule(name).stands_for(state[f"{source}.weight"]):
+            raise ValueError(
+                f"{name} of {described} is an 8-bit copy of {source}, which has changed since; call "
+                "model.tie_weights() to copy it again before saving"
+            )
 
 
 def _not_transformers(model: object) -> str:

@@ -10,10 +10,31 @@ from dllm_kernels.models.stored_weights import SCALED, StoredLinear
 
 
 def saved_state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint of `model` by name. keep_vars: Parameters, not their data."""
+    """Return all tensors of a checkpoint of `model` by name. keep_vars: Parameters, not their data.
+
+    Heads that hold a copy of the embedding have the embedding's weight there.
+    """
     renamed = {f"{name}.scales": f"{name}.{SCALE}" for name in _stored_layers(model)}
     state = model.state_dict(keep_vars=keep_vars)
+    for name, source in copied_heads(model).items():
+        del state[f"{name}.scales"], state[f"{name}.weight"]
+        if f"{source}.weight" in state:
+            state[f"{name}.weight"] = state[f"{source}.weight"]
     return {renamed.get(name, name): tensor for name, tensor in state.items()}
+
+
+def copied_heads(model: nn.Module) -> dict[str, str]:
+    """Return the heads of `model` that hold an 8-bit copy of the embedding, by name -> its name."""
+    heads = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, StoredLinear) and module.copies_embedding
+    ]
+    if not heads:
+        return {}
+    embedding = model.get_input_embeddings()
+    source = next(name for name, module in model.named_modules() if module is embedding)
+    return dict.fromkeys(heads, source)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, int | None]:
@@ -56,4 +77,9 @@ def quantization_of(model: nn.Module, layout: Layout | None) -> QuantizationConf
 
 
 def _stored_layers(model: nn.Module) -> dict[str, StoredLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, StoredLinear)}
+    """Return the stored layers of `model` that a checkpoint holds as such, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, StoredLinear) and not module.copies_embedding
+    }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +42,10 @@ def store_weights(model: nn.Module, kind: str) -> int:
     """Store the weights of linear layers in `model` as `kind` from now on; return the number of layers.
 
     "float32": as they are, "bfloat16", "int8", "fp8": rounded, the last two with one scale for each output,
-    and the vocabulary projection too; fp8 is e4m3, on CUDA. Embeddings, shared weights, biases, norms and
-    layers that are not plain nn.Linear stay as they are. Stored weights are no Parameters any more: they
-    cannot be trained, but gradients pass through their layers. Memory: one layer besides the model.
+    and the vocabulary projection too; fp8 is e4m3, on CUDA. Embeddings, shared weights (for a tied
+    vocabulary projection: `store_tied_head`), biases, norms and layers that are not plain nn.Linear stay as
+    they are. Stored weights are no Parameters any more: they cannot be trained, but gradients pass through
+    their layers. Memory: one layer besides the model.
 
     Raises ValueError for another kind, a model that is neither on the CPU nor on a CUDA device, one without
     such layers, and for infinities and NaN in int8 and fp8; the model is then as it was.
@@ -57,6 +58,38 @@ def store_weights(model: nn.Module, kind: str) -> int:
     for name, module in found.items():
         model.set_submodule(name, StoredLinear.rounded(module, kind))
     return len(found)
+
+
+def store_tied_head(model: nn.Module, kind: str) -> bool:
+    """Give a tied vocabulary projection an 8-bit copy of the embedding; return whether `model` has one now.
+
+    That is a StoredLinear with copies_embedding, in the place of a plain nn.Linear that shares its weight
+    with the embedding alone; models without such a projection stay as they are.
+
+    The embedding stays as it is. Its later changes do not reach the copy before `model.tie_weights()`, which
+    copies it again. Memory: one byte a weight, and during the call one more.
+
+    kind: "int8" or "fp8". Raises ValueError for another kind, on a device that does not have it, and for
+    infinities and NaN; the model is then as it was.
+    """
+    if kind not in SCALED:
+        raise ValueError(f"kind is {kind!r}; the copy of a tied weight is in 8 bits: {', '.join(SCALED)}")
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings() if is_plain_linear(head) else None
+    if not isinstance(embedding, nn.Embedding) or head.weight is not embedding.weight:
+        return False
+    check_stored(kind, head.weight.device)
+    owners, places = _uses(model)
+    if owners[id(head.weight)] != 2 or places[id(head)] != 1:
+        return False
+    name = next(name for name, module in model.named_modules() if module is head)
+    try:
+        copy = StoredLinear.rounded(head, kind)
+    except ValueError:
+        raise ValueError(f"weights={kind!r}: the weight of {name} holds infinities or NaN") from None
+    copy.copies_embedding = True
+    model.set_submodule(name, copy)
+    return True
 
 
 def check_stored(kind: str, device: torch.device) -> None:
@@ -74,8 +107,7 @@ def check_stored(kind: str, device: torch.device) -> None:
 
 def linear_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
     """Return the layers of `model` whose weights can be stored as `kind`, by name; ValueError if none."""
-    owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
-    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    owners, places = _uses(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found = {
         name: module
@@ -107,8 +139,12 @@ class StoredLinear(nn.Module):
     """A linear layer whose weight is laid out for `skinny_linear`: float32, 16 bits, or 8 with scales.
 
     The weight is no Parameter and keeps its dtype when the module is moved; another device lays it out anew.
-    `state_dict` has it as "weight", and "scales". The bias stays a Parameter.
+    `state_dict` has it as "weight", and "scales". The bias stays a Parameter. copies_embedding: of a
+    vocabulary projection, whether the weight is a rounded copy of the embedding's (`store_tied_head`), which
+    checkpoints hold once.
     """
+
+    copies_embedding = False
 
     def __init__(self, stored: PackedWeight | RowMajorWeight, dtype: torch.dtype, bias: nn.Parameter | None):
         super().__init__()
@@ -117,6 +153,11 @@ class StoredLinear(nn.Module):
         self.bias = bias
 
     def __setattr__(self, name: str, value: object) -> None:
+        if name == "weight" and self.copies_embedding:  # transformers' tie_weights
+            kind = next(kind for kind, dtype in SCALED.items() if dtype == self.stored_dtype)
+            self.stored = laid_out(*round_weight(value.detach(), kind, value.dtype))
+            self.out_features, self.in_features = self.stored.outputs, self.stored.inputs
+            return
         if name == "stored":  # what is kept for a model compares this number: addresses come again
             super().__setattr__("packing", next(_PACKINGS))
         super().__setattr__(name, value)
@@ -160,6 +201,24 @@ class StoredLinear(nn.Module):
         """Return (weight [out, in], scales [out, groups] or None), as `of` takes them."""
         weight, scales = self.stored.unpacked()
         return weight.to(self.stored_dtype), scales
+
+    def stands_for(self, weight: Tensor) -> bool:
+        """Return whether the 8-bit weight is `weight` [out, in], rounded: each number within half a step.
+
+        `weight` may have been cast to 16 bits since.
+        """
+        stored, scales = self.parts()
+        if weight.shape != stored.shape:
+            return False
+        for some in _row_ranges(weight):
+            found, whole = dequantize_weight(stored[some], scales[some]), weight[some].detach().float()
+            if self.stored_dtype == torch.int8:
+                half_step = scales[some] / 2
+            else:  # 3 bits after the point, and the smallest numbers are multiples of 2^-9
+                half_step = torch.maximum(found.abs() / 16, scales[some] * 2.0**-10)
+            if not ((found - whole).abs() <= 1.001 * half_step + whole.abs() * 2.0**-8).all():
+                return False
+        return True
 
     def forward(self, x: Tensor) -> Tensor:
         """Project x [..., in] -> [..., out]. Where a gradient is recorded, x is not quantized."""
@@ -227,16 +286,28 @@ def round_weight(
         return weight, scales  # no cast changes anything
     stored = (empty or weight.new_empty)(weight.shape, dtype=kept)
     made = torch.empty(len(weight), 1, device=weight.device) if kind in SCALED else None
-    at_once = _ROUNDED_AT_ONCE if weight.device.type == "cpu" else _ROUNDED_AT_ONCE_ON_CUDA
-    rows = max(1, at_once // max(1, weight.shape[1]))
-    for start in range(0, len(weight), rows):
-        some = slice(start, start + rows)
+    for some in _row_ranges(weight):
         part = weight[some].to(dtype) if scales is None else dequantize_weight(weight[some], scales[some])
         if made is None:
             stored[some] = part
         else:
             stored[some], made[some] = quantize_weight(part, dtype=kept)
     return stored, made
+
+
+def _row_ranges(weight: Tensor) -> Iterator[slice]:
+    """Yield ranges of rows of a weight [out, in] that are worked on at once."""
+    at_once = _ROUNDED_AT_ONCE if weight.device.type == "cpu" else _ROUNDED_AT_ONCE_ON_CUDA
+    rows = max(1, at_once // max(1, weight.shape[1]))
+    for start in range(0, len(weight), rows):
+        yield slice(start, start + rows)
+
+
+def _uses(model: nn.Module) -> tuple[Counter, Counter]:
+    """Return (in how many modules each parameter is, in how many places each module is), by id."""
+    owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    return owners, places
 
 
 def _copy_of(scales: Tensor | None) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dllm_kernels.models.families import token_ids
-from dllm_kernels.models.stored_weights import StoredLinear
+from dllm_kernels.models.stored_weights import KINDS, StoredLinear, store_tied_head
 from dllm_kernels.ops.skinny_linear import dequantize_weight, quantize_weight
 
 DEFAULT = "<|mask|>"
@@ -121,10 +121,15 @@ def _make_room(model, mask_id: int, in_use: int) -> None:
     """Grow the embedding and the head to include the mask token.
 
     New rows and that of the mask token are set to the mean of the first `in_use` rows, themselves left out.
-    An int8 head keeps the bytes of its other rows.
+    An int8 head keeps the bytes of its other rows; one that is a copy of the embedding is copied again.
     """
     rows = _rows(model)
     stored = model.get_output_embeddings()
+    if getattr(stored, "copies_embedding", False):
+        _tie(model, stored)
+        _make_room(model, mask_id, in_use)
+        store_tied_head(model, next(kind for kind, dtype in KINDS.items() if dtype == stored.stored_dtype))
+        return
     if isinstance(stored, StoredLinear):
         model.set_output_embeddings(_dequantized(stored))
     if mask_id >= rows:
@@ -139,6 +144,13 @@ def _make_room(model, mask_id: int, in_use: int) -> None:
         weight[new] = weight[used[used != mask_id]].double().mean(dim=0).to(weight.dtype)
     if isinstance(stored, StoredLinear):
         model.set_output_embeddings(_with_rows_of(head, new, stored))
+
+
+def _tie(model, copy: StoredLinear) -> None:
+    """Put a head with the embedding's own weight in the place of one that copies it."""
+    head = nn.Linear(copy.in_features, copy.out_features, copy.bias is not None, device="meta")
+    head.weight, head.bias = model.get_input_embeddings().weight, copy.bias
+    model.set_output_embeddings(head)
 
 
 def _dequantized(stored: StoredLinear) -> nn.Linear:

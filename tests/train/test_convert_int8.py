@@ -5,13 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import dllm_kernels as dk
 from dllm_kernels.cli import app
-from dllm_kernels.models.stored_weights import StoredLinear
+from dllm_kernels.models.stored_weights import StoredLinear, store_tied_head
 from dllm_kernels.ops.skinny_linear import dequantize_weight
 from dllm_train import convert
+from dllm_train.conversion.mask_token import add_mask_token
 from dllm_train.conversion.sources import read_source
 from tests.train.convertible_checkpoints import write
 from tests.train.gguf_files import paired, write_gguf
@@ -172,6 +175,23 @@ def test_an_int8_checkpoint_stays_so(tmp_path):
     assert before.keys() == after.keys() and before
     for name, layer in before.items():
         assert all(a.equal(b) for a, b in zip(layer.parts(), after[name].parts(), strict=True))
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_head_that_copies_the_embedding_gets_the_row_of_the_mask_token_too(has_room):
+    model, expected = llama(tie_word_embeddings=True), llama(tie_word_embeddings=True)
+    rows = len(model.lm_head.weight)
+    in_use = rows - has_room
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(in_use)}, unk_token="w0"))
+    assert store_tied_head(model, "int8")
+    for one in (model, expected):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+        assert add_mask_token(one, tokenizer, None, trained=False) == in_use
+    embedding = expected.model.embed_tokens.weight
+    assert expected.lm_head.weight is embedding and len(embedding) == in_use + 1
+    assert model.model.embed_tokens.weight.equal(embedding) and model.lm_head.copies_embedding
+    parts = zip(model.lm_head.parts(), dk.quantize_weight(embedding), strict=True)
+    assert all(part.equal(own) for part, own in parts)
 
 
 def test_the_command_and_other_values(tmp_path):

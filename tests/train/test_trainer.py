@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dllm_kernels as dk
+from dllm_kernels.models.stored_weights import store_tied_head
 from dllm_train import (
     DiffusionCollator,
     DiffusionTrainer,
@@ -440,3 +441,10 @@ def test_settings_are_read_from_the_model(tmp_path):
     assert (trained.settings.block_size, trained.settings.shift, trained.settings.mask_id) == (16, True, MASK)
     assert trained.settings.bos_id == 1
     assert trained.model.config.diffusion == {**entry, "attention": ["block_causal", "bidirectional"]}
+
+
+def test_a_head_that_copies_the_embedding_is_not_trained(tmp_path):
+    model = tiny("qwen3")
+    assert store_tied_head(model, "int8")
+    with pytest.raises(ValueError, match="vocabulary head of this Qwen3ForCausalLM is an 8-bit copy of its"):
+        trainer(tmp_path, model=model)
