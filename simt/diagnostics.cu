@@ -115,6 +115,11 @@ __global__ void copied_over_what_is_read(float* out) {
   __syncthreads();
   out[threadIdx.x] = sum;
 }
+__global__ void exit_without_wait(float* out) {
+  float* x = dynamic_shared<float>();
+  if (threadIdx.x < 16) cp_async(x + 4 * threadIdx.x, out + 4 * threadIdx.x);
+  cp_async_wait_group<0>();  // which waits for groups that were committed
+}
 __global__ void pipeline(float* out) {  // right: two stages, waits that leave one group in flight
   float* x = dynamic_shared<float>();
   for (int i = 0; i < 4; i++) {
@@ -126,6 +131,7 @@ __global__ void pipeline(float* out) {  // right: two stages, waits that leave o
     __syncthreads();
     if (threadIdx.x < 32) out[32 + threadIdx.x] = x[(i - 1) % 2 * 32 + threadIdx.x];
   }
+  cp_async_wait_group<0>();
 }
 
 // ---- barriers and warps
@@ -208,6 +214,7 @@ __global__ void overlapping_without_wait(float* out) { out[threadIdx.x] = 1; }
 __global__ void overlapping_copy_before_wait(float* out) {
   float* x = dynamic_shared<float>();
   if (threadIdx.x < 16) cp_async(x + 4 * threadIdx.x, out + 4 * threadIdx.x);
+  cp_async_commit_group();
   cp_async_wait_group<0>();
   griddepcontrol_wait();
 }
@@ -267,6 +274,7 @@ extern "C" __attribute__((visibility("default"))) const char* diagnose(const cha
       KERNEL(wait_for_the_wrong_group),
       KERNEL(missing_barrier_after_wait),
       KERNEL(copied_over_what_is_read),
+      KERNEL(exit_without_wait),
       KERNEL(pipeline),
       KERNEL(barrier_for_some),
       KERNEL(divergent_barriers),

@@ -36,6 +36,7 @@ class OnDeviceOf {
 inline void check_launch(const char* op, cudaError_t status) {
   if (status == cudaSuccess && debugging()) status = cudaDeviceSynchronize();
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // told here, and not once more by what looks at it after a launch, as CUTLASS does
   if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction)
     throw std::runtime_error(
         std::string(op) +

@@ -72,6 +72,7 @@ void Cta::go_on() {
     return;
   }
   std::string unfinished = alive > 0 ? deadlock() : unfinished_asynchronous();
+  if (unfinished.empty()) unfinished = unfinished_copies_of_threads();
   if (unfinished.empty() && !waited)
     unfinished = "an overlapping launch, which ends without griddepcontrol_wait()";
   if (!unfinished.empty()) failure = kernel_text() + ": " + unfinished;

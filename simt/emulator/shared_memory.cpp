@@ -165,6 +165,7 @@ struct Copy {
   void* to;
   const void* from;
   uint32_t group;
+  Where where;
 };
 struct Copies {
   std::vector<Copy> under_way;
@@ -189,6 +190,15 @@ void poison_shared_memory() {
   memset(arena + kDynamicBase, 0xFF, dynamic_bytes);
   memset(statics, 0xFF, static_bytes);
   for (Copies& of_thread : copies) of_thread.under_way.clear(), of_thread.open_group = 1;
+}
+
+std::string unfinished_copies_of_threads() {
+  const auto found =
+      std::ranges::find_if(copies, [](const Copies& of_thread) { return !of_thread.under_way.empty(); });
+  if (found == copies.end()) return "";
+  return "thread " + std::to_string(found - copies.begin()) + " exits without waiting for " +
+         std::to_string(found->under_way.size()) + " of its asynchronous copies, the first of " +
+         found->under_way[0].where.text();
 }
 
 void check_access(Access access, const void* address, size_t bytes, const Where& where) {
@@ -216,7 +226,7 @@ void cp_async(void* shared, const void* global, Site site) {
   check_shared(at, {Access::write, static_cast<unsigned char*>(shared), 16, where});
   start_copy(shared, 16);
   Copies& mine = copies[cta.current];
-  mine.under_way.push_back({shared, global, mine.open_group});
+  mine.under_way.push_back({shared, global, mine.open_group, where});
 }
 
 void cp_async_commit_group() { copies[cta.current].open_group++; }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 #include "report.h"
 
@@ -12,6 +13,8 @@ constexpr size_t kMaxSharedBytes = 227 * 1024;  // of any device
 
 void reserve_shared_memory(size_t dynamic_bytes, int threads);
 void poison_shared_memory();  // a CTA begins
+// Once all threads have exited: whose copies were not waited for, else nothing.
+std::string unfinished_copies_of_threads();
 
 enum class Access { read, write, atomic };
 void check_access(Access access, const void* address, size_t bytes, const Where& where);

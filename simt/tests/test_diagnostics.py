@@ -23,6 +23,7 @@ WRONG = {
     "wait_for_the_wrong_group": "asynchronous copy is still on its way to: a wait is missing",
     "missing_barrier_after_wait": "races with a write|that no thread wrote|asynchronous copy",
     "copied_over_what_is_read": "races with a (read|write)|asynchronous copy is still on its way",
+    "exit_without_wait": "thread 0 exits without waiting for 1 of its asynchronous copies",
     "barrier_for_some": "threads 0-39 wait at __syncthreads .*; threads 40-63 have exited|"
     "threads 40-63 have exited; threads 0-39 wait at __syncthreads",
     "divergent_barriers": "divergent barriers: this thread is at __syncthreads, [0-9]+ others at __sync",

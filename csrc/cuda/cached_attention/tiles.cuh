@@ -74,9 +74,10 @@ __global__ void __launch_bounds__(CachedTiles<kDim, kManyRows>::kThreads, Cached
   });
   __syncthreads();
   const int live = max(min(keys.live * group - first, kRows), 0);
-  if (split >= keys.splits || (live == 0 && split > 0)) {
+  if (split >= keys.splits || live == 0) {
+    cp_async_commit_group();
     cp_async_wait_group<0>();  // none lands in the shared memory of a CTA that comes after
-    return;
+    if (split > 0) return;
   }
   const auto spans = [&](KeyTile tile) { return spans_of(p, batch, keys.live, tile); };
   const int first_query = rows.position(first);
