@@ -124,10 +124,11 @@ def test_sampling_batch(compare, pick, smoke, rows):
     )
 
 
+@pytest.mark.parametrize("weights", [None, "float32", "int8"], ids=["stock", "packed", "int8"])
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-def test_sampling_tiny_python(compare, pick, compile):
+def test_sampling_tiny_python(compare, pick, compile, weights):
     """The embedded model on held-out files: threshold and cache against one token per full forward."""
-    model, tokenizer = dk.load("tiny-python")
+    model, tokenizer = dk.load("tiny-python", weights=weights)
     plain, _ = dk.load("tiny-python", attention="bidirectional")
     loops.see_both_ways(plain)
     length, new_tokens, count = pick((PROMPT, NEW_TOKENS, 3), (32, 32, 1))
@@ -147,8 +148,9 @@ def test_sampling_tiny_python(compare, pick, compile):
     compare(
         ours,
         {"plain loop": plain_loop},
-        title=f"{len(prompts)} × {new_tokens} tokens of code, tiny-python, threshold 0.9{COMPILED[compile]}",
-        rounds=5,
+        title=f"{len(prompts)} × {new_tokens} tokens of code, tiny-python, threshold 0.9{COMPILED[compile]}"
+        + ("" if weights is None else f", weights={weights!r}"),
+        rounds=FEW_ROUNDS,
     )
 
 
