@@ -177,8 +177,8 @@ def skinny_linear(
     every row of x is divided by a scale, its largest magnitude by 448, and rounded to e4m3, on every GPU and
     in every dtype of x (W8A8); sums of the products are float32. Hopper multiplies by CUTLASS with such a
     weight, and more than 64 rows by int8, where the library has CUTLASS (`dllm info`), x is 16-bit, inputs
-    are a multiple of 16, outputs one of 8 and bias has the dtype of x; 64 rows or fewer with int8 then are
-    summed in another order than more.
+    are a multiple of 16, outputs one of 8 and bias has the dtype of x; 64 rows or fewer then may be summed in
+    another order than more.
 
     There is no derivative: a backward pass raises NotImplementedError. Raises TypeError for arguments that
     are not Tensors, ValueError for other shapes, dtypes and devices.

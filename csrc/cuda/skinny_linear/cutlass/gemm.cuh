@@ -109,9 +109,12 @@ auto with_gemm(const SkinnyLinearParams& p, const Visit& visit) {
   }
 }
 
+// Of the current device, which is bound to the calling thread: CUTLASS encodes tensor maps in its context, and
+// a thread that has launched nothing has none yet.
 inline cudaError_t multiprocessors(int& count) {
   int device = 0;
-  const cudaError_t status = cudaGetDevice(&device);
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaSetDevice(device);
   if (status != cudaSuccess) return status;
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
 }
