@@ -109,8 +109,8 @@ auto with_gemm(const SkinnyLinearParams& p, const Visit& visit) {
   }
 }
 
-// Of the current device, which is bound to the calling thread: CUTLASS encodes tensor maps in its context, and
-// a thread that has launched nothing has none yet.
+// Of the current device, which is bound to the calling thread: CUTLASS encodes tensor maps in its context,
+// and a thread that has launched nothing has none yet.
 inline cudaError_t multiprocessors(int& count) {
   int device = 0;
   cudaError_t status = cudaGetDevice(&device);
