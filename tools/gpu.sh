@@ -66,7 +66,7 @@ rank() {
   case $1 in
     *wrappers*) echo 0 ;;
     *advance* | *kv_write* | *unmask* | *token_filters* | *loss* | *debug* | *layer_kernels*) echo 1 ;;
-    *hopper* | *linear*) echo 3 ;;
+    *hopper* | *linear* | *weights*) echo 3 ;;
     *attention*) echo 2 ;;
     *) echo 4 ;;
   esac

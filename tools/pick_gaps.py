@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import dllm_kernels as dk
 from dllm_kernels import demo
 
-CERTAIN = 0.7
+CERTAIN = 0.6
 
 
 @torch.no_grad()
