@@ -8,6 +8,7 @@ forwards without a loop goes on; the loop is kept for the student to unlearn.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -74,21 +75,9 @@ def complete(
     for number, size in enumerate([first] + [block_size] * ((tokens - first) // block_size)):
         if not live:
             break
-
-        def drawn(texts, number=number, size=size, **sampling) -> list[tuple[list[int], int]]:
-            """Return the next block of each text, and the forwards that it took."""
-            contexts = [text.prompt + text.ids for text in texts]
-            output = dk.sample(
-                model, contexts, max_new_tokens=size, block_size=block_size, threshold=threshold,
-                seed=seed + number, **sampling,
-            )  # fmt: skip
-            blocks = []
-            for row, context in enumerate(contexts):
-                block = slice(len(context), len(context) + min(size, int(output.lengths[row]) + 1))
-                steps = int(output.unmask_step[row, block].max()) + 1
-                blocks.append((output.sequences[row, block].tolist(), steps))
-            return blocks
-
+        drawn = partial(
+            _next_blocks, model, size=size, block_size=block_size, threshold=threshold, seed=seed + number
+        )
         looping, going_on = [], []
         for text, (ids, steps) in zip(live, drawn(live), strict=True):
             written, forwards = written + len(ids), forwards + steps
@@ -113,6 +102,18 @@ def complete(
             text.trained += [True] * len(ids)
         live = [text for text, ids in going_on if not set(end_ids) & set(ids)]
     return Written([c for c in completions if any(c.trained)], loops, written / max(forwards, 1))
+
+
+def _next_blocks(model, texts: Sequence[Completion], *, size: int, **sampling) -> list[tuple[list[int], int]]:
+    """Return the next `size` ids of each text, up to an end token, and the forwards that they took."""
+    contexts = [text.prompt + text.ids for text in texts]
+    output = dk.sample(model, contexts, max_new_tokens=size, **sampling)
+    blocks = []
+    for row, context in enumerate(contexts):
+        block = slice(len(context), len(context) + min(size, int(output.lengths[row]) + 1))
+        steps = int(output.unmask_step[row, block].max()) + 1
+        blocks.append((output.sequences[row, block].tolist(), steps))
+    return blocks
 
 
 def find_loop(context: Sequence[int], ids: Sequence[int], ends: np.ndarray) -> tuple[int, int] | None:

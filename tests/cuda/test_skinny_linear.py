@@ -301,6 +301,20 @@ def test_a_row_is_the_same_among_few_and_among_many(gpu, dtype, few):
         assert torch.equal(gpu(dk.skinny_linear, x[some], weight, scales=scales), together[some])
 
 
+def assert_replayed(layers, x):
+    """A CUDA graph of layers(x) gives the same in every replay as a call without one."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        expected = layers(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = layers(x)
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(output, expected)
+
+
 @pytest.mark.graph
 @pytest.mark.parametrize("dtype, rows", [(torch.int8, 32), (torch.int8, 200), (FP8, 32), (FP8, 200)])
 def test_a_graph_of_layers_in_8_bits(dtype, rows):
@@ -312,16 +326,7 @@ def test_a_graph_of_layers_in_8_bits(dtype, rows):
             x = dk.skinny_linear(x, weight, bias, scales=scales)
         return x
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        expected = layers(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = layers(x)
-    for _ in range(20):
-        graph.replay()
-        assert torch.equal(output, expected)
+    assert_replayed(layers, x)
 
 
 @pytest.mark.graph
@@ -335,16 +340,7 @@ def test_a_graph_of_layers_that_overlap():
             x = dk.skinny_linear(x, weight, bias)
         return x
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        expected = layers(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = layers(x)
-    for _ in range(20):
-        graph.replay()
-        assert torch.equal(output, expected)
+    assert_replayed(layers, x)
 
 
 @generations
