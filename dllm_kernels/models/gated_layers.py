@@ -34,18 +34,22 @@ class GatedPair:
     """The weights of two layers, laid together; the layers' own become views of them."""
 
     def __init__(self, gate: StoredLinear, up: StoredLinear):
-        self.whole = interleaved(gate.stored, up.stored)
-        pairs = self.whole.data.unflatten(0, (-1, 2))
+        whole = interleaved(gate.stored, up.stored)
+        pairs = whole.data.unflatten(0, (-1, 2))
         gate.stored = gate.stored._replace(data=pairs[:, 0])
         up.stored = up.stored._replace(data=pairs[:, 1])
-        self.parts = gate.stored, up.stored
+        self.parts: tuple[object, ...] = gate.stored, up.stored
+        self.whole: PackedWeight | None = whole
 
     def product(self, gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor | None:
         """Return silu(gate(x)) · up(x), or None where the layers have to compute by themselves: a gradient is
         recorded, or a layer, its weight or its forward was replaced."""
         if torch.is_grad_enabled() or not (_is_plain(gate) and _is_plain(up)):
             return None
+        if self.whole is None:
+            return None
         if gate.stored is not self.parts[0] or up.stored is not self.parts[1]:
+            self.whole, self.parts = None, ()  # a model that was moved keeps no second copy
             return None
         biases = [layer.bias for layer in (gate, up) if layer.bias is not None]
         if len(biases) == 1:

@@ -135,6 +135,7 @@ def test_layers_compute_by_themselves_where_they_have_to(calls):
         mlp.up_proj.stored = StoredLinear.of(weight, 2 * scales).stored
     torch.testing.assert_close(logits(model), logits(plain), rtol=5e-2, atol=5e-2)
     assert len(calls) == model.config.num_hidden_layers - 1
+    assert second.gated_pair.whole is None  # the weights before are not kept
     calls.clear()
     seen = []
     for layer in model.model.layers:
