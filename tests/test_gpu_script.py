@@ -249,15 +249,21 @@ def test_sanitizing_by_one_tool_goes_on_after_what_it_finds(gpu_script):
 
 
 def test_what_captures_graphs_is_marked():
-    """So that the mark leaves out every test that captures by itself or has a model sampled."""
+    """So that the mark leaves out every test that captures, has a model sampled, or calls what does."""
     for path in (ROOT / "tests/cuda").glob("test_*.py"):
         module = ast.parse(path.read_text())
         if any(ast.unparse(line) == "pytestmark = pytest.mark.graph" for line in module.body):
             continue
-        for test in (node for node in module.body if isinstance(node, ast.FunctionDef)):
-            if re.search(r"torch\.cuda\.graph\(|dk\.sample\(", ast.unparse(test)):
-                marks = {ast.unparse(mark) for mark in test.decorator_list}
-                assert "pytest.mark.graph" in marks, f"{path.name}: {test.name}"
+        captures = [r"torch\.cuda\.graph", r"dk\.sample"]
+        for function in (node for node in module.body if isinstance(node, ast.FunctionDef)):
+            body = "\n".join(map(ast.unparse, function.body))
+            if not re.search(rf"\b({'|'.join(captures)})\(", body):
+                continue
+            if function.name.startswith("test_"):
+                marks = {ast.unparse(mark) for mark in function.decorator_list}
+                assert "pytest.mark.graph" in marks, f"{path.name}: {function.name}"
+            else:
+                captures.append(function.name)
 
 
 def test_what_captures_graphs_is_left_out_without_torch_s_own_memory():
