@@ -43,9 +43,10 @@ def store_weights(model: nn.Module, kind: str) -> int:
 
     "float32": as they are, "bfloat16", "int8", "fp8": rounded, the last two with one scale for each output,
     and the vocabulary projection too; fp8 is e4m3, on CUDA. Embeddings, shared weights (for a tied
-    vocabulary projection: `store_tied_head`), biases, norms and layers that are not plain nn.Linear stay as
-    they are. Stored weights are no Parameters any more: they cannot be trained, but gradients pass through
-    their layers. Memory: one layer besides the model.
+    vocabulary projection: `store_tied_head`), biases, norms, layers that are not plain nn.Linear and those
+    with an adapter of peft, which is merged into a Parameter, stay as they are. Stored weights are no
+    Parameters any more: they cannot be trained, but gradients pass through their layers. Memory: one layer
+    besides the model.
 
     Raises ValueError for another kind, a model that is neither on the CPU nor on a CUDA device, one without
     such layers, and for infinities and NaN in int8 and fp8; the model is then as it was.
@@ -109,19 +110,25 @@ def linear_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
     """Return the layers of `model` whose weights can be stored as `kind`, by name; ValueError if none."""
     owners, places = _uses(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    adapters = (module for module in model.modules() if _ADAPTED & module._modules.keys())
+    adapted = {part for adapter in adapters for part in adapter.modules()}
     found = {
         name: module
         for name, module in model.named_modules()
         if is_plain_linear(module)
         and owners[id(module.weight)] == places[id(module)] == 1
         and (kind in SCALED or module is not head)
+        and module not in adapted
     }
     if all(module is head for module in found.values()):
         raise ValueError(
             f"weights={kind!r}: this {type(model).__name__} has no plain nn.Linear beside its vocabulary "
-            "projection, such as models with merged projections"
+            "projection, such as models with merged projections or with adapters on all layers"
         )
     return found
+
+
+_ADAPTED = {"base_layer", "original_module"}  # what peft's layers call the one that they stand for
 
 
 def laid_out(weight: Tensor, scales: Tensor | None) -> PackedWeight | RowMajorWeight:
@@ -194,8 +201,11 @@ class StoredLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight [out, in] as it is stored; on the CPU a new tensor."""
-        return self.parts()[0]
+        """The weight [out, in] as it is stored; on the CPU a new tensor, in which torch refuses to write."""
+        if isinstance(self.stored, RowMajorWeight):
+            return self.stored.weight
+        with torch.inference_mode():  # what is written there outside of it is an error, and would be lost
+            return self.parts()[0]
 
     def parts(self) -> tuple[Tensor, Tensor | None]:
         """Return (weight [out, in], scales [out, groups] or None), as `of` takes them."""

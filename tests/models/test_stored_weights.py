@@ -167,6 +167,29 @@ def test_modules_that_are_more_than_a_linear_layer_stay():
     assert type(layer.self_attn.q_proj) is type(layer.mlp.up_proj) is nn.Linear
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_layers_with_adapters_stay_and_can_be_merged(kind):
+    """A merged adapter is added to its layer's weight, which would be a copy of a stored one."""
+    peft = pytest.importorskip("peft")
+    options = dict(r=2, target_modules=["q_proj"], modules_to_save=["o_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(copy.deepcopy(tiny_model()), peft.LoraConfig(**options))
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    store_weights(model, kind)
+    assert trained == {name for name, weight in model.named_parameters() if weight.requires_grad}
+    stored = {name for name, module in model.named_modules() if isinstance(module, StoredLinear)}
+    assert stored and not any("q_proj" in name or "o_proj" in name for name in stored)
+    ids = torch.randint(0, MASK, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        model.merge_adapter()
+        merged = model(input_ids=ids).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-3, atol=1e-2 * float(expected.abs().max()))
+    whole = peft.get_peft_model(copy.deepcopy(tiny_model()), peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="or with adapters on all layers"):
+        store_weights(whole, "float32")
+
+
 def test_encoders_have_stored_weights_too():
     config = transformers.BertConfig(
         vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
@@ -179,6 +202,22 @@ def test_encoders_have_stored_weights_too():
         assert store_weights(model, "int8") == 2 * 6 + 1
         got = model(ids).logits
     assert float((got - expected).abs().max()) < 0.1 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_a_write_into_the_weight_of_a_packed_layer_is_an_error(kind):
+    """It would change a copy."""
+    layer = model_with(kind).model.layers[0].mlp.up_proj
+    for write in (
+        lambda: layer.weight.zero_(),
+        lambda: layer.weight.add_(1),
+        lambda: layer.weight[0].fill_(1),
+        lambda: nn.init.zeros_(layer.weight),
+    ):
+        with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+            write()
+    with pytest.raises(KeyError, match="weight"):
+        layer.weight = nn.Parameter(torch.zeros(48, 32))
 
 
 def test_a_layer_says_what_it_is():
