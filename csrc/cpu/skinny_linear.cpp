@@ -3,6 +3,7 @@
 // tile it falls into and whoever computes it.
 #include "cpu/skinny_linear.h"
 
+#include <float.h>
 #include <math.h>
 
 #include "cpu/dtype.h"
@@ -354,7 +355,8 @@ DLLM_SIMD void for_chunks(const Params& p, int64_t row, const Use& use) {
   }
 }
 
-// Symmetric: the largest magnitude becomes 127. The outputs of a row that is not finite are NaN.
+// Symmetric: the largest magnitude becomes 127. The outputs of a row that is not finite are NaN. A scale has
+// an inverse: those of rows near 0 are a number that is not denormal.
 void pack_bytes(const Params& p, int64_t row) {
   uint32_t largest = 0;  // as bits: magnitudes are in their order, infinities and NaN behind all numbers
   for_chunks(p, row, [&](int, int count, const float* values) {
@@ -364,8 +366,8 @@ void pack_bytes(const Params& p, int64_t row) {
     }
   });
   const bool finite = largest < 0x7f800000u;
-  const float scale = float_of(largest) / 127;
-  const float inverse = finite && scale > 0 ? 1 / scale : 0;
+  const float exact = float_of(largest) / 127, scale = exact > FLT_MIN ? exact : FLT_MIN;
+  const float inverse = finite ? 1 / scale : 0;
   int8_t* to = static_cast<int8_t*>(p.read) + row * p.read_stride;
   for_chunks(p, row, [&](int first, int count, const float* values) {
     for (int i = 0; i < count; i++) {

@@ -239,6 +239,7 @@ def quantize_weight(
     """Return a weight in 8 bits [outputs, inputs] and its float32 scales [outputs, groups]: w ≈ w8 · scale.
 
     Symmetric, to nearest: the largest magnitude of a row, or of each `group_size` inputs of it, becomes 127.
+    No scale is denormal: it would have too few bits, so that rows near 0 have the smallest normal number.
     weight: [outputs, inputs], any float dtype. group_size: a multiple of 4 that divides the inputs. dtype:
     torch.int8, or torch.float8_e4m3fn, with one scale for each row, whose largest magnitude becomes 448.
     Raises TypeError, or ValueError for other shapes, dtypes and group sizes, and for infinities and NaN.
@@ -261,10 +262,10 @@ def quantize_weight(
         )
     rows = weight.detach().float()
     groups = rows.unflatten(1, (inputs // size, size)) if inputs else rows.new_zeros(len(rows), 1, 1)
-    scales = groups.abs().amax(2) / LARGEST[dtype]
+    scales = (groups.abs().amax(2) / LARGEST[dtype]).clamp(min=torch.finfo(torch.float32).tiny)
     if not scales.isfinite().all():  # as the scale of a group that holds either is not
         raise ValueError("quantize_weight: weight holds infinities or NaN")
-    steps = groups / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    steps = groups / scales[..., None]
     steps = (steps.round() if dtype == torch.int8 else steps).clamp(-LARGEST[dtype], LARGEST[dtype])
     return steps.to(dtype).flatten(1)[:, :inputs].contiguous(), scales
 

@@ -112,6 +112,26 @@ def test_quantized_weights_are_near_the_weights():
         assert int(quantized.abs().max()) == 127 and not quantized[3].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 3e-41, 1e-38, 1e-36, 3e38])
+def test_scales_at_the_ends_of_float32_are_right(dtype, largest):
+    """A denormal scale has fewer than 24 bits, and no inverse in float32."""
+    weight = largest * torch.linspace(-1, 1, 33)[None]
+    quantized, scales = dk.quantize_weight(weight, dtype=dtype)
+    back = quantized.double() * scales.double()
+    near = 2**-4 * weight.double().abs() if dtype != torch.int8 else 0
+    assert bool(((back - weight.double()).abs() <= near + 0.5001 * scales.double()).all())
+    assert float(scales) <= max(largest / 127 * 1.001, torch.finfo(torch.float32).tiny)
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 3e-41, 1e-38, 1e-36, 3e38])
+def test_rows_at_the_ends_of_float32_are_right(largest):
+    x = largest * torch.linspace(-1, 1, 33)[None]
+    got = dk.skinny_linear(x, torch.eye(33, dtype=torch.int8), scales=torch.ones(33, 1))
+    step = max(largest / 127, torch.finfo(torch.float32).tiny)
+    assert bool(((got.double() - x.double()).abs() <= 0.501 * step).all())
+
+
 def test_weights_in_e4m3_are_near_the_weights():
     """Three bits of mantissa follow the first one; the smallest step is 2^-9."""
     _, weight, _ = arguments(0, 1, 256, 40)
