@@ -93,6 +93,7 @@ void check_written_unseen(const char* op, const KvWriteTensors& tensors, const T
                           const std::optional<Tensor>& q_lengths) {
   HostCopies host;
   KvWriteParams copy = tensors.params();
+  copy.page_table = host.of(tensors.page_table);
   copy.positions = host.of(tensors.positions);
   const Tensor spans = torch::stable::contiguous(cache_spans);
   SpanTable table = span_table(spans);

@@ -86,11 +86,34 @@ def test_what_is_written_must_not_be_seen(rows):
     call[6] = torch.zeros(2, rows, 2, 2, dtype=torch.int32)
     call[6][1, 2 % rows, 1] = torch.tensor([12, 14])
     before = call[3].clone()
-    seen = rf"positions\[1, 2\] is 13, which cache_spans\[1, {2 % rows}, 1\] shows"
+    seen = rf"positions\[1, 2\] is 13 in page \d+, which cache_spans\[1, {2 % rows}, 1\] shows"
     with pytest.raises(ValueError, match=seen):
         OP(*call)
     assert torch.equal(call[3], before)
     call[11] = torch.tensor([5, 0], dtype=torch.int32)  # no query sees anything
+    OP(*call)
+    assert not torch.equal(call[3], before)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("reader", [0, 1])
+def test_what_is_written_must_not_be_seen_by_another_sequence_that_shares_the_page(reader, rows):
+    call, writer = random_call(), 1 - reader
+    call[5] = torch.tensor([[2, 5, 0, 1], [4, 3, 6, 5]], dtype=torch.int32)  # page 5 is in both
+    call[5][writer] = call[5][writer].roll(1)
+    call[6] = torch.zeros(2, rows, 2, 2, dtype=torch.int32)
+    entry = call[5].tolist()[reader].index(5)
+    call[6][reader, rows - 1, 1] = torch.tensor([4 * entry + 1, 4 * entry + 3])
+    own = 4 * call[5].tolist()[writer].index(5)  # where the page begins for the sequence that writes
+    call[9] = torch.full((2, 5), -1, dtype=torch.int32)
+    call[9][writer, 3] = own + 2
+    call[11] = None
+    before = call[3].clone()
+    seen = rf"positions\[{writer}, 3\] is {own + 2} in page 5, which cache_spans\[{reader}, {rows - 1}, 1\]"
+    with pytest.raises(ValueError, match=seen):
+        OP(*call)
+    assert torch.equal(call[3], before)
+    call[9][writer, 3] = own + 3  # the page's other tokens are unseen
     OP(*call)
     assert not torch.equal(call[3], before)
 
