@@ -11,6 +11,9 @@
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 #include <cutlass/gemm/kernel/tile_scheduler.hpp>
 
+#include <stdexcept>
+#include <string>
+
 #include "core/params.h"
 #include "cuda/skinny_linear/config.h"
 #include "cuda/skinny_linear/cutlass/launch.h"
@@ -129,6 +132,17 @@ size_t workspace_of(const SkinnyLinearParams& p) {
   });
 }
 
+// Throws where CUTLASS does not do a step for a problem: no cudaError_t says which, nor why.
+inline void check_status(cutlass::Status status, const char* step, const SkinnyLinearParams& p) {
+  if (status == cutlass::Status::kSuccess) return;
+  const char* of_cuda = cudaGetErrorString(cudaGetLastError());  // which nothing after this reports again
+  throw std::runtime_error("skinny_linear: CUTLASS failed to " + std::string(step) + " " +
+                           std::to_string(p.rows) + " rows of x, " + std::to_string(p.inputs) + " inputs, " +
+                           std::to_string(p.outputs) + " outputs, " + (p.e4m3 ? "e4m3" : "int8") +
+                           " weight: " + cutlass::cutlassGetStatusString(status) + " (CUDA: " + of_cuda +
+                           ")");
+}
+
 template <class T, bool kE4m3>
 cudaError_t launch_gemm(const SkinnyLinearParams& p, void* workspace, cudaStream_t stream) {
   int count = 0;
@@ -136,10 +150,10 @@ cudaError_t launch_gemm(const SkinnyLinearParams& p, void* workspace, cudaStream
   return with_gemm<T, kE4m3>(p, [&](auto gemm) {
     using Linear = decltype(gemm);
     const auto arguments = Linear::arguments(p, count);
-    if (Linear::Gemm::can_implement(arguments) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
+    check_status(Linear::Gemm::can_implement(arguments), "take", p);
     typename Linear::Gemm product;
-    return product.run(arguments, workspace, stream) == cutlass::Status::kSuccess ? cudaSuccess
-                                                                                  : cudaErrorUnknown;
+    check_status(product.run(arguments, workspace, stream), "multiply", p);
+    return cudaSuccess;
   });
 }
 

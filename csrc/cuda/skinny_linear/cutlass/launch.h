@@ -11,6 +11,7 @@ namespace dllm::cuda::cutlass_gemm {
 
 // The workspace of a problem, in bytes; addresses are not read.
 size_t linear_workspace(const SkinnyLinearParams& p);
+// Throws std::runtime_error with the problem and CUTLASS's status where CUTLASS fails.
 cudaError_t launch_linear(const SkinnyLinearParams& p, void* workspace, cudaStream_t stream);
 
 // Of results in T, __nv_bfloat16 or __half; instantiations.
