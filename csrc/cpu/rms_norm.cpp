@@ -129,7 +129,7 @@ struct NormGradient {
 }  // namespace
 
 void rms_norm(const RmsNormParams& p, long begin, long end) {
-  const int64_t rows = norm_rows_per_item(p.width);
+  const int64_t rows = rows_per_item(p.width);
   with_storage_type(p.dtype, [&]<class T>(T) {
     NormRow<T> row(p);
     for (int64_t r = begin * rows; r < std::min(end * rows, p.rows); r++) row.normalize(r);

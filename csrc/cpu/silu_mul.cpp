@@ -65,7 +65,7 @@ struct SiluRow {
 }  // namespace
 
 void silu_mul(const SiluMulParams& p, long begin, long end) {
-  const int64_t rows = silu_rows_per_item(p.width);
+  const int64_t rows = rows_per_item(p.width);
   with_storage_type(p.dtype, [&]<class T>(T) {
     SiluRow<T> row(p);
     for (int64_t r = begin * rows; r < std::min(end * rows, p.rows); r++) row.multiply(r);
@@ -73,7 +73,7 @@ void silu_mul(const SiluMulParams& p, long begin, long end) {
 }
 
 void silu_mul_backward(const SiluMulParams& p, long begin, long end) {
-  const int64_t rows = silu_rows_per_item(p.width);
+  const int64_t rows = rows_per_item(p.width);
   with_storage_type(p.dtype, [&]<class T>(T) {
     SiluRow<T> row(p);
     for (int64_t r = begin * rows; r < std::min(end * rows, p.rows); r++) row.differentiate(r);

@@ -16,7 +16,7 @@ constexpr double kOperationsPerElement = 4, kOperationsPerGradient = 8;
 void normalize(const RmsNormTensors& tensors) {
   const RmsNormParams& p = tensors.params;
   const double elements = static_cast<double>(p.rows) * p.width;
-  run_items(cpu::norm_items(p), kOperationsPerElement * elements,
+  run_items(cpu::row_items(p.rows, p.width), kOperationsPerElement * elements,
             [&](int64_t begin, int64_t end) { cpu::rms_norm(p, begin, end); });
 }
 

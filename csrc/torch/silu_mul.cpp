@@ -15,14 +15,14 @@ constexpr double kOperationsPerElement = 4, kOperationsPerGradient = 8;
 
 Tensor silu_mul(const Tensor& gate, const Tensor& up) {
   const SiluMulTensors tensors("silu_mul", std::nullopt, gate, up);
-  run_items(cpu::silu_items(tensors.params), kOperationsPerElement * gate.numel(),
+  run_items(cpu::row_items(tensors.params.rows, tensors.params.width), kOperationsPerElement * gate.numel(),
             [&](int64_t begin, int64_t end) { cpu::silu_mul(tensors.params, begin, end); });
   return tensors.out;
 }
 
 std::tuple<Tensor, Tensor> silu_mul_backward(const Tensor& grad, const Tensor& gate, const Tensor& up) {
   const SiluMulTensors tensors("silu_mul_backward", grad, gate, up);
-  run_items(cpu::silu_items(tensors.params), kOperationsPerGradient * gate.numel(),
+  run_items(cpu::row_items(tensors.params.rows, tensors.params.width), kOperationsPerGradient * gate.numel(),
             [&](int64_t begin, int64_t end) { cpu::silu_mul_backward(tensors.params, begin, end); });
   return {tensors.grad_gate, tensors.grad_up};
 }
