@@ -1,12 +1,24 @@
 """rms_norm, silu_mul and rotate_half on the GPU beside float64, forward and backward."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import dllm_kernels as dk
-from tests.ops.test_layer_kernels import EPS, check, compare_gradients, gradients, normed, rows
+from tests.ops.layer_kernel_helpers import (
+    DTYPES,
+    EPS,
+    check_norm_gradients,
+    check_rms_norm,
+    check_rotate_half,
+    check_silu_mul,
+    gradients,
+    normed,
+    of_oracle,
+    rows,
+)
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 hopper, hardware = pytest.mark.hopper, pytest.mark.hardware
 # On Hopper launches overlap; the kernels are the same.
 GENERATIONS = [pytest.param("Hopper", marks=hopper), "Ampere"]
@@ -15,13 +27,13 @@ WIDTHS = [1, 7, 64, 100, 520, 2304, pytest.param(12_288, marks=hardware)]
 LAYOUTS = ["dense", "part", "every_other", "swapped"]
 
 
-def on(gpu, function):
-    """`function` and its gradients where the CUDA kernels are."""
+def on(gpu, function, *inputs, grads):
+    """`gradients` where the CUDA kernels are."""
 
-    def both(*inputs_and_grads, inputs):
-        return gradients(function, *inputs_and_grads[:inputs], grads=inputs_and_grads[inputs:])
+    def both(*inputs_and_grads):
+        return gradients(function, *inputs_and_grads[: len(inputs)], grads=inputs_and_grads[len(inputs) :])
 
-    return lambda *inputs, grads: gpu(both, *inputs, *grads, inputs=len(inputs))
+    return gpu(both, *inputs, *grads)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -32,21 +44,7 @@ def test_rms_norm(gpu, generation, width, dtype):
     layout = LAYOUTS[width % 4]
     x, residual, grad, grad_sum = (rows(generator, [3, 5], width, dtype, layout) for _ in range(4))
     weight = rows(generator, [], width, dtype)
-    wide = [t.double() for t in (x, weight)]
-    (out,), of = on(gpu, lambda x, w: dk.rms_norm(x, w, EPS))(x, weight, grads=[grad])
-    (expected,), of_expected = gradients(normed, *wide, grads=[grad.double()])
-    check(out, expected.detach(), dtype)
-    compare_gradients(of, of_expected, x, weight, grad, dtype)
-
-    (out, total), of = on(gpu, lambda x, r, w: dk.rms_norm(x, w, EPS, r))(
-        x, residual, weight, grads=[grad, grad_sum]
-    )
-    assert torch.equal(total, x + residual)
-    (expected,), of_expected = gradients(normed, total.double(), wide[1], grads=[grad.double()])
-    check(out, expected.detach(), dtype)
-    assert torch.equal(of[0], of[1])
-    with_sum = of_expected[0] + grad_sum.double(), of_expected[1]
-    compare_gradients(of[1:], with_sum, total, weight, grad, dtype)
+    check_rms_norm(partial(on, gpu), x, residual, weight, grad, grad_sum)
 
 
 def test_the_gradient_of_weight_over_many_rows(gpu):
@@ -54,9 +52,8 @@ def test_the_gradient_of_weight_over_many_rows(gpu):
     generator = torch.Generator().manual_seed(0)
     x, grad = (rows(generator, [150], 512, torch.float32) for _ in range(2))
     weight = rows(generator, [], 512, torch.float32)
-    _, of = on(gpu, lambda x, w: dk.rms_norm(x, w, EPS))(x, weight, grads=[grad])
-    _, of_expected = gradients(normed, x.double(), weight.double(), grads=[grad.double()])
-    compare_gradients(of, of_expected, x, weight, grad, torch.float32)
+    _, of = on(gpu, lambda x, w: dk.rms_norm(x, w, EPS), x, weight, grads=[grad])
+    check_norm_gradients(of, of_oracle(normed, x, weight, grads=[grad])[1], x, weight, grad)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -67,14 +64,7 @@ def test_silu_mul(gpu, generation, width, dtype):
     layout = LAYOUTS[(width + 1) % 4]
     gate, up, grad = (rows(generator, [2, 3], width, dtype, layout) for _ in range(3))
     gate[0, 0, 0], gate[1, 0, 0] = 80, -80
-    (out,), of = on(gpu, dk.silu_mul)(gate, up, grads=[grad])
-    (expected,), of_expected = gradients(
-        lambda g, u: g / (1 + (-g).exp()) * u, gate.double(), up.double(), grads=[grad.double()]
-    )
-    check(out, expected.detach(), dtype)
-    size = float(grad.double().abs().max() * up.double().abs().max())
-    for got, oracle in zip(of, of_expected, strict=True):
-        check(got, oracle, dtype, terms=size)
+    check_silu_mul(partial(on, gpu), gate, up, grad)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -91,27 +81,16 @@ def test_rotate_half(gpu, generation, half, dtype, merged):
 
     query, key, grad_query, grad_key = (heads(n) for n in (*counts, *counts))
     cos, sin = (rows(generator, [1 if merged else batch, length], 2 * half, dtype) for _ in range(2))
-    got, of = on(gpu, dk.rotate_half)(query, key, cos, sin, grads=[grad_query, grad_key])
-
-    def rotated(q, k, cos, sin):
-        turned = [torch.cat((-x[..., half:], x[..., :half]), -1) for x in (q, k)]
-        cos, sin = cos[:, None], sin[:, None]
-        return q * cos + turned[0] * sin, k * cos + turned[1] * sin
-
-    wide = [t.double() for t in (query, key, cos, sin)]
-    expected, of_expected = gradients(rotated, *wide, grads=[grad_query.double(), grad_key.double()])
-    for out, oracle in zip((*got, *of), (*expected, *of_expected), strict=True):
-        check(out, oracle.detach(), dtype, terms=30 * sum(counts))
-    assert got[0].transpose(1, 2).is_contiguous() and got[1].transpose(1, 2).is_contiguous()
+    check_rotate_half(partial(on, gpu), query, key, cos, sin, [grad_query, grad_key])
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_no_rows_and_no_width(gpu, generation):
     for shape in ((0, 64), (3, 0)):
         x, weight = torch.zeros(shape), torch.ones(shape[1])
-        (out,), (grad_x, grad_weight) = on(gpu, dk.rms_norm)(x, weight, grads=[x])
+        (out,), (grad_x, grad_weight) = on(gpu, dk.rms_norm, x, weight, grads=[x])
         assert out.shape == grad_x.shape == shape and not grad_weight.any() and len(grad_weight) == shape[1]
-        (out,), grads = on(gpu, dk.silu_mul)(x, x, grads=[x])
+        (out,), grads = on(gpu, dk.silu_mul, x, x, grads=[x])
         assert all(t.shape == shape for t in (out, *grads))
 
 

@@ -9,50 +9,25 @@ from transformers.models.llama import modeling_llama
 import dllm_kernels as dk
 from dllm_kernels.ops import reference
 from tests.ops.instruction_set_helpers import results_of_each
+from tests.ops.layer_kernel_helpers import (
+    DTYPES,
+    EPS,
+    check_rms_norm,
+    check_rotate_half,
+    check_silu_mul,
+    gradients,
+    normed,
+    rows,
+)
 
 LOADED = dk.rms_norm, dk.silu_mul, dk.rotate_half  # whose modules register fake kernels
 OPS = torch.ops.dllm_kernels
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [0, 1, 3, 31, 32, 33, 64, 129, 511, 512, 513, 1100]
-EPS = 1e-5
 given_rows = given(
     shape=st.lists(st.integers(0, 4), max_size=3), width=st.sampled_from(WIDTHS),
     dtype=st.sampled_from(DTYPES), layout=st.sampled_from(["dense", "part", "every_other", "swapped"]),
     seed=st.integers(0, 2**31),
 )  # fmt: skip
-
-
-def rows(generator, shape, width, dtype, layout="dense") -> torch.Tensor:
-    """Random numbers [*shape, width]: dense, a part of wider rows as of a merged projection, with strides in
-    the last dimension, or with the leading dimensions stored in another order."""
-    wide = {"part": width + 5, "every_other": 2 * width}.get(layout, width)
-    order = shape[::-1] if layout == "swapped" else shape
-    x = (torch.randn(*order, wide, generator=generator) * 2).to(dtype)
-    if layout == "swapped":
-        return x.permute(*range(len(shape))[::-1], len(shape))
-    return x[..., 2 : 2 + width] if layout == "part" else x[..., : 2 * width : 2] if width < wide else x
-
-
-def check(got, expected, dtype, terms=1.0):
-    """Compare with a float64 oracle: two roundings to `dtype`, float32 sums of numbers of size `terms`."""
-    assert got.dtype == dtype and got.shape == expected.shape
-    eps = torch.finfo(dtype).eps
-    near = 2 * eps * expected.abs() + 2e-6 * (expected.abs() + terms)
-    if dtype != torch.float32:
-        near += 2 * eps * terms
-    assert bool(((got.double() - expected).abs() <= near).all())
-
-
-def normed(x, weight):
-    return weight * x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
-
-
-def gradients(function, *inputs, grads):
-    """Return outputs, and gradients of `inputs` for the gradients `grads` of the outputs."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    outputs = function(*leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return outputs, torch.autograd.grad(outputs, leaves, grads)
 
 
 @settings(max_examples=60, deadline=None)
@@ -61,33 +36,7 @@ def test_rms_norm(shape, width, dtype, layout, seed):
     generator = torch.Generator().manual_seed(seed)
     x, residual, grad, grad_sum = (rows(generator, shape, width, dtype, layout) for _ in range(4))
     weight = rows(generator, [], width, dtype)
-    wide = [t.double() for t in (x, weight)]
-    (out,), of = gradients(lambda x, w: dk.rms_norm(x, w, EPS), x, weight, grads=[grad])
-    (expected,), of_expected = gradients(normed, *wide, grads=[grad.double()])
-    check(out, expected, dtype)
-    compare_gradients(of, of_expected, x, weight, grad, dtype)
-
-    (out, total), of = gradients(
-        lambda x, r, w: dk.rms_norm(x, w, EPS, r), x, residual, weight, grads=[grad, grad_sum]
-    )
-    assert torch.equal(total, x + residual)
-    (expected,), of_expected = gradients(normed, total.detach().double(), wide[1], grads=[grad.double()])
-    check(out, expected, dtype)
-    assert torch.equal(of[0], of[1])
-    with_sum = of_expected[0] + grad_sum.double(), of_expected[1]
-    compare_gradients(of[1:], with_sum, total, weight, grad, dtype)
-
-
-def compare_gradients(got, expected, x, weight, grad, dtype):
-    if not x.numel():
-        assert not got[1].any() and got[0].shape == x.shape
-        return
-    x, weight = x.detach(), weight.detach()
-    scale = float((1 / (x.double().square().mean(-1) + EPS).sqrt()).max())
-    size = float(grad.double().abs().max()) * (1 + float(weight.double().abs().max())) * (scale + 1)
-    check(got[0], expected[0], dtype, terms=4 * size)
-    total = float((grad.double().abs() * x.double().abs() * scale).reshape(-1, x.shape[-1]).sum(0).max())
-    check(got[1], expected[1], dtype, terms=2 * total)
+    check_rms_norm(gradients, x, residual, weight, grad, grad_sum)
 
 
 @settings(max_examples=60, deadline=None)
@@ -95,14 +44,7 @@ def compare_gradients(got, expected, x, weight, grad, dtype):
 def test_silu_mul(shape, width, dtype, layout, seed):
     generator = torch.Generator().manual_seed(seed)
     gate, up, grad = (rows(generator, shape, width, dtype, layout) for _ in range(3))
-    (out,), of = gradients(dk.silu_mul, gate, up, grads=[grad])
-    (expected,), of_expected = gradients(
-        lambda g, u: g / (1 + (-g).exp()) * u, gate.double(), up.double(), grads=[grad.double()]
-    )
-    check(out, expected, dtype)
-    size = float(grad.double().abs().max() * up.double().abs().max()) if grad.numel() else 0
-    for got, oracle in zip(of, of_expected, strict=True):
-        check(got, oracle, dtype, terms=size)
+    check_silu_mul(gradients, gate, up, grad)
 
 
 @settings(max_examples=60, deadline=None)
@@ -122,18 +64,7 @@ def test_rotate_half(batch, heads, kv_heads, length, half, dtype, shared, layout
 
     query, key, grad_query, grad_key = (head_rows(n) for n in (heads, kv_heads, heads, kv_heads))
     cos, sin = (rows(generator, [1 if shared else batch, length], 2 * half, dtype) for _ in range(2))
-    got, of = gradients(dk.rotate_half, query, key, cos, sin, grads=[grad_query, grad_key])
-
-    def rotated(q, k, cos, sin):
-        turned = [torch.cat((-x[..., half:], x[..., :half]), -1) for x in (q, k)]
-        cos, sin = cos[:, None], sin[:, None]
-        return q * cos + turned[0] * sin, k * cos + turned[1] * sin
-
-    wide = [t.double() for t in (query, key, cos, sin)]
-    expected, of_expected = gradients(rotated, *wide, grads=[grad_query.double(), grad_key.double()])
-    for out, oracle in zip((*got, *of), (*expected, *of_expected), strict=True):
-        check(out, oracle, dtype, terms=30 * (heads + kv_heads + 1))
-    assert got[0].transpose(1, 2).is_contiguous() and got[1].transpose(1, 2).is_contiguous()
+    check_rotate_half(gradients, query, key, cos, sin, [grad_query, grad_key])
 
 
 # ---- beside transformers -----------------------------------------------------------------------------------
