@@ -23,7 +23,7 @@ class Rule:
     Use the constructors below; `parameters` are their numbers, in that order. `confidence` says what "sure"
     means: `prob` p(x0) [low_confidence of LLaDA, maskgit_plus of Dream], `margin` p1 − p2 [topk_margin],
     `entropy` Σ p·ln p, minus the entropy in nats, so that larger is surer, `random` a uniform draw.
-    `strict` turns ≥ into >.
+    `strict` turns ≥ into >. A threshold lies in [0, 1]; of `entropy` it is at most 0.
     """
 
     name: str
@@ -43,8 +43,11 @@ class Rule:
         if len(self.parameters) != len(names):
             raise ValueError(f"rule {self.name!r} takes {len(names)} numbers, got {len(self.parameters)}")
         for name, value in zip(names, self.parameters, strict=True):
-            _CHECKS.get(name, _check_number)(name, value)
-        _check_number("alg_temp", self.alg_temp, 0.0)
+            if name == "threshold":
+                _check_threshold(value, self.confidence)
+            else:
+                _CHECKS[name](name, value)
+        _check_number("alg_temp", self.alg_temp)
         if self.alg_temp > 0 and self.name != "quota":
             raise ValueError(f"alg_temp draws the positions of a quota; rule {self.name!r} has none")
 
@@ -128,14 +131,21 @@ class Rule:
         return cls("edit", (threshold, edit_threshold), strict, confidence)
 
 
-def _check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+def _check_number(name: str, value: object, low: float = 0.0, high: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r}; it must be a number")
     if not (math.isfinite(value) and low <= float(value) <= high):
-        bounds = (
-            "" if low == -math.inf else f" >= {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
-        )
+        bounds = f" <= {high:g}" if low == -math.inf else f" from {low:g} to {high:g}"
+        bounds = f" >= {low:g}" if high == math.inf else bounds
         raise ValueError(f"{name} is {value}; it must be a finite number{bounds}")
+
+
+def _check_threshold(value: object, confidence: str) -> None:
+    """Refuse a threshold that all confidences reach, or none."""
+    if confidence == "entropy":  # negated
+        _check_number("threshold of confidence='entropy'", value, -math.inf, 0.0)
+    else:
+        _check_number("threshold", value, 0.0, 1.0)
 
 
 # The parameters of each rule; rules and confidences are in the order of csrc/core/acceptance.h.
@@ -143,7 +153,11 @@ _PARAMETERS = {
     name: tuple(numbers) for name, *numbers in map(str.split, torch.ops.dllm_kernels.rules().splitlines())
 }
 _CHECKS = {
+    "factor": _check_number,
+    "entropy_bound": _check_number,
     "steps": lambda name, value: integer(name, value, 1),
     "eps": lambda name, value: _check_number(name, value, 0.0, 1.0),
+    "kl_threshold": _check_number,
     "stable_steps": lambda name, value: integer(name, value, 1),
+    "edit_threshold": lambda name, value: _check_number(name, value, 0.0, 1.0),
 }

@@ -88,7 +88,7 @@ def test_blank_lines_are_filled_with_more_than_they_had(tiny):
 
 def test_auto_leaves_out_lengths_that_the_model_has_no_positions_for(tiny):
     text = "x = [1, 2, 3, 4, 5, 6, 7, 8]\n" * 30
-    proposal = proposed(tiny, text, 1, 30, threshold=-1.0)
+    proposal = proposed(tiny, text, 1, 30, threshold=0.0)
     tokens = [one.tokens for one in proposal.candidates]
     assert 1 < len(tokens) < len(LENGTHS) and max(tokens) < tiny[0].config.max_position_embeddings
 

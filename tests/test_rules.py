@@ -92,6 +92,18 @@ EVERY_RULE = [
             "alg_temp draws the positions of a quota",
         ),
         (lambda: Rule.quota(alg_temp=-1.0), ValueError, "alg_temp is -1.0; it must be a finite number >= 0"),
+        (lambda: Rule.threshold(1.5), ValueError, "threshold is 1.5; it must be a finite number from 0 to 1"),
+        (lambda: Rule.threshold(-0.1, confidence="margin"), ValueError, "threshold is -0.1; .* from 0 to 1"),
+        (lambda: Rule.edit(1.5, 0.5), ValueError, "threshold is 1.5; .* from 0 to 1"),
+        (lambda: Rule.edit(0.5, 1.5), ValueError, "edit_threshold is 1.5; .* from 0 to 1"),
+        (lambda: Rule.quota_or_threshold(math.inf), ValueError, "threshold is inf; .* from 0 to 1"),
+        (
+            lambda: Rule.threshold(0.9, confidence="entropy"),
+            ValueError,
+            "threshold of confidence='entropy' is 0.9; it must be a finite number <= 0",
+        ),
+        (lambda: Rule.factor(-1.0), ValueError, "factor is -1.0; it must be a finite number >= 0"),
+        (lambda: Rule.entropy_bound(-0.5), ValueError, "entropy_bound is -0.5; .* >= 0"),
         (lambda: Rule.bernoulli(0), ValueError, "steps must lie in 1..2147483647, got 0"),
         (lambda: Rule.bernoulli(2.5), TypeError, "steps must be an integer, got float"),
         (
@@ -101,6 +113,8 @@ EVERY_RULE = [
         ),
         (lambda: Rule.confident_stable(stable_steps=0), ValueError, "stable_steps must lie in 1"),
         (lambda: Rule.confident_stable(0.9, math.inf), ValueError, "kl_threshold is inf"),
+        (lambda: Rule.confident_stable(0.9, -0.1), ValueError, "kl_threshold is -0.1; .* >= 0"),
+        (lambda: Rule.confident_stable(2.0), ValueError, "threshold is 2.0; .* from 0 to 1"),
         (lambda: Rule.edit(0.7, None), TypeError, "edit_threshold is None; it must be a number"),
     ],
 )

@@ -120,6 +120,7 @@ def _number(low: float, high: float = math.inf):
             raise TypeError(f"{name} is {value!r}; it must be a number")
         if not (math.isfinite(value) and low <= value <= high):
             bounds = f" >= {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
+            bounds = "" if low == -math.inf else bounds
             raise ValueError(f"{name} is {value}; it must be a finite number{bounds}")
         return float(value)
 
@@ -210,6 +211,7 @@ class SampleConfig:
 
     rule: a `dk.Rule` or its name. Without it the numbers that are given name the rule: threshold, factor,
     entropy_bound, kl_threshold (confident_stable), edit_threshold (edit); without any it is "quota".
+    A threshold lies in [0, 1]; of confidence "entropy", which is negated, it is at most 0.
     confidence: "prob" | "margin" | "entropy" | "random". strict: > in place of ≥. alg_temp: draw the
     positions of a quota. stable_steps: of confident_stable, by default 2. max_post_steps: most steps that
     only edit.
@@ -251,7 +253,7 @@ class SampleConfig:
     eps: float = _option(1e-3, _number(0.0), host_only=True)
     top_p: float | None = _option(None, _optional(_number(0.0, 1.0)))
     top_k: int | None = _option(None, _optional(_integer(1)))
-    edit_threshold: float | None = _option(None, _optional(_number(-math.inf)))
+    edit_threshold: float | None = _option(None, _optional(_number(0.0, 1.0)))
     max_post_steps: int = _option(16, _integer(0, _MOST_STEPS))
     kl_threshold: float | None = _option(None, _optional(_number(0.0)))
     stable_steps: int | None = _option(None, _optional(_integer(1)))
@@ -281,6 +283,7 @@ class SampleConfig:
             self._settle(PARITY[self.parity])
         refuse_contradictions(self)
         _refuse_contradictions(self)
+        self.acceptance()  # which checks the numbers of its rule
 
     @classmethod
     def preset(cls, name: str) -> SampleConfig:

@@ -56,7 +56,7 @@ def test_means_compare_choices_of_unequal_length_by_token():
 def test_a_choice_of_one_token_has_the_probability_that_sampling_gives_it():
     model = tiny_model()
     (prompt,) = prompts_of(6)
-    output = dk.sample(model, [prompt], max_new_tokens=2, logprobs=5, confidence="random", threshold=-1.0)
+    output = dk.sample(model, [prompt], max_new_tokens=2, logprobs=5, confidence="random", threshold=0.0)
     tokens, logprobs = (field[0, 6] for field in output.top_logprobs)
     found = dk.choose(model, prompt, [[int(token)] for token in tokens])
     torch.testing.assert_close(found.logprobs, logprobs, rtol=0, atol=1e-5)

@@ -74,7 +74,7 @@ def test_callbacks_and_tokenizers(option, reason):
         (dict(temperature=1e300), "temperature is 1e[+]300"),
         (dict(temperature=1e-300), "temperature is 1e-300; it must be 0, or at least 1e-37"),
         (dict(alg_temp=1e-300), "alg_temp is 1e-300; it must be 0, or at least 1e-37"),
-        (dict(threshold=0.5, edit_threshold=-1.0, max_post_steps=2**31 - 1), "max_post_steps must lie in 0"),
+        (dict(threshold=0.5, edit_threshold=0.0, max_post_steps=2**31 - 1), "max_post_steps must lie in 0"),
         (dict(cfg_scale=1e300), "cfg_scale is 1e[+]300"),
     ],
 )
