@@ -31,8 +31,8 @@ class SampleOutput:
     as it was given with its gaps filled (canvases of ids are decoded).
     lengths: int64 [B], completion tokens before the first end token (infill: filled).
     forwards: forward passes of the model, for the whole batch. row_forwards: int64 [B], each row's share.
-    tokens_per_forward: mean over rows of completion tokens, the first end token included, over the forwards
-    it took until they all stood. The prompt is computed in the first of them, which counts.
+    tokens_per_forward: the sum of lengths over that of row_forwards, 0 without forwards. So the end token
+    does not count, the forward that computes the prompt does, and evaluations count alike.
     exact: whether every step saw what a forward over the whole canvas would have seen.
     unmask_step: int64 [B, T], the row's forward, from 0, that wrote a token; -1 for given and filled-up ones.
     history: int64 [B, T] at the start and after every round, if asked for.
@@ -118,7 +118,7 @@ def completion_output(
         row_forwards=finished.row_forwards,
         exact=finished.exact,
         unmask_step=unmask_step,
-        tokens_per_forward=_tokens_per_forward(completion & (position <= first_end[:, None]), unmask_step),
+        tokens_per_forward=_tokens_per_forward(lengths, finished.row_forwards),
         history=history,
         **finished.logprobs_where(unmask_step >= 0),
     )
@@ -148,18 +148,14 @@ def infill_output(
         exact=finished.exact,
         unmask_step=unmask_step,
         history=finished.history,
-        tokens_per_forward=_tokens_per_forward(masked, unmask_step),
+        tokens_per_forward=_tokens_per_forward(masked.sum(1), finished.row_forwards),
         filled=[_spans(row) for row in masked],
         **finished.logprobs_where(unmask_step >= 0),
     )
 
 
-def _tokens_per_forward(counted: Tensor, unmask_step: Tensor) -> float:
-    """Mean over rows with counted tokens of their number over the forwards until the last of them stood."""
-    tokens = counted.sum(1).double()
-    forwards = unmask_step.masked_fill(~counted, -1).amax(1) + 1
-    rows = tokens > 0
-    return float((tokens[rows] / forwards[rows].clamp(min=1)).mean()) if rows.any() else 0.0
+def _tokens_per_forward(lengths: Tensor, row_forwards: Tensor) -> float:
+    return int(lengths.sum()) / max(int(row_forwards.sum()), 1)
 
 
 def _spans(masked: Tensor) -> list[tuple[int, int]]:

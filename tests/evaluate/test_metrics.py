@@ -46,6 +46,12 @@ def test_rows_of_a_batch_have_forwards_of_their_own():
     assert (together.tokens, together.forwards) == (9, 3)
 
 
+@pytest.mark.parametrize("threshold", [None, 0.9])
+def test_an_output_counts_its_tokens_per_forward_alike(threshold):
+    output = sampled(writes(3, 4, 5, 6, 7), prompts=2, threshold=threshold)
+    assert output.tokens_per_forward == decoding_metrics([output]).tokens_per_forward
+
+
 def test_speed_is_the_median_of_whole_requests():
     outputs = [sampled(writes(3, 4, 5), threshold=0.9)] * 3
     assert decoding_metrics(outputs, [0.5, 1.0, 60.0]).tokens_per_second == 3.0

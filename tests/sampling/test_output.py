@@ -53,7 +53,7 @@ def test_a_row_ends_at_the_first_end_token_without_a_mask_before_it():
     assert output.sequences.tolist() == [[0, 1, 2, 3, EOS, EOS, EOS, EOS]]
     assert output.unmask_step.tolist() == [[-1, -1, 1, 2, 0, -1, -1, -1]]
     assert output.lengths.tolist() == [2]
-    assert (output.forwards, output.tokens_per_forward) == (3, 1.0)
+    assert (output.forwards, output.tokens_per_forward) == (3, 2 / 3)  # the end token does not count
 
 
 def test_without_stop_on_eos_everything_is_written_and_the_tail_is_not_counted():
@@ -69,7 +69,7 @@ def test_without_stop_on_eos_everything_is_written_and_the_tail_is_not_counted()
     )
     assert output.sequences.tolist() == [[0, 1, 2, 3, EOS, 5, 6, 7]]
     assert output.texts == ["cd"] and output.lengths.tolist() == [2]
-    assert (output.forwards, output.tokens_per_forward) == (2, 3.0)
+    assert (output.forwards, output.tokens_per_forward) == (2, 1.0)
 
 
 def test_conversations_go_through_the_template():
@@ -100,6 +100,16 @@ def test_rows_of_unequal_length():
     assert output.texts == ["bcd", "efg"]
     assert output.sequences.tolist() == [[0, 1, 2, 3, EOS, EOS, EOS], [0, 1, 2, 3, 4, 5, 6]]
     assert output.row_forwards.tolist() == [1, 1]
+
+
+def test_tokens_per_forward_is_of_all_rows():
+    """Positions 1 to 3 are written one by one: three forwards for the first row, four for the second."""
+    model = writer("abcdefgh", sure={position: 0.0 for position in (1, 2, 3)})
+    output = dk.sample(
+        model, ["a", "ab"], tokenizer=Letters(), new_tokens=[3, 6], block_size=3, threshold=0.9
+    )
+    assert (output.lengths.tolist(), output.row_forwards.tolist()) == ([3, 6], [3, 4])
+    assert output.tokens_per_forward == 9 / 7
 
 
 def test_history_and_rounds_tell_the_same():
