@@ -22,6 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from dllm_kernels.models.fused_layers import FUSING_DEVICES, fuse_layers
 from dllm_kernels.models.staging import staged
+from dllm_kernels.models.stored_weights import StoredLinear
 from dllm_train.annealing import annealed_reach
 from dllm_train.arguments import DiffusionTrainingArguments
 from dllm_train.batches import GlobalBatches, IgnoringCollator, NumberedDataset, NumberedStream, lengths_of
@@ -440,6 +441,7 @@ def _check_arguments(trainer: type, model, args, given: dict) -> None:
             f"the vocabulary head of this {type(model).__name__} is an 8-bit copy of its embedding, which "
             "training would leave as it is; load the model without weights="
         )
+    _refuse_stored_weights(model)
     for name, reason in _REFUSED.items():
         if given.get(name) is not None:
             raise ValueError(f"{name} is not supported: {reason}")
@@ -458,6 +460,19 @@ def _check_arguments(trainer: type, model, args, given: dict) -> None:
             raise ValueError(
                 f"{name} is {getattr(args, name)!r}; it has a meaning for {where}, not for {trainer.__name__}"
             )
+
+
+def _refuse_stored_weights(model: nn.Module) -> None:
+    """Refuse layers that would be trained if their weights were Parameters: all, under adapters those of
+    modules_to_save."""
+    stored = [name for name, module in model.named_modules() if isinstance(module, StoredLinear)]
+    if hasattr(model, "peft_config"):
+        stored = [name for name in stored if ".modules_to_save." in name]
+    if stored:
+        raise ValueError(
+            f"weights of this {type(model).__name__} are stored for inference ({stored[0]}, one of "
+            f"{len(stored)}), so that training would leave them as they are; load the model without weights="
+        )
 
 
 def _fuse_layers(model: nn.Module, device: torch.device) -> None:

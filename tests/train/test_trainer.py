@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dllm_kernels as dk
-from dllm_kernels.models.stored_weights import store_tied_head
+from dllm_kernels.models.stored_weights import store_tied_head, store_weights
 from dllm_train import (
     DiffusionCollator,
     DiffusionTrainer,
@@ -441,6 +441,21 @@ def test_settings_are_read_from_the_model(tmp_path):
     assert (trained.settings.block_size, trained.settings.shift, trained.settings.mask_id) == (16, True, MASK)
     assert trained.settings.bos_id == 1
     assert trained.model.config.diffusion == {**entry, "attention": ["block_causal", "bidirectional"]}
+
+
+def test_stored_weights_are_not_trained(tmp_path):
+    model = marked(attention=["bidirectional"], shift=False)
+    assert store_weights(model, "int8")
+    with pytest.raises(
+        ValueError, match=r"weights of this LlamaForCausalLM are stored for .*\(model\.layers\.0"
+    ):
+        trainer(tmp_path, model=model)
+    options = dict(target_modules=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"stored for inference \(.*down_proj\.modules_to_save\.default"):
+        adapters = LoraConfig(**options, modules_to_save=["down_proj"])
+        trainer(tmp_path, model=get_peft_model(copy.deepcopy(model), adapters))
+    trained = trainer(tmp_path, model=get_peft_model(model, LoraConfig(**options)))
+    assert {name for name, weight in trained.model.named_parameters() if weight.requires_grad}
 
 
 def test_a_head_that_copies_the_embedding_is_not_trained(tmp_path):
