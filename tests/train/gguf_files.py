@@ -27,18 +27,11 @@ def write_gguf(
     kind: of the matrices whose name in the model holds one of `within`; the others are float32.
     """
     gguf = pytest.importorskip("gguf")
+    from benchmarks.peers.gguf_file import add_sizes  # which imports gguf too
+
     config = model.config
     writer = gguf.GGUFWriter(str(file), arch)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
+    add_sizes(writer, config)
     letters = [chr(ord("a") + index) for index in range(26)]
     tokens = ["<unk>", "<s>", "</s>", *letters, *(f"a{letter}" for letter in letters)][: config.vocab_size]
     writer.add_tokenizer_model("gpt2")
