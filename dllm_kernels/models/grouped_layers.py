@@ -3,8 +3,9 @@
 `group_layers` does for StoredLinear what merged_projections does for nn.Linear. The weights of a group lie
 one after the other in memory, and every layer keeps its place, its name and its weight, which become a part
 of that memory. The first layer of a group multiplies for all, and x is quantized once. A layer multiplies by
-itself where a gradient is recorded, in compiled code, and when the weight of one of them was replaced. On
-another device the layers are a group no more, until `group_layers` is called again.
+itself where a gradient is recorded, in compiled code, when x was changed in between, and when the weight of
+one of them was replaced; inference mode does not notice changes of x, since torch does not count them there.
+On another device the layers are a group no more, until `group_layers` is called again.
 """
 
 from __future__ import annotations
