@@ -201,11 +201,9 @@ class StoredLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight [out, in] as it is stored; on the CPU a new tensor, in which torch refuses to write."""
-        if isinstance(self.stored, RowMajorWeight):
-            return self.stored.weight
-        with torch.inference_mode():  # what is written there outside of it is an error, and would be lost
-            return self.parts()[0]
+        """The weight [out, in] as it is stored. On the CPU it is a new tensor, and what is written there is
+        lost: `load_state_dict` changes a weight."""
+        return self.parts()[0]
 
     def parts(self) -> tuple[Tensor, Tensor | None]:
         """Return (weight [out, in], scales [out, groups] or None), as `of` takes them."""
