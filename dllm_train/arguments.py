@@ -6,6 +6,7 @@ model, tokenizer = get_model(model_args), get_tokenizer(model_args)
 """
 
 import importlib.util
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,7 +72,7 @@ class DataArguments:
         "", "Specification: 'name[train:5000,test:100]+other', local files, or weights '0.7*a+0.3*b'."
     )
     text_field: str = _option("text", "Field that holds the text of a document.")
-    max_length: int = _option(1024, "Longest row, in tokens.")
+    max_length: int = _option(1024, "Longest row, in tokens; that of the folder with preprocessed.")
     packing: bool = _option(
         False,
         "Pretraining: the documents of a row do not see each other; False: they are concatenated.",
@@ -189,7 +190,14 @@ class DiffusionTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = _option(False, "Must be False: a loss that is not finite stops the run.")
 
     def __post_init__(self):
+        greater_is_better = self.greater_is_better
         super().__post_init__()
+        if _is_of_evaluation(self.metric_for_best_model):
+            if greater_is_better:
+                raise ValueError(
+                    f"greater_is_better is True; {self.metric_for_best_model} is the better the lower it is"
+                )
+            self.greater_is_better = False  # transformers takes what does not end in "loss" for a score
         if self.data_seed is None:
             self.data_seed = self.seed
         self._check_values()
@@ -208,6 +216,11 @@ class DiffusionTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"{name} is {value}; expected a number {'above' if strict else 'of at least'} {low}"
                 )
+        for name in ("noise_seed", "eval_noise_seed"):
+            if getattr(self, name) >= 2**64:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number below 2**64")
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0; expected a positive number, or -1 for whole epochs")
         if not 0 < self.eps < 1:
             raise ValueError(f"eps is {self.eps}; expected 0 < eps < 1")
         if not 0 < self.cart_p <= 1:
@@ -225,6 +238,15 @@ class DiffusionTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"annealing_length is None, and annealing_steps is {self.annealing_steps}; give the length "
                 "of rows"
+            )
+        if self.annealing_length is not None and not self.annealing_steps:
+            raise ValueError(
+                f"annealing_length is {self.annealing_length}, and annealing_steps is 0: nothing is annealed"
+            )
+        if self.certainty_temperature != 1 and not self.certainty_weight:
+            raise ValueError(
+                f"certainty_temperature is {self.certainty_temperature}, and certainty_weight is 0: nothing "
+                "takes it"
             )
         for level in self.eval_noise_levels:
             level_of(level)
@@ -252,6 +274,9 @@ class DiffusionTrainingArguments(TrainingArguments):
             "train_sampling_strategy='batch_rebalance'": (
                 self.train_sampling_strategy == "batch_rebalance", "use 'group_by_length'",
             ),
+            "fp16=True on a CPU": (
+                self.fp16 and self.device.type == "cpu", "accelerate would compute in float32; use bf16",
+            ),
             "gradient_checkpointing beside selective_checkpointing": (
                 self.gradient_checkpointing and self.selective_checkpointing, "choose one of them",
             ),
@@ -264,6 +289,11 @@ class DiffusionTrainingArguments(TrainingArguments):
         for name, (value, reason) in refused.items():
             if value:
                 raise ValueError(f"{name} is not supported: {reason}")
+
+
+def _is_of_evaluation(metric: str | None) -> bool:
+    """Return whether a metric is one of DiffusionTrainer's, such as nll, or eval_short_nll of a dataset."""
+    return metric is not None and re.fullmatch(r"(.*_)?(loss|nll|ppl|ce_t[01]\.\d)", metric) is not None
 
 
 _CHOICES = {
@@ -336,8 +366,15 @@ class Sampler:
 def _with_adapters(model, model_args: ModelArguments):
     from peft import LoraConfig, get_peft_model
 
+    from dllm_kernels.models.stored_weights import StoredLinear
+
     targets = [name.strip() for name in model_args.target_modules.split(",")]
     name = model_args.model_name_or_path
+    if targets == ["all-linear"] and any(isinstance(module, StoredLinear) for module in model.modules()):
+        raise ValueError(
+            f"lora is True, and {name} stores the weights of its linear layers for inference, which take no "
+            "adapters; name a checkpoint of whole weights"
+        )
     model.name_or_path = (
         str(Path(name).resolve()) if Path(name).is_dir() else name
     )  # peft stores where its base lies
@@ -359,7 +396,10 @@ def _model_in_4_bits(model_args: ModelArguments):
     from dllm_kernels.models.checkpoint import checkpoint_folder
 
     folder = checkpoint_folder(model_args.model_name_or_path)
-    if not getattr(AutoConfig.from_pretrained(folder), "diffusion", None):
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{folder} cannot be loaded in 4 bits: its weights are quantized already")
+    if not getattr(config, "diffusion", None):
         raise ValueError(
             f"{folder} cannot be loaded in 4 bits: it is not a stock causal LM with a diffusion entry in "
             "config.json; convert it first (dllm_train.convert)"

@@ -23,10 +23,17 @@ class NumberedDataset(Dataset):
     """A map-style dataset whose items carry "example_id", their index; an `example_id` of their own is kept.
 
     Index ~n gives example n to be ignored. epoch: of the order and the noise.
-    Raises ValueError for an empty dataset and for items without input_ids.
+    Raises TypeError for what has no numbered items, and ValueError for an empty dataset and for items
+    without input_ids.
     """
 
     def __init__(self, dataset, name: str):
+        indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        if not indexed or isinstance(dataset, Mapping):
+            raise TypeError(
+                f"{name} is a {type(dataset).__name__}; expected one split, a list of items, a Dataset or an "
+                "IterableDataset"
+            )
         if not len(dataset):
             raise ValueError(f"{name} is empty; give at least one example")
         self.dataset, self.name, self.epoch = dataset, name, 0

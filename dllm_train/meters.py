@@ -75,10 +75,10 @@ class LossMeter:
         """Return this rank's sums, for a checkpoint."""
         return {"sums": self._sums.cpu(), "counts": self._counts.clone()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from the sums of `state_dict`."""
-        self._sums.copy_(state["sums"])
-        self._counts.copy_(state["counts"])
+    def load_state_dict(self, *states: dict[str, Tensor]) -> None:
+        """Continue from the sums of `state_dict`, or from those of several ranks together."""
+        self._sums.copy_(torch.stack([state["sums"] for state in states]).sum(0))
+        self._counts.copy_(torch.stack([state["counts"] for state in states]).sum(0))
 
 
 class FixedLevel(Schedule):

@@ -65,6 +65,8 @@ def objective_settings(
         shift = entry["shift"] if kinds and (said is not None or entry["shift"]) else default_shift
     mask_id = _mask_id(config, inner, tokenizer, mask_id)
     _refuse_attention_dropout(inner, config)
+    if bos_id is not None:
+        bos_id = integer("bos_id", bos_id, 0, _words(inner) - 1)
     settings = ObjectiveSettings(
         mask_id, _first(bos_id, _of(config, "bos_token_id"), getattr(tokenizer, "bos_token_id", None)), shift,
         _block_size(entry.get("block_size"), block_size) if attention == "block_causal" else None,
@@ -88,14 +90,19 @@ def _mask_id(config, model: PreTrainedModel, tokenizer, given: int | None) -> in
     if len(set(said.values())) > 1:
         raise ValueError("the mask token is not one: " + ", ".join(f"{k} is {v}" for k, v in said.items()))
     name, mask_id = next(iter(said.items()))
-    words = getattr(model.get_input_embeddings(), "num_embeddings", config.get_text_config().vocab_size)
-    integer(name, mask_id, 0, words - 1)
+    integer(name, mask_id, 0, _words(model) - 1)
     for other in ("eos_token_id", "bos_token_id", "pad_token_id"):
         if mask_id in token_ids(_of(config, other)):
             raise ValueError(
                 f"{name} is {mask_id}, which is the {other} too; the mask token needs its own id"
             )
     return mask_id
+
+
+def _words(model: PreTrainedModel) -> int:
+    """Return the number of tokens that have an embedding."""
+    embedding, config = model.get_input_embeddings(), model.config.get_text_config()
+    return getattr(embedding, "num_embeddings", config.vocab_size)
 
 
 def _block_size(said: int | None, given: int | None) -> int:

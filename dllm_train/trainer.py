@@ -7,9 +7,11 @@ until the loss, which copies its results to the device, so that a step never wai
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -36,6 +38,8 @@ from dllm_train.objectives import LossOutput, bd3lm_loss, dream_loss, loss_norma
 from dllm_train.selective_checkpointing import checkpoint_selectively
 from dllm_train.sharding import choose_fsdp_units
 
+logger = logging.getLogger(__name__)
+
 _NOISE = ("schedule", "eps", "stratified")
 _LOSS = (
     "complementary", "loss_weight_type", "loss_norm_type", "weight_eps", "bar_mask_token", "certainty_weight",
@@ -57,7 +61,8 @@ class DiffusionTrainer(Trainer):
     which is saved with every checkpoint.
 
     Logs `loss`, the mean over the global batches, and nll (a bound, in nats per token), ppl and the cross
-    entropy of masked tokens by noise level, ce_t0.1 … ce_t1.0. Evaluation draws the same noise every time,
+    entropy of masked tokens by noise level, ce_t0.1 … ce_t1.0. At the end it logs train_loss, the mean over
+    all steps of the run, those before it was resumed included. Evaluation draws the same noise every time,
     and eval_loss is the bound.
     Raises ValueError for options that would be ignored or conflict with the model, and FloatingPointError
     when the loss is no longer finite.
@@ -105,7 +110,7 @@ class DiffusionTrainer(Trainer):
         self._train_examples: NumberedDataset | NumberedStream | None = None
         self._meter, self._losses = LossMeter(args.device), FiniteLosses(args.device)
         self._normalizers: dict[str, float | Tensor] = {}
-        self._steps_metered = 0
+        self._logged = _Logged()
         for name, dataset in _datasets(train_dataset, eval_dataset):
             if not isinstance(dataset, IterableDataset):
                 NumberedDataset(dataset, name)  # refuses an empty one, and items without input_ids
@@ -161,6 +166,11 @@ class DiffusionTrainer(Trainer):
             "multiprocessing_context": getattr(args, "dataloader_multiprocessing_context", None),
         }
         if isinstance(dataset, IterableDataset):
+            if is_training and args.train_sampling_strategy == "group_by_length":
+                raise ValueError(
+                    f"train_sampling_strategy is 'group_by_length', and {name} is a stream, whose lengths "
+                    "are not known beforehand"
+                )
             examples = NumberedStream(dataset, name, batch_size, rank=rank, ranks=ranks, endless=is_training)
             loader = DataLoader(examples, batch_size=batch_size, **options)
         else:
@@ -188,6 +198,9 @@ class DiffusionTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Return the batches of an optimizer step and its normalizer, a tensor if there are several ranks."""
+        if self.state.global_step >= self.state.max_steps:  # a run that had ended was resumed
+            self.control.should_training_stop = True
+            num_batches = 0
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return batches, None
@@ -275,14 +288,18 @@ class DiffusionTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `logs`, and the meters with the loss of training. FloatingPointError: a loss is not finite."""
         of_training = {"loss", "learning_rate"} <= logs.keys()
-        if of_training or "train_loss" in logs:
+        at_the_end = self.is_in_train and "train_loss" in logs
+        if of_training or at_the_end:
             self._losses.check()
-        if of_training:
-            steps = self.state.global_step - self._steps_metered
             loss, figures = self._meter.read()
-            logs["loss"] = loss / self.get_tp_size() / steps
+            mean_loss = self._logged.add(loss / self.get_tp_size(), self.state.global_step)
+        if of_training:
+            logs["loss"] = mean_loss
             logs |= figures
-            self._steps_metered = self.state.global_step
+            if "nll" not in figures:
+                logger.warning("no example had a label in the steps before step %d", self.state.global_step)
+        if at_the_end:
+            logs["train_loss"] = self._logged.mean_loss
         super().log(logs, start_time)
 
     def prediction_step(self, model, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
@@ -308,8 +325,11 @@ class DiffusionTrainer(Trainer):
         )
         self._eval_losses.check("bound of evaluation")
         _, figures = self._eval_meter.read()
-        if "nll" in figures:
-            figures = {"loss": figures["nll"], **figures}
+        if "nll" not in figures:
+            raise ValueError(
+                f"{metric_key_prefix}_loss has no value: no example of this dataset has a token with a label"
+            )
+        figures = {"loss": figures["nll"], **figures}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
 
@@ -330,8 +350,11 @@ class DiffusionTrainer(Trainer):
             check_complete(resume_from_checkpoint)
             resume_from_checkpoint = str(resume_from_checkpoint)
         self._meter, self._losses = LossMeter(self.args.device), FiniteLosses(self.args.device)
-        self._steps_metered = 0
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._logged = _Logged()
+        if resume_from_checkpoint:
+            self._load_meter(Path(resume_from_checkpoint))
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model and its tokenizer; FloatingPointError if weights are not finite."""
@@ -383,20 +406,38 @@ class DiffusionTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        state = {"meter": self._meter.state_dict(), "steps": self._steps_metered}
-        torch.save(state, self._meter_file(output_dir))
+        state = {"meter": self._meter.state_dict(), "logged": asdict(self._logged)}
+        torch.save(state, Path(output_dir) / f"meter_{self.args.process_index}.pt")
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if checkpoint is not None and self._meter_file(checkpoint).is_file():
-            state = torch.load(self._meter_file(checkpoint), weights_only=True)
-            self._meter.load_state_dict(state["meter"])
-            self._steps_metered = state["steps"]
-        else:
-            self._steps_metered = self.state.global_step
+    def _load_meter(self, checkpoint: Path) -> None:
+        """Continue from this rank's sums in a checkpoint; of other ranks than now, rank 0 takes all."""
+        files = sorted(checkpoint.glob("meter_*.pt"))
+        states = [torch.load(file, weights_only=True) for file in files]
+        self._logged = _Logged(**states[0]["logged"])
+        rank = self.args.process_index
+        if len(states) == self.args.world_size:
+            states = [torch.load(checkpoint / f"meter_{rank}.pt", weights_only=True)]
+        if len(states) == 1 or rank == 0:
+            self._meter.load_state_dict(*(state["meter"] for state in states))
 
-    def _meter_file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"meter_{self.args.process_index}.pt"
+
+@dataclass
+class _Logged:
+    """Losses that were logged: their sum over all optimizer steps up to `step`."""
+
+    step: int = 0
+    loss_sum: float = 0.0
+
+    def add(self, loss_sum: float, step: int) -> float:
+        """Add the losses of the steps up to `step`, and return their mean."""
+        steps, self.step = step - self.step, step
+        self.loss_sum += loss_sum
+        return loss_sum / max(steps, 1)
+
+    @property
+    def mean_loss(self) -> float:
+        """Return the mean loss of all steps; 0 without steps."""
+        return self.loss_sum / max(self.step, 1)
 
 
 class MDLMTrainer(DiffusionTrainer):
@@ -454,6 +495,13 @@ def _check_arguments(trainer: type, model, args, given: dict) -> None:
         "ar_weight": (args.ar_weight, "ar_weight" in trainer.options, "BD3LMTrainer"),
         "clean": (args.clean != "block_causal", "clean" in trainer.options, "BD3LMTrainer"),
         "block_size": (args.block_size, trainer.attention == "block_causal", "BD3LMTrainer"),
+        "time_per": (args.time_per != type(args).time_per, "time_per" in trainer.options, "BD3LMTrainer"),
+        "loss_weight_type": (args.loss_weight_type == "cart", "cart_p" in trainer.options, "DreamTrainer"),
+        "cart_p": (
+            args.cart_p != type(args).cart_p,
+            "cart_p" in trainer.options and args.loss_weight_type in (None, "cart"),
+            "DreamTrainer with loss_weight_type='cart'",
+        ),
     }
     for name, (value, has_effect, where) in only_for.items():
         if value and not has_effect:

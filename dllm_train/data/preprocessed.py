@@ -49,7 +49,7 @@ def load_preprocessed_dataset(
     folder = Path(folder)
     if not (folder / CONFIGURATION).exists():
         raise FileNotFoundError(f"{str(folder)!r} holds no preprocessed dataset: {CONFIGURATION} is missing")
-    configuration = json.loads((folder / CONFIGURATION).read_text())
+    configuration = preprocessing_options(folder)
     if not (folder / COMPLETE).exists():
         raise ValueError(
             f"{str(folder)!r} holds an unfinished dataset; run the same preprocess command again to finish it"
@@ -74,6 +74,11 @@ def load_preprocessed_dataset(
     rows = load_dataset("parquet", data_files=files, streaming=streaming)
     shuffle_stream(rows, streaming=streaming, buffer=shuffle_buffer, seed=seed)
     return rows
+
+
+def preprocessing_options(folder: str | Path) -> dict:
+    """Return what determines the rows of a preprocessed folder: specification, tokenizer, options."""
+    return json.loads((Path(folder) / CONFIGURATION).read_text())
 
 
 def write_preprocessed_dataset(

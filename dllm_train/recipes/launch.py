@@ -62,6 +62,11 @@ def parse(kinds: Sequence[type], arguments: list[str]) -> tuple:
 
 
 class _Parser(HfArgumentParser):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            action.nargs = "*" if action.nargs == "+" else action.nargs  # lists may be empty
+
     def error(self, message):
         raise ValueError(message)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 from dllm_train.arguments import DataArguments, DiffusionTrainingArguments
 from dllm_train.checkpoints import last_complete
 from dllm_train.collate import DiffusionCollator
+from dllm_train.data.preprocessed import preprocessing_options
 from dllm_train.objective_settings import DEFAULT_BLOCK_SIZE
 from dllm_train.trainer import BD3LMTrainer, DiffusionTrainer, DreamTrainer, MDLMTrainer
 
@@ -64,20 +66,49 @@ def read_dataset(load: Callable, kind: str, options: Sequence[str], plan: Plan, 
     """Return the splits of data_args.preprocessed, or `load` of data_args.dataset.
 
     kind: "sft" | "pretraining". options: the fields of data_args that `load` takes besides the common ones.
+    data_args.max_length becomes that of a preprocessed folder.
+    Raises ValueError for options that would have no effect.
     """
     if bool(data_args.dataset) == bool(data_args.preprocessed):
         raise ValueError(
             f"dataset is {data_args.dataset!r} and preprocessed {data_args.preprocessed!r}; give one of them"
         )
+    for name in _OPTIONS_OF_OTHERS[kind]:
+        if getattr(data_args, name) != getattr(DataArguments, name):
+            raise ValueError(f"{name} is {getattr(data_args, name)!r}; it has no effect on {kind} rows")
     common = {"block_size": plan.whole_blocks, "seed": args.data_seed}
     common |= {name: getattr(data_args, name) for name in ("streaming", "shuffle_buffer")}
     if data_args.preprocessed:
         from dllm_train.data import load_preprocessed_dataset
 
-        return load_preprocessed_dataset(data_args.preprocessed, tokenizer, kind=kind, **common)
+        splits = load_preprocessed_dataset(data_args.preprocessed, tokenizer, kind=kind, **common)
+        _take_options_of_folder(data_args, ("max_length", *options))
+        return splits
     given = {name: getattr(data_args, name) for name in ("max_length", "num_proc", *options)}
     with args.main_process_first(desc="preparing the dataset"):
         return load(data_args.dataset, tokenizer, **common, **given)
+
+
+_OPTIONS_OF_OTHERS = {
+    "sft": ("text_field", "packing", "drop_tail"),
+    "pretraining": ("truncation", "chat", "train_on"),
+}
+
+
+def _take_options_of_folder(data_args: DataArguments, names: Sequence[str]) -> None:
+    """Set the options of data_args to those that the rows of a preprocessed folder were made with.
+
+    Raises ValueError for another value than these and the default.
+    """
+    made_with = preprocessing_options(data_args.preprocessed)
+    for name in names:
+        given = getattr(data_args, name)
+        if given not in (getattr(DataArguments, name), made_with[name]):
+            raise ValueError(
+                f"{name} is {given!r}, and {data_args.preprocessed!r} was made with {made_with[name]!r}; "
+                "leave it out, or preprocess again"
+            )
+        setattr(data_args, name, made_with[name])
 
 
 def train(
@@ -91,6 +122,10 @@ def train(
     if "train" not in dataset:
         name = data_args.dataset or data_args.preprocessed
         raise ValueError(f"dataset is {name!r}, which has no split to train on")
+    if args.do_eval and "test" not in dataset:
+        name = data_args.dataset or data_args.preprocessed
+        raise ValueError(f"do_eval is True, and dataset is {name!r}, which has no test split")
+    _check_metric(args)
     collator = DiffusionCollator(
         tokenizer,
         block_size=_padding_multiple(plan, data_args),
@@ -111,6 +146,14 @@ def train(
     trainer.save_state()
     if args.do_eval and "test" in dataset:
         trainer.save_metrics("eval", trainer.evaluate(), combined=False)
+
+
+def _check_metric(args: DiffusionTrainingArguments) -> None:
+    levels = [f"ce_t{level:.1f}" for level in args.eval_noise_levels]
+    metrics = ["loss", "nll", "ppl", *levels]
+    given = args.metric_for_best_model
+    if given is not None and given.removeprefix("eval_") not in metrics:
+        raise ValueError(f"metric_for_best_model is {given!r}; evaluation reports {', '.join(metrics)}")
 
 
 def _padding_multiple(plan: Plan, data_args: DataArguments) -> int:
@@ -151,7 +194,9 @@ class _Record(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+            beside = folder / ".run.json.tmp"
+            beside.write_text(json.dumps(facts, indent=2) + "\n")
+            os.replace(beside, folder / "run.json")
             print(", ".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
 
 

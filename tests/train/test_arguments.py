@@ -15,6 +15,7 @@ from dllm_train import (
     DiffusionTrainingArguments,
     ModelArguments,
     bd3lm_loss,
+    convert,
     dream_loss,
     get_model,
     get_sampler,
@@ -86,6 +87,11 @@ WRONG = {
     "certainty_temperature": (0.0, "certainty_temperature is 0.0; expected a number above 0"),
     "ar_weight": (0.2, "next tokens need clean='causal'"),
     "annealing_steps": (10, "annealing_length is None"),
+    "annealing_length": (64, "annealing_length is 64, and annealing_steps is 0"),
+    "noise_seed": (2**64, "noise_seed is 18446744073709551616; expected a number below"),
+    "eval_noise_seed": (-1, "eval_noise_seed is -1"),
+    "max_steps": (0, "max_steps is 0; expected a positive number, or -1"),
+    "fp16": (True, "fp16=True on a CPU is not supported"),
     "eval_noise_levels": ([0.25], r"noise level is 0.25; allowed: 0.1, 0.2, … 1.0"),
     "remove_unused_columns": (True, "remove_unused_columns is not supported"),
     "logging_nan_inf_filter": (True, "logging_nan_inf_filter is not supported"),
@@ -94,6 +100,23 @@ WRONG = {
     "dataloader_in_order": (False, "dataloader_in_order=False is not supported"),
     "accelerator_config": ({"split_batches": True}, "split_batches is not supported"),
 }
+
+
+def test_a_temperature_of_certainty_that_nothing_takes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"certainty_temperature is 0\.5, and certainty_weight is 0"):
+        training(tmp_path, certainty_temperature=0.5)
+    assert training(tmp_path, certainty_temperature=0.5, certainty_weight=1.0).certainty_temperature == 0.5
+
+
+@pytest.mark.parametrize("metric", ["loss", "eval_nll", "ppl", "ce_t0.5", "eval_short_nll"])
+def test_the_best_model_is_that_of_the_lowest_bound(metric, tmp_path):
+    assert training(tmp_path, metric_for_best_model=metric).greater_is_better is False
+    with pytest.raises(ValueError, match=f"greater_is_better is True; {metric} is the better the lower"):
+        training(tmp_path, metric_for_best_model=metric, greater_is_better=True)
+
+
+def test_metrics_of_others_stay_scores(tmp_path):
+    assert training(tmp_path, metric_for_best_model="accuracy").greater_is_better is True
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -130,6 +153,12 @@ def test_get_model_puts_adapters_on(checkpoint):
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained and all("lora" in name and ("q_proj" in name or "v_proj" in name) for name in trained)
     assert model.peft_config["default"].base_model_name_or_path == checkpoint
+
+
+def test_a_checkpoint_of_stored_weights_takes_no_adapters(checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "int8", weights="int8")
+    with pytest.raises(ValueError, match=r"lora is True, and .*int8 stores the weights of its linear layers"):
+        get_model(ModelArguments(str(tmp_path / "int8"), lora=True))
 
 
 def test_get_tokenizer_is_that_of_the_checkpoint(checkpoint, tmp_path):

@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
+import dllm_kernels as dk
+from dllm_train import DataArguments
 from dllm_train.recipes import launch
 from dllm_train.recipes.finetune import finetune
 from dllm_train.recipes.pretrain import pretrain
@@ -112,6 +115,67 @@ def test_a_preprocessed_dataset_is_trained_on(folder, inputs, tmp_path):
         assert weight.equal(weights(inputs["output_dir"])[name])
 
 
+def test_rows_of_a_preprocessed_folder_are_padded_as_they_were_cut(folder, inputs, tmp_path):
+    from dllm_train.preprocess import PreprocessArguments, preprocess
+
+    rows = dict(dataset=str(folder / "chat.jsonl"), tokenizer=str(folder / "mdlm"), max_length=30)
+    preprocess(PreprocessArguments(output=str(tmp_path / "rows"), **rows))
+    given = inputs | dict(dataset="", preprocessed=tmp_path / "rows", max_length=DataArguments.max_length)
+    finetune(options(**given))
+    finetune(options(**inputs | dict(output_dir=tmp_path / "direct", max_length=30)))
+    for name, weight in weights(tmp_path / "direct").items():
+        assert weight.equal(weights(inputs["output_dir"])[name])
+    for name, value in dict(max_length=32, train_on="last", insert_eos=False).items():
+        with pytest.raises(ValueError, match=f"{name} is {value!r}, and .*rows' was made with "):
+            finetune(options(**given | {name: value}))
+
+
+def test_adapters_over_four_bits_begin_at_the_loss_of_the_rounded_weights(inputs, tmp_path):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    source = write_checkpoint(tmp_path / "whole", hidden_size=64, intermediate_size=64)
+    model, tokenizer = dk.load(source)
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            packed = functional.quantize_4bit(layer.weight.data, quant_type="nf4", compress_statistics=True)
+            layer.weight.data = functional.dequantize_4bit(*packed)
+    dk.save(model, tokenizer, tmp_path / "rounded")
+    logged = []
+    for name, bits in ((tmp_path / "rounded", {}), (source, dict(load_in_4bit=True))):
+        run = tmp_path / f"of-{name.name}"
+        given = inputs | dict(model_name_or_path=name, output_dir=run, logging_steps=1, lora_dropout=0.0)
+        finetune(options(**given | bits, lora=True))
+        logged.append(history(run)[0]["loss"])
+    assert logged[1] == pytest.approx(logged[0], rel=1e-5)
+    assert "Params4bit" in facts(run)["parameter_types"]
+    assert_loads(run, adapters=True)
+
+
+def test_options_of_replies_are_no_options_of_documents(folder, inputs):
+    with pytest.raises(ValueError, match="train_on is 'last'; it has no effect on pretraining rows"):
+        pretrain(options(**inputs | dict(dataset=folder / "documents.jsonl"), train_on="last"))
+
+
+def test_evaluation_may_leave_noise_levels_out(folder, inputs, tmp_path):
+    (tmp_path / "run.yaml").write_text("eval_noise_levels: []\n")
+    given = inputs | dict(dataset=f"{folder / 'chat.jsonl'}[train:12,test:4]", do_eval=True)
+    words = options(**given)
+    for run in ([str(tmp_path / "run.yaml"), *words], [*words, "--eval_noise_levels"]):
+        finetune(run)
+        figures = json.loads((inputs["output_dir"] / "eval_results.json").read_text())
+        assert figures["eval_nll"] > 0
+        assert not [name for name in figures if name.startswith("eval_ce")]
+
+
+def test_a_finished_run_that_is_started_again_is_left_as_it_is(inputs):
+    saving = options(**inputs | dict(save_strategy="steps", save_steps=1, resume_from_checkpoint="last"))
+    finetune(saving)
+    before = weights(inputs["output_dir"])
+    finetune(saving)
+    assert history(inputs["output_dir"])[-1]["step"] == 1
+    for name, weight in weights(inputs["output_dir"]).items():
+        assert weight.equal(before[name])
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_pretraining_goes_on_from_a_checkpoint(folder, inputs, streaming):
     documents = dict(dataset=folder / "documents.jsonl", packing=True, streaming=streaming)
@@ -165,6 +229,13 @@ BAD = {
         dict(resume_from_checkpoint="missing"),
         "'missing', which is not a folder",
     ),
+    "an option of documents": (dict(packing=True), "packing is True; it has no effect on sft rows"),
+    "evaluation without a test split": (dict(do_eval=True), "do_eval is True, and .* has no test split"),
+    "an unknown metric": (
+        dict(metric_for_best_model="accuracy"),
+        "metric_for_best_model is 'accuracy'; evaluation reports loss, nll, ppl, ce_t0.1",
+    ),
+    "no steps": (dict(max_steps=0), "max_steps is 0"),
     "4 bits without adapters": (dict(load_in_4bit=True), "load_in_4bit"),
     "text for replies": (dict(dataset="DOCUMENTS"), "documents.jsonl"),
 }

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from itertools import chain
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -385,6 +386,28 @@ REFUSALS = {
         "compute_metrics is not supported",
     ),
     "blocks in MDLM": (lambda f: trainer(f, block_size=8), "block_size is 8; it has a meaning for BD3LM"),
+    "context weights in MDLM": (
+        lambda f: trainer(f, loss_weight_type="cart"), "loss_weight_type is 'cart'; it has a meaning for D",
+    ),
+    "their decay in MDLM": (lambda f: trainer(f, cart_p=0.5), "cart_p is 0.5; it has a meaning for Dream"),
+    "their decay without them": (
+        lambda f: trainer(f, "dream", cart_p=0.5, loss_weight_type="uniform"), "cart_p is 0.5",
+    ),
+    "times of blocks in MDLM": (lambda f: trainer(f, time_per="row"), "time_per is 'row'; .* for BD3LM"),
+    "BOS outside of the vocabulary": (
+        lambda f: trainer(f, bos_id=48), r"bos_id must lie in 0\.\.47, got 48",
+    ),
+    "lengths of a stream": (
+        lambda f: trainer(
+            f, rows=datasets.Dataset.from_list(examples()).to_iterable_dataset(),
+            train_sampling_strategy="group_by_length",
+        ).train(),
+        "train_sampling_strategy is 'group_by_length', and train_dataset is a stream",
+    ),
+    "labels that are all ignored": (
+        lambda f: trainer(f, evaluated=[{"input_ids": [5, 6], "labels": [-100, -100]}]).evaluate(),
+        "eval_loss has no value: no example of this dataset has a token with a label",
+    ),
     "annealing of blocks": (
         lambda f: trainer(f, "bd3lm", annealing_steps=3, annealing_length=9), "annealing_steps is 3",
     ),
@@ -396,6 +419,21 @@ def test_contradictions_are_refused_by_name(case, tmp_path):
     refused, message = REFUSALS[case]
     with pytest.raises(ValueError, match=message):
         refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [iter(examples()), {"train": examples()}, datasets.DatasetDict(a=datasets.Dataset.from_list(examples()))],
+)
+def test_what_is_no_single_dataset_is_refused(rows, tmp_path):
+    with pytest.raises(TypeError, match=f"train_dataset is a {type(rows).__name__}; expected one split"):
+        trainer(tmp_path, rows=rows)
+
+
+def test_steps_without_labels_are_told(tmp_path, caplog):
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100] * 3}] * 8
+    trainer(tmp_path, rows=rows, max_steps=2).train()
+    assert "no example had a label in the steps before step 2" in caplog.text
 
 
 @pytest.mark.parametrize("role", ["eos_token_id", "bos_token_id", "pad_token_id"])

@@ -85,13 +85,38 @@ def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, step, tmp_path):
     for index, state in of_whole["state"].items():
         for name, value in state.items():
             assert torch.equal(of_resumed["state"][index][name], value), name
-    timed = ("runtime", "per_second", "train_loss", "preparation_time", "total_flos")
+    timed = ("runtime", "per_second", "preparation_time", "total_flos")
     expected, found = (
         [{k: v for k, v in entry.items() if not k.endswith(timed)} for entry in one.state.log_history]
         for one in (whole, resumed)
     )
     assert found == expected
     assert len(losses(whole)) == 3
+
+
+@pytest.mark.parametrize("case", ["shuffled", "stream"])
+def test_a_run_that_had_ended_takes_no_further_step(case, tmp_path):
+    whole = run(tmp_path, case)
+    again = run(tmp_path, case, resume=True)
+    assert again.state.global_step == 9
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], weight), name
+    entries = [one.state.log_history[-1]["train_loss"] for one in (whole, again)]
+    assert entries[0] == entries[1]
+
+
+@pytest.mark.parametrize("logging_steps", [1, 3, 4, 100])
+def test_train_loss_is_the_mean_over_the_steps(logging_steps, tmp_path):
+    def trained(every):
+        made = trainer(
+            tmp_path, rows=examples(13), **{**OPTIONS, "save_strategy": "no", "logging_steps": every}
+        )
+        return made, made.train()
+
+    (each, _), (some, output) = trained(1), trained(logging_steps)
+    assert len(losses(each)) == 9
+    assert output.training_loss == pytest.approx(sum(losses(each)) / 9, rel=1e-6)
+    assert some.state.log_history[-1]["train_loss"] == output.training_loss
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import torch
 
 from dllm_train.checkpoints import FILES
 from tests.train.trainer_runs import examples, losses, on_two_ranks, trainer
+from tests.train.trainer_two_ranks import OPTIONS
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,15 @@ def ranks(folder):
 @pytest.mark.parametrize("step", [4, 6])
 def test_a_resumed_run_ends_with_the_same_bits(ranks, step):
     assert [rank["resumed"][step] for rank in ranks] == [True, True]
+
+
+def test_one_rank_continues_what_two_began(folder, ranks, tmp_path):
+    # Step 4 lies between two log entries, of which each rank has a part.
+    options = OPTIONS | dict(per_device_train_batch_size=4)
+    one = trainer(tmp_path, rows=examples(13), **options)
+    one.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-4"))
+    logged = [entry["loss" if "loss" in entry else "train_loss"] for entry in one.state.log_history]
+    assert logged == pytest.approx(ranks[0]["resumed"]["losses"], rel=1e-5)
 
 
 def test_a_checkpoint_lists_the_files_of_both_ranks(folder, ranks):

@@ -20,7 +20,7 @@ OPTIONS = dict(
 
 
 def resumed(folder):
-    """Return whether runs that continue at steps 4 and 6 end as the whole run."""
+    """Return whether runs that continue at steps 4 and 6 end as the whole run, and the losses of that."""
     same = {}
     whole = trainer(folder / "whole", rows=examples(13), **OPTIONS)
     whole.train()
@@ -31,7 +31,10 @@ def resumed(folder):
         same[step] = losses(again) == losses(whole) and all(
             torch.equal(weight, weights[name]) for name, weight in again.model.state_dict().items()
         )
-    return same
+    return {
+        **same,
+        "losses": [entry["loss" if "loss" in entry else "train_loss"] for entry in whole.state.log_history],
+    }
 
 
 def stopped(folder):
