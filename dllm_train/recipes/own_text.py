@@ -9,28 +9,37 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import dllm_kernels as dk
-from dllm_train.noise import IGNORED_LABEL
 
 ROWS_AT_ONCE = 24
+NEVER = -1  # the step of tokens that were given
 RECENT_LINES = 12
 WINDOW, PHRASE, MOST_PHRASES = 24, 3, 3  # tokens, tokens, times
 
 
 @dataclass
 class Completion:
-    """A prompt and what the model wrote after it. trained: for each token, whether a student learns it: all
-    of them, unless `leave_out_common_phrases` takes them out."""
+    """A prompt and what the model wrote after it.
+
+    For each written token, steps: the forward of its block that wrote it; trained: whether a student learns
+    it, always unless `leave_out_common_phrases` says otherwise; judged: its probability beside the others.
+    """
 
     prompt: list[int]
     ids: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
     trained: list[bool] = field(default_factory=list)
+    judged: list[float] = field(default_factory=list)
+
+    @property
+    def whole(self) -> list[int]:
+        return self.prompt + self.ids
 
 
 @dataclass(frozen=True)
@@ -42,13 +51,19 @@ class Loop:
     end: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class FilledRow:
-    """A row, the row with its gaps filled by the model, and the gaps [start, end)."""
+    """A row, the row with its gaps filled by the model, and the gaps [start, end).
+
+    For each token of the row, steps: the forward that wrote it, or NEVER; judged: its probability beside the
+    others, nan where it was given.
+    """
 
     given: list[int]
-    filled: list[int]
+    whole: list[int]
+    steps: list[int]
     gaps: list[tuple[int, int]]
+    judged: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -80,39 +95,38 @@ def complete(
         )
         looping, going_on = [], []
         for text, (ids, steps) in zip(live, drawn(live), strict=True):
-            written, forwards = written + len(ids), forwards + steps
-            span = find_loop(text.prompt + text.ids, ids, ends)
+            written, forwards = written + len(ids), forwards + max(steps) + 1
+            span = find_loop(text.whole, ids, ends)
             if span is None:
-                going_on.append((text, ids))
+                going_on.append((text, ids, steps))
             else:
-                context = text.prompt + text.ids
+                context = text.whole
                 loops.append(Loop(context + ids, len(context) + span[0], len(context) + span[1]))
                 looping.append(text)
         again = [text for text in looping for _ in range(draws)]
         others = drawn(again, temperature=temperature) if again else []
         for place, text in enumerate(looping):
-            candidates = sorted(others[place * draws : (place + 1) * draws], key=lambda block: block[1])
-            ids = next(
-                (ids for ids, _ in candidates if not find_loop(text.prompt + text.ids, ids, ends)), None
-            )
-            if ids is not None:
-                going_on.append((text, ids))
-        for text, ids in going_on:
+            candidates = sorted(others[place * draws : (place + 1) * draws], key=lambda block: max(block[1]))
+            good = (block for block in candidates if not find_loop(text.whole, block[0], ends))
+            going_on += [(text, *block) for block in islice(good, 1)]
+        for text, ids, steps in going_on:
             text.ids += ids
+            text.steps += steps
             text.trained += [True] * len(ids)
-        live = [text for text, ids in going_on if not set(end_ids) & set(ids)]
+        live = [text for text, ids, _ in going_on if not set(end_ids) & set(ids)]
     return Written([c for c in completions if any(c.trained)], loops, written / max(forwards, 1))
 
 
-def _next_blocks(model, texts: Sequence[Completion], *, size: int, **sampling) -> list[tuple[list[int], int]]:
-    """Return the next `size` ids of each text, up to an end token, and the forwards that they took."""
-    contexts = [text.prompt + text.ids for text in texts]
+def _next_blocks(
+    model, texts: Sequence[Completion], *, size: int, **sampling
+) -> list[tuple[list[int], list[int]]]:
+    """Return the next `size` ids of each text, up to an end token, and the forward that wrote each."""
+    contexts = [text.whole for text in texts]
     output = dk.sample(model, contexts, max_new_tokens=size, **sampling)
     blocks = []
     for row, context in enumerate(contexts):
         block = slice(len(context), len(context) + min(size, int(output.lengths[row]) + 1))
-        steps = int(output.unmask_step[row, block].max()) + 1
-        blocks.append((output.sequences[row, block].tolist(), steps))
+        blocks.append((output.sequences[row, block].tolist(), output.unmask_step[row, block].tolist()))
     return blocks
 
 
@@ -178,10 +192,12 @@ def fill(model, rows, gaps, *, mask_id: int, threshold: float) -> list[FilledRow
         for canvas, (_, spans) in zip(canvases, part, strict=True):
             for start, end in spans:
                 canvas[start:end] = [mask_id] * (end - start)
-        sequences = dk.infill(model, canvases, threshold=threshold).sequences.tolist()
-        filled += [
-            FilledRow(ids, row[: len(ids)], spans) for row, (ids, spans) in zip(sequences, part, strict=True)
-        ]
+        output = dk.infill(model, canvases, threshold=threshold)
+        for row, (ids, spans) in enumerate(part):
+            whole, steps = (
+                table[row, : len(ids)].tolist() for table in (output.sequences, output.unmask_step)
+            )
+            filled.append(FilledRow(ids, whole, steps, spans))
     return filled
 
 
@@ -210,18 +226,34 @@ def choose_gaps(ids: Sequence[int], ends: np.ndarray, rng, longest: int = 24) ->
     return gaps
 
 
-def decoding_states(labels: Tensor, block_size: int, rng) -> Tensor:
-    """Return bool [B, L]: which tokens with a label are masked, as in states that a sampler passes.
+def states_passed(steps: Tensor, block_size: int, rng) -> tuple[Tensor, Tensor]:
+    """Return (masked, written), bool [B, L]: for every block what was masked before a random one of its
+    forwards, and what this one wrote. steps: int64 [B, L], the forward that wrote a token, or NEVER."""
+    masked, written = torch.zeros((2, *steps.shape), dtype=torch.bool)
+    for row in range(len(steps)):
+        for first in range(0, steps.shape[1], block_size):
+            block = slice(first, first + block_size)
+            forwards = steps[row, block].unique()
+            forwards = forwards[forwards != NEVER]
+            if len(forwards):
+                now = int(rng.choice(forwards))
+                masked[row, block] = steps[row, block] >= now
+                written[row, block] = steps[row, block] == now
+    return masked, written
+
+
+def states_of_decoding(written: Tensor, block_size: int, rng) -> Tensor:
+    """Return bool [B, L]: which of the `written` tokens are masked, as in states that a sampler passes.
 
     All of a block in half of the blocks; in the others those from a random place on, of which every other
     time up to 40% are written already.
     """
-    rows, length = labels.shape
+    rows, length = written.shape
     blocks = -(-length // block_size)
-    labelled = torch.nn.functional.pad(labels != IGNORED_LABEL, (0, blocks * block_size - length))
-    labelled = labelled.view(rows, blocks, block_size)
+    written = torch.nn.functional.pad(written, (0, blocks * block_size - length))
+    written = written.view(rows, blocks, block_size)
     kind, place, share = torch.from_numpy(rng.random((3, rows, blocks, 1)))
-    reached = labelled.cumsum(2) / labelled.sum(2, keepdim=True).clamp(min=1)
-    written = torch.from_numpy(rng.random(labelled.shape)) < 0.4 * share
-    masked = labelled & ((kind < 0.5) | (reached >= place)) & ~((kind > 0.75) & written)
+    reached = written.cumsum(2) / written.sum(2, keepdim=True).clamp(min=1)
+    already = torch.from_numpy(rng.random(written.shape)) < 0.4 * share
+    masked = written & ((kind < 0.5) | (reached >= place)) & ~((kind > 0.75) & already)
     return masked.view(rows, -1)[:, :length]

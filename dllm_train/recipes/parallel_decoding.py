@@ -3,14 +3,16 @@
     python -m dllm_train.recipes.parallel_decoding --model CKPT --dataset SPEC --output DIR
 
 or the same under `torchrun --nproc-per-node N -m`. In every round the model completes prompts and fills lines
-of the dataset. Then it is trained on its own text, in the states that a sampler passes: cross entropy and,
-where the argmax is right, entropy (certainty forcing, Chen et al. 2025, dParallel). Of every loop one token
-has to lose against another (a margin, where Welleck et al. 2020 lower the probability of all). The model's
-own objectives on rows of the dataset keep its bound.
+of the dataset, several tokens per forward at a low threshold. A judge, by default the model from before, says
+how likely each token is beside all others (pseudo-likelihood, Besag 1975). Then the model is trained on its
+own text, in the very states that the sampler passed, on what was written in them: likely tokens become surer
+(cross entropy), unlikely ones less sure (unlikelihood, Welleck et al. 2020). Of every loop one token has to
+lose against another by a margin. The model's own objectives on rows of the dataset keep its bound.
 OUTPUT/model is the student after the last finished round; --resume continues from there.
 """
 
 import argparse
+import copy
 import json
 import os
 import time
@@ -26,9 +28,12 @@ import dllm_kernels as dk
 from dllm_kernels.models.families import diffusion_of
 from dllm_train.attention_masks import hidden_states
 from dllm_train.data import load_pretraining_dataset
-from dllm_train.noise import IGNORED_LABEL, Noise
 from dllm_train.objectives import bd3lm_loss, mdlm_loss
 from dllm_train.recipes import own_text
+from dllm_train.recipes.own_text import NEVER
+
+
+ROWS_JUDGED = 8  # at once: every masked token has a row of logits
 
 
 @dataclass
@@ -39,11 +44,11 @@ class Settings:
     take an eighth to a half. prompts, gap_rows: what the model completes, and fills, in a round. memory: how
     many rounds' texts are trained on. rows, loops: of a batch of own text, and of loops to unlearn.
     threshold, fill_threshold: of the sampler that completes, and of the one that fills. temperature, draws:
-    of the blocks of which one replaces a loop. given_share: of the filled gaps that are trained on, how many
-    have the dataset's own text instead. margin: in logits, of another token over one of a loop. *_weight: of
-    a loss in the sum. eps: least noise of the dataset's rows. bfloat16: compute in it; the weights stay as
-    they are. student_share: of the weights in the end; the rest is the checkpoint's from before, which brings
-    the bound back (WiSE-FT, Wortsman et al. 2022).
+    of the blocks of which one replaces a loop. likely, unlikely: by the judge, from which probability a token
+    is learned, and below which it is unlearned. margin: in logits, of another token over one of a loop.
+    *_weight: of a loss in the sum. eps: least noise of the dataset's rows. bfloat16: compute in it; the
+    weights stay as they are. student_share: of the weights in the end; the rest is the checkpoint's from
+    before, which brings the bound back (WiSE-FT, Wortsman et al. 2022).
     """
 
     rounds: int = 8
@@ -54,17 +59,18 @@ class Settings:
     memory: int = 4
     rows: int = 8
     loops: int = 4
-    threshold: float = 0.9
+    threshold: float = 0.7
     fill_threshold: float = 0.6
     temperature: float = 0.8
     draws: int = 4
-    given_share: float = 0.5
     learning_rate: float = 3e-4
     warmup_steps: int = 20
-    certainty_weight: float = 1.0
-    loops_weight: float = 1.0
+    own_weight: float = 3.0
+    loops_weight: float = 0.5
     margin: float = 1.0
-    real_weight: float = 6.0
+    likely: float = 0.2
+    unlikely: float = 0.02
+    real_weight: float = 1.0
     eps: float = 0.05
     bfloat16: bool = False
     student_share: float = 1.0
@@ -74,7 +80,8 @@ class Settings:
 class Teaching:
     """A run: the model, its optimizers, and the texts that it wrote in the last rounds.
 
-    model: as `dk.load` returns it. row: a function from an index to `settings.length` ids of the dataset.
+    model: as `dk.load` returns it. judge: another one with its tokens and kinds of attention; None: the model
+    as it is now. row: a function from an index to `settings.length` ids of the dataset.
     optimizers: a function from the model and the learning rate to a list of optimizers; None: `adamw`.
     also: a function from a random generator to one more loss of every step, or None.
     Raises ValueError for a checkpoint or settings that the recipe cannot train.
@@ -82,8 +89,9 @@ class Teaching:
 
     def __init__(
         self, model, tokenizer, row: Callable[[int], Sequence[int]], output: Path, settings: Settings, *,
-        optimizers: Callable | None = None, also: Callable | None = None,
+        judge=None, optimizers: Callable | None = None, also: Callable | None = None,
     ):  # fmt: skip
+        self.judge = (judge or copy.deepcopy(model)).requires_grad_(False)
         self.model, self.tokenizer, self.row, self.settings = model, tokenizer, row, settings
         self.output, self.also = output, also
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
@@ -139,16 +147,38 @@ class Teaching:
             texts["loops"] += written.loops
             speeds.append(written.tokens_per_forward)
         common = own_text.leave_out_common_phrases(texts["completions"])
+        figures = {"unlikely_completed": self.judge_texts(self.completing, texts["completions"])}
         rows = [self._any_row(rng) for _ in range(-(-s.gap_rows // self.world))]
         gaps = [own_text.choose_gaps(ids, self.ends, rng) for ids in rows]
         for kind, writer in writers.items():
             texts[kind] = own_text.fill(writer, rows, gaps, mask_id=self.mask_id, threshold=s.fill_threshold)
-        figures = {
+            figures[f"unlikely_{kind}"] = self.judge_texts(kind, texts[kind])
+        figures |= {
             "tokens_per_forward": float(np.mean(speeds)),
             "loops_per_completion": len(texts["loops"]) / count,
             "common_phrases": common,
         }
         return texts, figures
+
+    @torch.no_grad()
+    def judge_texts(self, kind: str, texts: list) -> float:
+        """Set `judged` of completions or filled rows. Return the share of tokens that are unlikely.
+
+        Every second token is masked, then every other one, so that each is judged beside its neighbours.
+        """
+        judged: list[float] = []
+        for first in range(0, len(texts), ROWS_JUDGED):
+            part = texts[first : first + ROWS_JUDGED]
+            ids, steps = self._rows_of(part)
+            probabilities = torch.full(ids.shape, torch.nan)
+            for parity in range(2):
+                masked = (steps != NEVER) & (torch.arange(ids.shape[1]) % 2 == parity)
+                logits, tokens = self._predictions(self.judge, kind, ids, masked, masked)
+                probabilities[masked] = logits.softmax(1).gather(1, tokens[:, None])[:, 0].cpu()
+            for text, row in zip(part, probabilities, strict=True):
+                text.judged = row[len(text.whole) - len(text.steps) : len(text.whole)].tolist()
+            judged += probabilities[steps != NEVER].tolist()
+        return float(np.mean(np.array(judged) < self.settings.unlikely)) if judged else 0.0
 
     def train_step(self) -> dict[str, float]:
         """Take one optimizer step on the sum of all losses; return them."""
@@ -164,7 +194,8 @@ class Teaching:
             f"real_{kind}": lambda rng: self.real_loss(kind),
             "loops": self.loops_loss,
         }
-        weights = {f"real_{kind}": s.real_weight, "loops": s.loops_weight}
+        weights = {"completed": s.own_weight, f"filled_{kind}": s.own_weight}
+        weights |= {f"real_{kind}": s.real_weight, "loops": s.loops_weight}
         if self.also:
             losses["also"] = self.also
         figures = {}
@@ -186,31 +217,48 @@ class Teaching:
 
     # ---- losses; None where there is no text for them ---------------------------------------------------
     def completed_loss(self, rng) -> Tensor | None:
-        """Return the loss on the trained tokens of completions, in states of decoding."""
+        """Return the `judged_loss` of completions."""
         chosen = self._choose("completions", self.settings.rows, rng)
-        ids, labels = self._blank(len(chosen))
+        ids, steps = self._rows_of(chosen)
+        judged = torch.full(ids.shape, torch.nan)
         for row, text in enumerate(chosen):
-            start, end = len(text.prompt), len(text.prompt) + len(text.ids)
-            ids[row, :end] = torch.tensor(text.prompt + text.ids)
-            trained = torch.tensor(text.trained)
-            labels[row, start:end] = torch.where(trained, ids[row, start:end], IGNORED_LABEL)
-        ids, labels, masked = self._decoding_states(ids, labels, rng)
-        return self._own_loss(self.completing, ids, labels, masked) if masked.any() else None
+            start, end = len(text.prompt), len(text.whole)
+            judged[row, start:end] = torch.tensor(text.judged)
+            common = ~torch.tensor(text.trained) & (judged[row, start:end] >= self.settings.likely)
+            judged[row, start:end][common] = torch.nan
+        if self.completing == "bidirectional":  # no state has two blocks that are written in part
+            later = self._after_one_block(steps, rng)
+            ids[later], steps[later] = self.mask_id, NEVER
+        return self.judged_loss(self.completing, ids, steps, judged, rng)
 
     def filled_loss(self, kind: str, rng) -> Tensor | None:
-        """Return the loss on six of ten gaps filled under attention `kind`, masked wholly or in part."""
+        """Return the `judged_loss` of six of ten gaps filled under attention `kind`; the others have the
+        dataset's text."""
         chosen = self._choose(kind, self.settings.rows, rng)
-        ids, labels = self._blank(len(chosen))
-        masked = torch.zeros_like(ids, dtype=torch.bool)
+        ids, steps = self._rows_of(chosen)
+        judged = torch.full(ids.shape, torch.nan)
         for row, text in enumerate(chosen):
-            ids[row, : len(text.given)] = torch.tensor(text.given)
-            for number in rng.permutation(len(text.gaps))[: -(-6 * len(text.gaps) // 10)]:
-                start, end = text.gaps[number]
-                source = text.given if rng.random() < self.settings.given_share else text.filled
-                ids[row, start:end] = labels[row, start:end] = torch.tensor(source[start:end])
-                share = 1.0 if rng.random() < 0.6 else rng.random()
-                masked[row, start:end] = torch.from_numpy(rng.random(end - start) < share)
-        return self._own_loss(kind, ids, labels, masked) if masked.any() else None
+            judged[row, : len(text.judged)] = torch.tensor(text.judged)
+            for number in rng.permutation(len(text.gaps))[-(-6 * len(text.gaps) // 10) :]:
+                gap = slice(*text.gaps[number])
+                ids[row, gap], steps[row, gap] = torch.tensor(text.given[gap]), NEVER
+        return self.judged_loss(kind, ids, steps, judged, rng)
+
+    def judged_loss(self, kind: str, ids: Tensor, steps: Tensor, judged: Tensor, rng) -> Tensor | None:
+        """Return the mean loss of tokens that one forward wrote, in the state before it.
+
+        -log p of a likely token, and -log(1 - p) of an unlikely one. ids, steps: int64 [B, L], tokens and the
+        forwards that wrote them. judged: float32 [B, L], their probability by the judge; nan: no loss.
+        """
+        masked, written = own_text.states_passed(steps, self.block_size, rng)
+        likely, unlikely = judged >= self.settings.likely, judged < self.settings.unlikely
+        written &= likely | unlikely
+        if not written.any():
+            return None
+        logits, tokens = self._predictions(self.model, kind, ids, masked, written)
+        log_p = logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
+        log_not_p = torch.log1p(-log_p.exp().clamp(max=1 - 1e-4))
+        return -torch.where(likely[written].to(log_p.device), log_p, log_not_p).mean()
 
     def real_loss(self, kind: str) -> Tensor:
         """Return the objective of attention `kind` on rows of the dataset."""
@@ -230,13 +278,13 @@ class Teaching:
         few tokens alternate it is the mean: each of them has to lose.
         """
         chosen = self._choose("loops", self.settings.loops, rng)
-        ids, labels = self._blank(len(chosen))
-        looping = torch.zeros_like(ids, dtype=torch.bool)
+        ids, labelled = self._blank(len(chosen), self.mask_id), self._blank(len(chosen), False)
+        looping = torch.zeros_like(labelled)
         alternating = torch.zeros(len(chosen), dtype=torch.bool)
         for row, text in enumerate(chosen):
             start, end = text.start // self.block_size * self.block_size, len(text.ids)
             ids[row, :end] = torch.tensor(text.ids)
-            labels[row, start:end] = ids[row, start:end]
+            labelled[row, start:end] = True
             tokens = set(text.ids[text.start : text.end])
             alternating[row] = 2 * len(tokens) <= text.end - text.start
             if alternating[row]:  # and mostly goes on to the end of the block
@@ -245,24 +293,17 @@ class Teaching:
                 )
             else:
                 looping[row, text.start : text.end] = True
-        ids, labels, masked = self._decoding_states(ids, labels, rng)
+        masked = own_text.states_of_decoding(labelled, self.block_size, rng)
         if not (looping & masked).any():
             return None
-        noised = ids.masked_fill(masked, self.mask_id)
-        if self.completing == "block_causal":
-            both = torch.cat([noised, ids], dim=1)
-            hidden = hidden_states(self.model, both, kind="block_diffusion", block_size=self.block_size)
-        else:
-            hidden = hidden_states(self.model, noised, kind="full")
-        row, column = (looping & masked).nonzero(as_tuple=True)
-        losses = margin_loss(
-            self.model, hidden[row, column - int(self.shift)], ids[row, column], self.settings.margin
-        )
+        logits, tokens = self._predictions(self.model, self.completing, ids, masked, looping & masked)
+        losses = margin_loss(logits, tokens, self.settings.margin)
+        row = (looping & masked).nonzero()[:, 0].to(losses.device)
         found = losses.new_zeros(len(chosen))
         least, mean = (
             found.scatter_reduce(0, row, losses, reduce, include_self=False) for reduce in ("amin", "mean")
         )
-        return torch.where(alternating, mean, least)[row.unique()].mean()
+        return torch.where(alternating.to(row.device), mean, least)[row.unique()].mean()
 
     # ---- state -------------------------------------------------------------------------------------------
     def save(self) -> None:
@@ -307,6 +348,12 @@ class Teaching:
             raise ValueError(
                 f"length is {s.length}; expected at least four blocks of {self.block_size} tokens"
             )
+        judge, own = diffusion_of(self.judge), diffusion_of(self.model)
+        for name in ("vocab_size", "mask_id", "shift"):
+            if getattr(judge, name) != getattr(own, name):
+                raise ValueError(
+                    f"judge has {name} {getattr(judge, name)}; expected the model's {getattr(own, name)}"
+                )
         for name in ("rows", "prompts", "gap_rows"):
             if getattr(s, name) < self.world:
                 raise ValueError(f"{name} is {getattr(s, name)}; expected at least one for each process")
@@ -350,30 +397,46 @@ class Teaching:
             chosen.append(texts[rng.integers(len(texts))])
         return chosen
 
-    def _blank(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Return ids of masks and labels of -100, int64 [rows, length]."""
-        ids = torch.full((rows, self.settings.length), self.mask_id)
-        return ids, torch.full_like(ids, IGNORED_LABEL)
+    def _blank(self, rows: int, value: int | bool) -> Tensor:
+        """Return [rows, length] of one value."""
+        return torch.full((rows, self.settings.length), value)
 
-    def _decoding_states(self, ids: Tensor, labels: Tensor, rng) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (ids, labels, masked). Under bidirectional attention one block of each row keeps its labels,
-        and all that follows it is masked."""
-        if self.completing == "bidirectional":
-            block = torch.arange(ids.shape[1]) // self.block_size
-            for row, labelled in enumerate(labels != IGNORED_LABEL):
-                if labelled.any():
-                    chosen = int(rng.choice(block[labelled]))
-                    ids[row, block > chosen] = self.mask_id
-                    labels[row, block != chosen] = IGNORED_LABEL
-        return ids, labels, own_text.decoding_states(labels, self.block_size, rng)
+    def _rows_of(self, texts: list) -> tuple[Tensor, Tensor]:
+        """Return ids and steps, int64 [texts, length], of completions or filled rows."""
+        ids, steps = self._blank(len(texts), self.mask_id), self._blank(len(texts), NEVER)
+        for row, text in enumerate(texts):
+            end = len(text.whole)
+            ids[row, :end] = torch.tensor(text.whole)
+            steps[row, end - len(text.steps) : end] = torch.tensor(text.steps)
+        return ids, steps
 
-    def _own_loss(self, kind: str, ids: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
-        """Return cross entropy and certainty of own text where it is masked."""
-        loss, options = self._objective(kind)
-        return loss(
-            self.model, ids, labels, noise=Noise(torch.ones(ids.shape), masked), loss_weight_type="uniform",
-            normalizer=int(masked.sum()), certainty_weight=self.settings.certainty_weight, **options,
-        ).loss  # fmt: skip
+    def _after_one_block(self, steps: Tensor, rng) -> Tensor:
+        """Return bool [rows, length]: what follows one block of each row that was written."""
+        block = torch.arange(steps.shape[1]) // self.block_size
+        later = self._blank(len(steps), False)
+        for row, written in enumerate(steps != NEVER):
+            if written.any():
+                later[row] = block > int(rng.choice(block[written]))
+        return later
+
+    def _predictions(
+        self, model, kind: str, ids: Tensor, masked: Tensor, chosen: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return (logits float32 [N, V], tokens int64 [N]) of the `chosen` places of rows.
+
+        ids: int64 [B, L]. masked, chosen: bool [B, L].
+        """
+        ids, masked, chosen = (tensor.to(model.device) for tensor in (ids, masked, chosen))
+        noised = ids.masked_fill(masked, self.mask_id)
+        if kind == "block_causal":
+            both = torch.cat([noised, ids], dim=1)
+            hidden = hidden_states(model, both, kind="block_diffusion", block_size=self.block_size)
+        else:
+            hidden = hidden_states(model, noised, kind="full")
+        row, column = chosen.nonzero(as_tuple=True)
+        logits = model.get_output_embeddings()(hidden[row, column - int(self.shift)]).float()
+        logits[:, self.mask_id] = -torch.inf
+        return logits, ids[chosen]
 
     def _objective(self, kind: str) -> tuple[Callable, dict]:
         options = {"mask_id": self.mask_id, "bar_mask_token": True}
@@ -391,13 +454,12 @@ class Teaching:
             gradient.copy_(part.view_as(gradient))
 
 
-def margin_loss(model, hidden: Tensor, tokens: Tensor, margin: float) -> Tensor:
+def margin_loss(logits: Tensor, tokens: Tensor, margin: float) -> Tensor:
     """Return softplus(margin + logit of the token - largest logit of the others), float32 [N].
 
-    hidden: [N, hidden]. tokens: int64 [N]. The loss is small where the token is not the argmax. -log(1 - p)
+    logits: float32 [N, V]. tokens: int64 [N]. The loss is small where the token is not the argmax. -log(1 - p)
     would hardly move a token that wins a flat distribution with p = 0.1.
     """
-    logits = model.get_output_embeddings()(hidden).float()
     own = logits.gather(1, tokens[:, None])[:, 0]
     others = logits.scatter(1, tokens[:, None], -torch.inf).amax(1)
     return torch.nn.functional.softplus(margin + own - others)
@@ -416,6 +478,7 @@ def main(arguments: list[str] | None = None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="checkpoint folder or name, as dk.load takes it")
+    parser.add_argument("--judge", help="checkpoint that judges the model's text; default: MODEL")
     parser.add_argument("--dataset", required=True, help="dataset specification; its train split is used")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--text-field", default="text")
@@ -429,9 +492,11 @@ def main(arguments: list[str] | None = None):
         options.dataset, tokenizer, max_length=settings.length, text_field=options.text_field, packing=False,
         drop_tail=True, seed=settings.seed,
     )["train"]  # fmt: skip
+    judge, _ = dk.load(options.judge or options.model, dtype=torch.float32, fused=True)
     teach(
-        model, tokenizer, lambda i: rows[i % len(rows)]["input_ids"], options.output, settings, options.resume
-    )
+        model, tokenizer, lambda i: rows[i % len(rows)]["input_ids"], options.output, settings, options.resume,
+        judge=judge,
+    )  # fmt: skip
 
 
 def teach(model, tokenizer, row, output: Path, settings: Settings, resume: bool = False, **options) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import dllm_kernels as dk
-from dllm_train.noise import IGNORED_LABEL, Noise
+from dllm_train.noise import Noise
 from dllm_train.objectives import mdlm_loss
 from dllm_train.recipes import own_text, parallel_decoding
 from dllm_train.recipes.parallel_decoding import Settings, Teaching, margin_loss
@@ -108,7 +108,7 @@ def test_a_loop_of_the_context_alone_is_none():
 
 def test_common_phrases_are_not_trained():
     def text(ids):
-        return own_text.Completion([1], list(ids), [True] * len(ids))
+        return own_text.Completion([1], list(ids), [0] * len(ids), [True] * len(ids))
 
     shared, own, twice = range(10, 18), range(20, 29), range(30, 38)
     texts = [text([*shared, 40 + number, *own]) for number in range(4)]
@@ -145,10 +145,10 @@ def test_ends_of_lines_are_read_from_the_text_of_tokens(tokenizer):
 
 # ---- states of decoding ---------------------------------------------------------------------------------
 def test_states_of_decoding_mask_a_block_or_its_end():
-    labels = torch.randint(5, 50, (400, 4 * BLOCK))
-    labels[:, :11] = -100
-    masked = own_text.decoding_states(labels, BLOCK, np.random.default_rng(0))
-    assert not masked[labels == -100].any()
+    written = torch.ones(400, 4 * BLOCK, dtype=torch.bool)
+    written[:, :11] = False
+    masked = own_text.states_of_decoding(written, BLOCK, np.random.default_rng(0))
+    assert not masked[~written].any()
     blocks = masked[:, 2 * BLOCK :].reshape(-1, BLOCK)
     whole = blocks.all(1)
     assert 0.5 < whole.float().mean() < 0.65
@@ -158,14 +158,123 @@ def test_states_of_decoding_mask_a_block_or_its_end():
     assert not masked[:, :BLOCK].any()
 
 
+def test_states_passed_are_those_before_a_forward():
+    """Of two blocks, each before a forward of its own, with what that one wrote."""
+    steps = torch.tensor([[-1, -1, -1, 2, 0, 1, 1, 3, 0, 0, 2, 2, 1, 0, 5, -1]] * 200)
+    masked, written = own_text.states_passed(steps, BLOCK, np.random.default_rng(0))
+    seen = set()
+    for row in range(len(steps)):
+        for block in (slice(0, BLOCK), slice(BLOCK, 2 * BLOCK)):
+            (now,) = steps[row, block][written[row, block]].unique().tolist()
+            for step, hidden, new in zip(
+                steps[row, block].tolist(),
+                masked[row, block].tolist(),
+                written[row, block].tolist(),
+                strict=True,
+            ):
+                assert (hidden, new) == (step >= now, step == now)
+            seen.add((block.start, now))
+    assert seen == {(0, 0), (0, 1), (0, 2), (0, 3), (BLOCK, 0), (BLOCK, 1), (BLOCK, 2), (BLOCK, 5)}
+
+
+def test_rows_that_nothing_wrote_have_no_state():
+    masked, written = own_text.states_passed(
+        torch.full((2, 20), own_text.NEVER), BLOCK, np.random.default_rng(0)
+    )
+    assert not masked.any() and not written.any()
+
+
 def test_the_margin_loss_is_written_out():
-    model = torch.nn.Linear(4, 9)
-    model.get_output_embeddings = lambda: model
-    hidden, tokens = torch.randn(6, 4), torch.randint(0, 9, (6,))
-    losses = margin_loss(model, hidden, tokens, 0.5)
-    for loss, logits, token in zip(losses, model(hidden).tolist(), tokens.tolist(), strict=True):
+    table, tokens = torch.randn(6, 9), torch.randint(0, 9, (6,))
+    losses = margin_loss(table, tokens, 0.5)
+    for loss, logits, token in zip(losses, table.tolist(), tokens.tolist(), strict=True):
         best = max(logit for other, logit in enumerate(logits) if other != token)
         assert float(loss) == pytest.approx(math.log1p(math.exp(0.5 + logits[token] - best)), rel=1e-5)
+
+
+# ---- the judge ------------------------------------------------------------------------------------------
+def log_probabilities(checkpoint, kind, ids, masked):
+    """Return float32 [B, L, V] where tokens of ids [B, L] are masked, one plain forward per block."""
+    model, tokenizer = dk.load(checkpoint, dtype=torch.float32, attention=kind)
+    noised = torch.where(masked, tokenizer.mask_token_id, ids)
+    size = BLOCK if kind == "block_causal" else ids.shape[1]
+    with torch.no_grad():
+        blocks = [
+            model(torch.cat([ids[:, :first], noised[:, first : first + size]], dim=1)).logits[:, first:]
+            for first in range(0, ids.shape[1], size)
+        ]
+    logits = torch.cat(blocks, dim=1)
+    logits[..., tokenizer.mask_token_id] = -torch.inf
+    return logits.log_softmax(-1)
+
+
+def of_tokens(log_probabilities, ids):
+    return log_probabilities.gather(2, ids[..., None])[..., 0]
+
+
+def test_every_written_token_is_judged_beside_its_neighbours(checkpoint, tmp_path):
+    run = teaching(checkpoint, tmp_path)
+    texts, figures = run.write()
+    for kind, name in [(run.completing, "completions"), *((kind, kind) for kind in run.kinds)]:
+        assert texts[name]
+        wrong = count = 0
+        for text in texts[name]:
+            ids = torch.full((1, SETTINGS.length), run.mask_id)
+            ids[0, : len(text.whole)] = torch.tensor(text.whole)
+            start = len(text.whole) - len(text.steps)
+            for place, (step, judged) in enumerate(zip(text.steps, text.judged, strict=True), start):
+                if step == own_text.NEVER:
+                    assert math.isnan(judged)
+                    continue
+                masked = torch.zeros(ids.shape, dtype=torch.bool)
+                for other, its_step in enumerate(text.steps, start):
+                    masked[0, other] = its_step != own_text.NEVER and other % 2 == place % 2
+                expected = of_tokens(log_probabilities(checkpoint, kind, ids, masked), ids)[0, place].exp()
+                assert judged == pytest.approx(float(expected), rel=1e-3)
+                wrong, count = wrong + (judged < SETTINGS.unlikely), count + 1
+        key = "unlikely_completed" if name == "completions" else f"unlikely_{kind}"
+        assert figures[key] == pytest.approx(wrong / count)
+
+
+def test_likely_tokens_are_learned_and_unlikely_ones_unlearned(checkpoint, tmp_path, monkeypatch):
+    run = teaching(checkpoint, tmp_path)
+    rng = np.random.default_rng(3)
+    steps = torch.from_numpy(rng.integers(-1, 3, (4, SETTINGS.length)))
+    ids = torch.from_numpy(rng.integers(5, 200, (4, SETTINGS.length)))
+    judged = torch.from_numpy(rng.choice([0.0, 0.019, 0.021, 0.19, 0.21, 1.0, np.nan], (4, SETTINGS.length)))
+    monkeypatch.setattr(own_text, "states_passed", lambda steps, *_: (steps >= 1, steps == 1))
+    for kind in run.kinds:
+        p = of_tokens(log_probabilities(checkpoint, kind, ids, steps >= 1), ids).exp()
+        losses = [
+            -math.log(p if verdict > 0.2 else 1 - p)
+            for p, verdict in zip(p[steps == 1].tolist(), judged[steps == 1].tolist(), strict=True)
+            if verdict > 0.2 or verdict < 0.02
+        ]
+        loss = run.judged_loss(kind, ids, steps, judged, rng)
+        assert float(loss.detach()) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_common_phrases_are_unlearned_alone(checkpoint, tmp_path, monkeypatch):
+    """What of a common phrase the judge finds unlikely has a loss, and no more."""
+    run = teaching(checkpoint, tmp_path)
+    text = own_text.Completion([5] * 16, [*range(6, 10)], [0] * 4, [True, True, False, False], [1, 0, 1, 0])
+    run.texts, seen = [{"completions": [text]}], []
+    monkeypatch.setattr(run, "judged_loss", lambda kind, ids, steps, judged, rng: seen.append(judged))
+    run.completed_loss(np.random.default_rng(0))
+    assert seen[0][0, 16:20].tolist()[:2] == [1, 0]
+    assert seen[0][0, 16:20].isnan().tolist() == [False, False, True, False]
+
+
+def test_gaps_that_are_not_chosen_have_the_given_text(both, tmp_path, monkeypatch):
+    run, seen = teaching(both, tmp_path), []
+    gaps = [(start, start + 2) for start in range(0, 40, 4)]
+    steps = [0 if place % 4 < 2 else own_text.NEVER for place in range(40)]
+    row = own_text.FilledRow([7] * 40, [8 if step == 0 else 7 for step in steps], steps, gaps, [0.5] * 40)
+    run.texts = [{"bidirectional": [row]}]
+    monkeypatch.setattr(run, "judged_loss", lambda kind, ids, steps, judged, rng: seen.append((ids, steps)))
+    run.filled_loss("bidirectional", np.random.default_rng(0))
+    for ids, steps in zip(*seen[0], strict=True):
+        assert ((ids == 8) == (steps == 0)).all() and int((ids == 8).sum()) == 2 * 6
 
 
 # ---- runs -----------------------------------------------------------------------------------------------
@@ -174,7 +283,8 @@ def test_completions_follow_their_prompts(checkpoint, tmp_path):
     texts, _ = run.write()
     for text in texts["completions"]:
         assert len(text.prompt) + len(text.ids) <= SETTINGS.length
-        assert len(text.trained) == len(text.ids)
+        assert len(text.trained) == len(text.steps) == len(text.judged) == len(text.ids)
+        assert min(text.steps) == 0
         assert own_text.find_loop(text.prompt, text.ids, run.ends) is None
     for loop in texts["loops"]:
         assert 0 < loop.start < loop.end <= len(loop.ids) <= SETTINGS.length
@@ -183,8 +293,9 @@ def test_completions_follow_their_prompts(checkpoint, tmp_path):
             shown = np.ones(SETTINGS.length, dtype=bool)
             for start, end in text.gaps:
                 shown[start:end] = False
-            assert np.array_equal(np.array(text.given)[shown], np.array(text.filled)[shown])
-            assert run.mask_id not in text.filled
+            assert np.array_equal(np.array(text.given)[shown], np.array(text.whole)[shown])
+            assert np.array_equal(np.array(text.steps) == own_text.NEVER, shown)
+            assert run.mask_id not in text.whole
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(both, tmp_path):
@@ -222,7 +333,7 @@ def test_every_round_leaves_a_checkpoint_and_its_figures(both, tmp_path):
 
 @pytest.mark.parametrize("name", ["completed_loss", "filled_loss", "loops_loss"])
 def test_steps_on_one_loss_lower_it(checkpoint, tmp_path, name):
-    run = teaching(checkpoint, tmp_path, certainty_weight=0.0)
+    run = teaching(checkpoint, tmp_path)
     run.texts = [run.write()[0]]
     run.texts[0]["loops"] = [own_text.Loop([5, 6, 7, 8] * 10, 32, 40)]
 
@@ -249,10 +360,8 @@ def test_steps_on_one_loss_lower_it(checkpoint, tmp_path, name):
 def test_what_of_a_loop_has_to_lose(checkpoint, tmp_path, monkeypatch, ids, start, end, loss):
     run = teaching(checkpoint, tmp_path)
     run.texts = [{"loops": [own_text.Loop(ids, start, end)]}]
-    monkeypatch.setattr(own_text, "decoding_states", lambda labels, *_: labels != IGNORED_LABEL)
-    monkeypatch.setattr(
-        parallel_decoding, "margin_loss", lambda model, hidden, tokens, margin: tokens.float()
-    )
+    monkeypatch.setattr(own_text, "states_of_decoding", lambda written, *_: written)
+    monkeypatch.setattr(parallel_decoding, "margin_loss", lambda logits, tokens, margin: tokens.float())
     assert run.loops_loss(np.random.default_rng(0)) == pytest.approx(loss)
 
 
@@ -306,6 +415,14 @@ def test_certainty_of_one_right_token_has_a_finite_gradient(tmp_path, tokenizer)
 def test_settings_that_cannot_work_are_named(both, tmp_path, name, value):
     with pytest.raises(ValueError, match=f"^{name} is {value}; expected"):
         teaching(both, tmp_path, **{name: value})
+
+
+def test_a_judge_of_other_tokens_is_refused(both, tmp_path):
+    run = teaching(both, tmp_path)
+    other, _ = dk.load(both, dtype=torch.float32)
+    other.resize_token_embeddings(other.config.vocab_size + 1)
+    with pytest.raises(ValueError, match="^judge has vocab_size .*; expected the model's"):
+        Teaching(run.model, run.tokenizer, run.row, tmp_path, run.settings, judge=other)
 
 
 def test_resuming_without_a_state_is_refused(both, tmp_path):

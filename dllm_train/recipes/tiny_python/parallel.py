@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="tiny-python", help="exported checkpoint")
+    parser.add_argument("--judge", help="checkpoint; default: MODEL")
     parser.add_argument("--output", type=Path, default=Path("runs/tiny-python-parallel"))
     parser.add_argument("--export", type=Path, help="finished checkpoint; default: OUTPUT/export")
     parser.add_argument("--sources", help="folder of Python files; default: the standard library")
@@ -83,9 +84,10 @@ def main(arguments: list[str] | None = None):
         block_size = model.config.diffusion["block_size"]
         return 0.3 * additions_loss(model, tokenizer, block_size, ADDITIONS // processes, rng)
 
+    judge = dk.load(options.judge or options.model, dtype=torch.float32, fused=True)[0]
     teach(
         model, tokenizer, lambda index: rows.row(index, settings.length), options.output, settings,
-        options.resume, optimizers=optimizers, also=additions,
+        options.resume, judge=judge, optimizers=optimizers, also=additions,
     )  # fmt: skip
     if processes > 1:
         rank = distributed.get_rank()
