@@ -14,6 +14,7 @@ OUTPUT/model is the student after the last finished round; --resume continues fr
 import argparse
 import copy
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -239,7 +240,7 @@ class Teaching:
         judged = torch.full(ids.shape, torch.nan)
         for row, text in enumerate(chosen):
             judged[row, : len(text.judged)] = torch.tensor(text.judged)
-            for number in rng.permutation(len(text.gaps))[-(-6 * len(text.gaps) // 10) :]:
+            for number in rng.permutation(len(text.gaps))[math.ceil(0.6 * len(text.gaps)) :]:
                 gap = slice(*text.gaps[number])
                 ids[row, gap], steps[row, gap] = torch.tensor(text.given[gap]), NEVER
         return self.judged_loss(kind, ids, steps, judged, rng)
@@ -256,9 +257,10 @@ class Teaching:
         if not written.any():
             return None
         logits, tokens = self._predictions(self.model, kind, ids, masked, written)
-        log_p = logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
-        log_not_p = torch.log1p(-log_p.exp().clamp(max=1 - 1e-4))
-        return -torch.where(likely[written].to(log_p.device), log_p, log_not_p).mean()
+        own = logits.gather(1, tokens[:, None])[:, 0]
+        others = logits.scatter(1, tokens[:, None], -torch.inf).logsumexp(1)
+        wanted = torch.where(likely[written].to(own.device), own, others)
+        return (logits.logsumexp(1) - wanted).mean()
 
     def real_loss(self, kind: str) -> Tensor:
         """Return the objective of attention `kind` on rows of the dataset."""
