@@ -459,8 +459,8 @@ class Teaching:
 def margin_loss(logits: Tensor, tokens: Tensor, margin: float) -> Tensor:
     """Return softplus(margin + logit of the token - largest logit of the others), float32 [N].
 
-    logits: float32 [N, V]. tokens: int64 [N]. The loss is small where the token is not the argmax. -log(1 - p)
-    would hardly move a token that wins a flat distribution with p = 0.1.
+    logits: float32 [N, V]. tokens: int64 [N]. The loss is small where the token is not the argmax.
+    -log(1 - p) would hardly move a token that wins a flat distribution with p = 0.1.
     """
     own = logits.gather(1, tokens[:, None])[:, 0]
     others = logits.scatter(1, tokens[:, None], -torch.inf).amax(1)
@@ -494,11 +494,12 @@ def main(arguments: list[str] | None = None):
         options.dataset, tokenizer, max_length=settings.length, text_field=options.text_field, packing=False,
         drop_tail=True, seed=settings.seed,
     )["train"]  # fmt: skip
+
+    def row(index: int) -> list[int]:
+        return rows[index % len(rows)]["input_ids"]
+
     judge, _ = dk.load(options.judge or options.model, dtype=torch.float32, fused=True)
-    teach(
-        model, tokenizer, lambda i: rows[i % len(rows)]["input_ids"], options.output, settings, options.resume,
-        judge=judge,
-    )  # fmt: skip
+    teach(model, tokenizer, row, options.output, settings, options.resume, judge=judge)
 
 
 def teach(model, tokenizer, row, output: Path, settings: Settings, resume: bool = False, **options) -> None:

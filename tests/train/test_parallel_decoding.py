@@ -421,7 +421,7 @@ def test_a_judge_of_other_tokens_is_refused(both, tmp_path):
     run = teaching(both, tmp_path)
     other, _ = dk.load(both, dtype=torch.float32)
     other.resize_token_embeddings(other.config.vocab_size + 1)
-    with pytest.raises(ValueError, match="^judge has vocab_size .*; expected the model's"):
+    with pytest.raises(ValueError, match=r"^judge has vocab_size .*; expected the model's"):
         Teaching(run.model, run.tokenizer, run.row, tmp_path, run.settings, judge=other)
 
 
