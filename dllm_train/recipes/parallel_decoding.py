@@ -33,7 +33,6 @@ from dllm_train.objectives import bd3lm_loss, mdlm_loss
 from dllm_train.recipes import own_text
 from dllm_train.recipes.own_text import NEVER
 
-
 ROWS_JUDGED = 8  # at once: every masked token has a row of logits
 
 
