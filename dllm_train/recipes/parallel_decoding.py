@@ -5,9 +5,9 @@
 or the same under `torchrun --nproc-per-node N -m`. In every round the model completes prompts and fills lines
 of the dataset, several tokens per forward at a low threshold. A judge, by default the model from before, says
 how likely each token is beside all others (pseudo-likelihood, Besag 1975). Then the model is trained on its
-own text, in the very states that the sampler passed, on what was written in them: likely tokens become surer
-(cross entropy), unlikely ones less sure (unlikelihood, Welleck et al. 2020). Of every loop one token has to
-lose against another by a margin. The model's own objectives on rows of the dataset keep its bound.
+own text, in the very states that the sampler passed, on what was written in them: likely tokens become surer,
+unlikely ones less sure. Of every loop one token has to lose against another by a margin (where unlikelihood,
+Welleck et al. 2020, lowers all). The model's own objectives on rows of the dataset keep its bound.
 OUTPUT/model is the student after the last finished round; --resume continues from there.
 """
 
@@ -45,10 +45,10 @@ class Settings:
     many rounds' texts are trained on. rows, loops: of a batch of own text, and of loops to unlearn.
     threshold, fill_threshold: of the sampler that completes, and of the one that fills. temperature, draws:
     of the blocks of which one replaces a loop. likely, unlikely: by the judge, from which probability a token
-    is learned, and below which it is unlearned. margin: in logits, of another token over one of a loop.
-    *_weight: of a loss in the sum. eps: least noise of the dataset's rows. bfloat16: compute in it; the
-    weights stay as they are. student_share: of the weights in the end; the rest is the checkpoint's from
-    before, which brings the bound back (WiSE-FT, Wortsman et al. 2022).
+    is learned, and below which it is unlearned. caution: how much an unlikely token weighs. margin: in logits,
+    of another token over one of a loop. *_weight: of a loss in the sum. eps: least noise of the dataset's rows.
+    bfloat16: compute in it; the weights stay as they are. student_share: of the weights in the end; the rest
+    is the checkpoint's from before, which brings the bound back (WiSE-FT, Wortsman et al. 2022).
     """
 
     rounds: int = 8
@@ -70,6 +70,7 @@ class Settings:
     margin: float = 1.0
     likely: float = 0.2
     unlikely: float = 0.02
+    caution: float = 2.0
     real_weight: float = 1.0
     eps: float = 0.05
     bfloat16: bool = False
@@ -247,8 +248,11 @@ class Teaching:
     def judged_loss(self, kind: str, ids: Tensor, steps: Tensor, judged: Tensor, rng) -> Tensor | None:
         """Return the mean loss of tokens that one forward wrote, in the state before it.
 
-        -log p of a likely token, and -log(1 - p) of an unlikely one. ids, steps: int64 [B, L], tokens and the
-        forwards that wrote them. judged: float32 [B, L], their probability by the judge; nan: no loss.
+        1 - p of a likely token, and caution * p of an unlikely one. Being linear, it is least where p is 1 for
+        tokens of which a share above caution / (1 + caution) is likely, and 0 for others: a decision. With
+        -log p and -log(1 - p), p would become that share.
+        ids, steps: int64 [B, L], tokens and the forwards that wrote them. judged: float32 [B, L], their
+        probability by the judge; nan: no loss.
         """
         masked, written = own_text.states_passed(steps, self.block_size, rng)
         likely, unlikely = judged >= self.settings.likely, judged < self.settings.unlikely
@@ -256,10 +260,8 @@ class Teaching:
         if not written.any():
             return None
         logits, tokens = self._predictions(self.model, kind, ids, masked, written)
-        own = logits.gather(1, tokens[:, None])[:, 0]
-        others = logits.scatter(1, tokens[:, None], -torch.inf).logsumexp(1)
-        wanted = torch.where(likely[written].to(own.device), own, others)
-        return (logits.logsumexp(1) - wanted).mean()
+        p = logits.softmax(1).gather(1, tokens[:, None])[:, 0]
+        return torch.where(likely[written].to(p.device), 1 - p, self.settings.caution * p).mean()
 
     def real_loss(self, kind: str) -> Tensor:
         """Return the objective of attention `kind` on rows of the dataset."""
