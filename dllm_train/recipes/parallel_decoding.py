@@ -45,10 +45,11 @@ class Settings:
     many rounds' texts are trained on. rows, loops: of a batch of own text, and of loops to unlearn.
     threshold, fill_threshold: of the sampler that completes, and of the one that fills. temperature, draws:
     of the blocks of which one replaces a loop. likely, unlikely: by the judge, from which probability a token
-    is learned, and below which it is unlearned. caution: how much an unlikely token weighs. margin: in logits,
-    of another token over one of a loop. *_weight: of a loss in the sum. eps: least noise of the dataset's rows.
-    bfloat16: compute in it; the weights stay as they are. student_share: of the weights in the end; the rest
-    is the checkpoint's from before, which brings the bound back (WiSE-FT, Wortsman et al. 2022).
+    is learned, and below which it is unlearned. caution: how much an unlikely token weighs. margin: in
+    logits, of another token over one of a loop. *_weight: of a loss in the sum. eps: least noise of the
+    dataset's rows. bfloat16: compute in it; the weights stay as they are. student_share: of the weights in
+    the end; the rest is the checkpoint's from before, which brings the bound back (WiSE-FT, Wortsman et al.
+    2022).
     """
 
     rounds: int = 8
@@ -248,9 +249,9 @@ class Teaching:
     def judged_loss(self, kind: str, ids: Tensor, steps: Tensor, judged: Tensor, rng) -> Tensor | None:
         """Return the mean loss of tokens that one forward wrote, in the state before it.
 
-        1 - p of a likely token, and caution * p of an unlikely one. Being linear, it is least where p is 1 for
-        tokens of which a share above caution / (1 + caution) is likely, and 0 for others: a decision. With
-        -log p and -log(1 - p), p would become that share.
+        1 - p of a likely token, and caution * p of an unlikely one. Being linear, it is least where p is 1
+        for tokens of which a share above caution / (1 + caution) is likely, and 0 for others: a decision.
+        With -log p and -log(1 - p), p would become that share.
         ids, steps: int64 [B, L], tokens and the forwards that wrote them. judged: float32 [B, L], their
         probability by the judge; nan: no loss.
         """
