@@ -43,13 +43,14 @@ class Settings:
     rounds, steps: rounds of writing, and training steps after each. length: tokens of a row, of which prompts
     take an eighth to a half. prompts, gap_rows: what the model completes, and fills, in a round. memory: how
     many rounds' texts are trained on. rows, loops: of a batch of own text, and of loops to unlearn.
-    threshold, fill_threshold: of the sampler that completes, and of the one that fills. temperature, draws:
-    of the blocks of which one replaces a loop. likely, unlikely: by the judge, from which probability a token
-    is learned, and below which it is unlearned. caution: how much an unlikely token weighs. margin: in
-    logits, of another token over one of a loop. *_weight: of a loss in the sum. eps: least noise of the
-    dataset's rows. bfloat16: compute in it; the weights stay as they are. student_share: of the weights in
-    the end; the rest is the checkpoint's from before, which brings the bound back (WiSE-FT, Wortsman et al.
-    2022).
+    threshold: to decode with later; half of the prompts are completed with it, so that its loops are
+    unlearned. low_threshold: of the other half, and of filled gaps; it shows what could be written at once.
+    temperature, draws: of the blocks of which one replaces a loop. likely, unlikely: by the judge, from which
+    probability a token is learned, and below which it is unlearned. caution: how much an unlikely token
+    weighs. margin: in logits, of another token over one of a loop. *_weight: of a loss in the sum. eps: least
+    noise of the dataset's rows. bfloat16: compute in it; the weights stay as they are. student_share: of the
+    weights in the end; the rest is the checkpoint's from before, which brings the bound back (WiSE-FT,
+    Wortsman et al. 2022).
     """
 
     rounds: int = 8
@@ -60,8 +61,8 @@ class Settings:
     memory: int = 4
     rows: int = 8
     loops: int = 4
-    threshold: float = 0.7
-    fill_threshold: float = 0.6
+    threshold: float = 0.9
+    low_threshold: float = 0.6
     temperature: float = 0.8
     draws: int = 4
     learning_rate: float = 3e-4
@@ -136,30 +137,30 @@ class Teaching:
         Returns {"completions", "loops", and for each kind of attention its filled rows}, and figures of them.
         """
         s, rng = self.settings, np.random.default_rng([self.settings.seed, 1, self.round, self.rank])
-        writers, texts, speeds = self._writers(), {"completions": [], "loops": []}, []
-        count = -(-s.prompts // self.world)
-        for first in range(0, count, own_text.ROWS_AT_ONCE):
-            written = own_text.complete(
-                writers[self.completing], self._prompts(min(own_text.ROWS_AT_ONCE, count - first), rng),
-                self.ends, end_ids=self.end_ids, block_size=self.block_size, tokens=s.length // 2,
-                threshold=s.threshold, temperature=s.temperature, draws=s.draws,
-                seed=int(rng.integers(2**31)),
-            )  # fmt: skip
-            texts["completions"] += written.completions
-            texts["loops"] += written.loops
-            speeds.append(written.tokens_per_forward)
+        writers, texts = self._writers(), {"completions": [], "loops": []}
+        figures, count = {}, -(-s.prompts // (2 * self.world))
+        for name, threshold in (("", s.threshold), ("_low", s.low_threshold)):
+            speeds = []
+            for first in range(0, count, own_text.ROWS_AT_ONCE):
+                written = own_text.complete(
+                    writers[self.completing], self._prompts(min(own_text.ROWS_AT_ONCE, count - first), rng),
+                    self.ends, end_ids=self.end_ids, block_size=self.block_size, tokens=s.length // 2,
+                    threshold=threshold, temperature=s.temperature, draws=s.draws,
+                    seed=int(rng.integers(2**31)),
+                )  # fmt: skip
+                texts["completions"] += written.completions
+                texts["loops"] += written.loops
+                speeds.append(written.tokens_per_forward)
+            figures[f"tokens_per_forward{name}"] = float(np.mean(speeds))
         common = own_text.leave_out_common_phrases(texts["completions"])
-        figures = {"unlikely_completed": self.judge_texts(self.completing, texts["completions"])}
+        figures["unlikely_completed"] = self.judge_texts(self.completing, texts["completions"])
         rows = [self._any_row(rng) for _ in range(-(-s.gap_rows // self.world))]
         gaps = [own_text.choose_gaps(ids, self.ends, rng) for ids in rows]
         for kind, writer in writers.items():
-            texts[kind] = own_text.fill(writer, rows, gaps, mask_id=self.mask_id, threshold=s.fill_threshold)
+            texts[kind] = own_text.fill(writer, rows, gaps, mask_id=self.mask_id, threshold=s.low_threshold)
             figures[f"unlikely_{kind}"] = self.judge_texts(kind, texts[kind])
-        figures |= {
-            "tokens_per_forward": float(np.mean(speeds)),
-            "loops_per_completion": len(texts["loops"]) / count,
-            "common_phrases": common,
-        }
+        figures["loops_per_completion"] = len(texts["loops"]) / (2 * count)
+        figures["common_phrases"] = common
         return texts, figures
 
     @torch.no_grad()
