@@ -49,31 +49,30 @@ class Settings:
     probability a token is learned, and below which it is unlearned. caution: how much an unlikely token
     weighs. margin: in logits, of another token over one of a loop. *_weight: of a loss in the sum. eps: least
     noise of the dataset's rows. bfloat16: compute in it; the weights stay as they are. student_share: of the
-    weights in the end; the rest is the checkpoint's from before, which brings the bound back (WiSE-FT,
-    Wortsman et al. 2022).
+    weights in the end; the rest is the judge's, which brings the bound back (WiSE-FT, Wortsman et al. 2022).
     """
 
-    rounds: int = 8
-    steps: int = 40
+    rounds: int = 24
+    steps: int = 20
     length: int = 256
-    prompts: int = 64
-    gap_rows: int = 24
+    prompts: int = 48
+    gap_rows: int = 32
     memory: int = 4
-    rows: int = 8
-    loops: int = 4
+    rows: int = 12
+    loops: int = 8
     threshold: float = 0.9
     low_threshold: float = 0.6
     temperature: float = 0.8
     draws: int = 4
     learning_rate: float = 3e-4
     warmup_steps: int = 20
-    own_weight: float = 3.0
-    loops_weight: float = 0.5
+    own_weight: float = 7.0
+    loops_weight: float = 2.0
     margin: float = 1.0
     likely: float = 0.2
     unlikely: float = 0.02
     caution: float = 2.0
-    real_weight: float = 1.0
+    real_weight: float = 3.0
     eps: float = 0.05
     bfloat16: bool = False
     student_share: float = 1.0
@@ -359,6 +358,14 @@ class Teaching:
                 raise ValueError(
                     f"judge has {name} {getattr(judge, name)}; expected the model's {getattr(own, name)}"
                 )
+        shapes, judged = (
+            {name: weight.shape for name, weight in which.named_parameters()}
+            for which in (self.model, self.judge)
+        )
+        if s.student_share < 1 and shapes != judged:
+            raise ValueError(
+                f"student_share is {s.student_share}; expected 1, since the judge's weights have other shapes"
+            )
         for name in ("rows", "prompts", "gap_rows"):
             if getattr(s, name) < self.world:
                 raise ValueError(f"{name} is {getattr(s, name)}; expected at least one for each process")
@@ -508,16 +515,17 @@ def main(arguments: list[str] | None = None):
 def teach(model, tokenizer, row, output: Path, settings: Settings, resume: bool = False, **options) -> None:
     """Run a `Teaching` from the beginning, or from where `output` stands, and mix the weights in the end."""
     output.mkdir(parents=True, exist_ok=True)
-    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     teaching = Teaching(model, tokenizer, row, output, settings, **options)
     if resume:
         teaching.load()
     elif teaching.rank == 0:
         (output / "log.jsonl").unlink(missing_ok=True)
     teaching.run()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(before[name].lerp(weight, settings.student_share))
+    if settings.student_share < 1:
+        weights = dict(teaching.judge.named_parameters())
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.copy_(weights[name].lerp(weight, settings.student_share))
     if teaching.rank == 0:
         dk.save(model, tokenizer, output / "model")
 

@@ -425,6 +425,16 @@ def test_a_judge_of_other_tokens_is_refused(both, tmp_path):
         Teaching(run.model, run.tokenizer, run.row, tmp_path, run.settings, judge=other)
 
 
+def test_weights_of_other_shapes_are_not_mixed(both, tmp_path):
+    run = teaching(both, tmp_path)
+    config = Qwen3Config(**(run.model.config.to_dict() | {"intermediate_size": 32}))
+    other = Qwen3ForCausalLM(config)
+    mixed = Settings(**(vars(SETTINGS) | {"student_share": 0.5}))
+    with pytest.raises(ValueError, match=r"^student_share is 0\.5; expected 1, since the judge"):
+        Teaching(run.model, run.tokenizer, run.row, tmp_path, mixed, judge=other)
+    Teaching(run.model, run.tokenizer, run.row, tmp_path, SETTINGS, judge=other)
+
+
 def test_resuming_without_a_state_is_refused(both, tmp_path):
     with pytest.raises(ValueError, match=r"^resume: .* does not exist"):
         teaching(both, tmp_path).load()
