@@ -8,6 +8,7 @@ Every file is written beside its place and renamed. A shard carries in its metad
 the tokens of pretraining rows that are not full yet, and counts.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -65,7 +66,7 @@ def load_preprocessed_dataset(
     splits = json.loads((folder / COMPLETE).read_text())
     files = {
         split: [
-            str(shard)
+            glob.escape(str(shard))  # datasets reads patterns
             for shard in (_shard(folder, split, i) for i in range(counts["shards"]))
             if pq.read_metadata(shard).num_rows  # datasets cannot read a file without rows
         ]

@@ -1,5 +1,6 @@
 """Datasets of a specification: files, folders, saved datasets and hub names, as one dataset per split."""
 
+import glob
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -100,9 +101,12 @@ def combine(parts: list[tuple[AnyDataset, float | None]], *, weighted: bool, see
     datasets, weights = [dataset for dataset, _ in parts], [weight for _, weight in parts]
     if len(datasets) == 1:
         return datasets[0]
+    shares = None
+    if weighted and weights[0] is not None:
+        shares = [weight / sum(weights) for weight in weights]
+        _refuse_endless_mixture(datasets, weights, shares)
     try:
-        if weighted and weights[0] is not None:
-            shares = [weight / sum(weights) for weight in weights]
+        if shares is not None:
             mixed = interleave_datasets(
                 datasets, probabilities=shares, seed=seed, stopping_strategy="all_exhausted"
             )
@@ -115,6 +119,23 @@ def combine(parts: list[tuple[AnyDataset, float | None]], *, weighted: bool, see
         return concatenate_datasets(datasets)
     except ValueError as error:
         raise ValueError(f"the datasets of the specification have different fields: {error}") from error
+
+
+def _refuse_endless_mixture(datasets: Sequence[AnyDataset], weights: list, shares: list[float]) -> None:
+    """Raise ValueError if others would repeat out of all proportion until a source of tiny share was read."""
+    if not all(isinstance(dataset, Dataset) for dataset in datasets):
+        return
+    lengths = [len(dataset) / share for dataset, share in zip(datasets, shares, strict=True)]
+    rows, longest = sum(map(len, datasets)), max(lengths)
+    if longest > _MOST_REPEATS * rows:
+        weight = weights[lengths.index(longest)]
+        raise ValueError(
+            f"weight {weight!r} of a mixture is too small: about {longest:.0f} rows would be drawn until "
+            f"each of {rows} was"
+        )
+
+
+_MOST_REPEATS = 1000
 
 
 def map_numbered(
@@ -219,7 +240,7 @@ def _files(path: Path, streaming: bool) -> dict[str, AnyDataset]:
     for file in files:
         if _kind(file) == kinds[0]:
             split = "train" if path.is_file() else _split_of(file.stem) or "train"
-            by_split.setdefault(split, []).append(str(file))
+            by_split.setdefault(split, []).append(glob.escape(str(file)))  # datasets reads patterns
     builder, options = BUILDERS[kinds[0]]
     return dict(load_dataset(builder, data_files=by_split, streaming=streaming, **options))
 

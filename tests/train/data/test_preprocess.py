@@ -62,6 +62,14 @@ def test_a_folder_has_the_examples_of_loading(arguments, tokenizer, num_proc):
     assert (counts["train"]["shards"], counts["test"]["shards"]) == (4, 1)
 
 
+def test_the_name_of_a_folder_is_no_pattern(arguments, tokenizer, tmp_path):
+    given = arguments("sft", output=str(tmp_path / "a[b]*"))
+    preprocess(given)
+    loaded = rows_of(load_sft_dataset(given.dataset, tokenizer, max_length=16))
+    for streaming in (False, True):
+        assert rows_of(load_preprocessed_dataset(given.output, streaming=streaming)) == loaded
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_folder_has_the_rows_of_pretraining(arguments, tokenizer, packing):
     given = arguments("pretraining", packing=packing)

@@ -119,6 +119,20 @@ def test_weights_set_the_shares_of_a_mixture_and_every_row_comes(write):
     assert mixed != numbers(load_dataset_spec(f"3*{a}+1*{b}", seed=2)["train"])
 
 
+def test_a_weight_that_would_repeat_the_others_without_end_is_refused(write):
+    a, b = write("a.jsonl", numbered(0, 4)), write("b.jsonl", numbered(1000, 4))
+    with pytest.raises(ValueError, match=r"weight 1e-09 of a mixture is too small: about 4000000004 rows"):
+        load_dataset_spec(f"1e-9*{a}+1*{b}")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_of_files_and_folders_are_no_patterns(write, streaming):
+    name = write("odd [a-c] *?/rows +{x}:1,2.jsonl", numbered(0, 3))
+    write("odd a bc/rows +x:1,2.jsonl", numbered(100, 3))
+    for there in (name, name.replace("/rows +{x}:1,2.jsonl", "")):
+        assert numbers(load_dataset_spec(there, streaming=streaming)["train"]) == [0, 1, 2]
+
+
 def test_a_compressed_file_is_read(tmp_path):
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write("\n".join(map(json.dumps, numbered(0, 3))))
