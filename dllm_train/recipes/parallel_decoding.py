@@ -4,10 +4,11 @@
 
 or the same under `torchrun --nproc-per-node N -m`. In every round the model completes prompts and fills lines
 of the dataset, several tokens per forward at a low threshold. A judge, by default the model from before, says
-how likely each token is beside all others (pseudo-likelihood, Besag 1975). Then the model is trained on its
+how likely each token is beside the others (pseudo-likelihood, Besag 1975). Then the model is trained on its
 own text, in the very states that the sampler passed, on what was written in them: likely tokens become surer,
 unlikely ones less sure. Of every loop one token has to lose against another by a margin (where unlikelihood,
-Welleck et al. 2020, lowers all). The model's own objectives on rows of the dataset keep its bound.
+Welleck et al. 2020, lowers all). The dataset's own text in the filled lines, and the model's own objectives
+on rows of the dataset, keep what the model knows.
 OUTPUT/model is the student after the last finished round; --resume continues from there.
 """
 
@@ -193,6 +194,7 @@ class Teaching:
         losses = {
             "completed": self.completed_loss,
             f"filled_{kind}": lambda rng: self.filled_loss(kind, rng),
+            f"given_{kind}": lambda rng: self.given_loss(kind, rng),
             f"real_{kind}": lambda rng: self.real_loss(kind),
             "loops": self.loops_loss,
         }
@@ -245,6 +247,21 @@ class Teaching:
                 gap = slice(*text.gaps[number])
                 ids[row, gap], steps[row, gap] = torch.tensor(text.given[gap]), NEVER
         return self.judged_loss(kind, ids, steps, judged, rng)
+
+    def given_loss(self, kind: str, rng) -> Tensor | None:
+        """Return the cross entropy of the dataset's text in six of ten gaps, masked wholly or in part."""
+        chosen = self._choose(kind, self.settings.rows, rng)
+        ids, masked = self._blank(len(chosen), self.mask_id), self._blank(len(chosen), False)
+        for row, text in enumerate(chosen):
+            ids[row, : len(text.given)] = torch.tensor(text.given)
+            for number in rng.permutation(len(text.gaps))[: math.ceil(0.6 * len(text.gaps))]:
+                start, end = text.gaps[number]
+                share = 1.0 if rng.random() < 0.6 else rng.random()
+                masked[row, start:end] = torch.from_numpy(rng.random(end - start) < share)
+        if not masked.any():
+            return None
+        logits, tokens = self._predictions(self.model, kind, ids, masked, masked)
+        return torch.nn.functional.cross_entropy(logits, tokens)
 
     def judged_loss(self, kind: str, ids: Tensor, steps: Tensor, judged: Tensor, rng) -> Tensor | None:
         """Return the mean loss of tokens that one forward wrote, in the state before it.

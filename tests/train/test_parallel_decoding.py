@@ -254,6 +254,25 @@ def test_likely_tokens_are_learned_and_unlikely_ones_unlearned(checkpoint, tmp_p
         assert float(loss.detach()) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+def test_the_given_text_of_gaps_is_learned(checkpoint, tmp_path, monkeypatch):
+    run, seen = teaching(checkpoint, tmp_path), []
+    run.texts, predictions = [run.write()[0]], run._predictions
+    monkeypatch.setattr(
+        run, "_predictions", lambda *arguments: seen.append(arguments) or predictions(*arguments)
+    )
+    for kind in run.kinds:
+        loss = run.given_loss(kind, np.random.default_rng(5))
+        _, _, ids, masked, _ = seen.pop()
+        rows = {tuple(text.given): text.gaps for text in run.texts[0][kind]}
+        for row, hidden in zip(ids.tolist(), masked, strict=True):
+            within = torch.zeros_like(hidden)
+            for start, end in rows[tuple(row)]:
+                within[start:end] = True
+            assert not (hidden & ~within).any()
+        expected = -of_tokens(log_probabilities(checkpoint, kind, ids, masked), ids)[masked].mean()
+        assert masked.any() and float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_common_phrases_are_unlearned_alone(checkpoint, tmp_path, monkeypatch):
     """What of a common phrase the judge finds unlikely has a loss, and no more."""
     run = teaching(checkpoint, tmp_path)
@@ -331,14 +350,14 @@ def test_every_round_leaves_a_checkpoint_and_its_figures(both, tmp_path):
     assert all(f"real_{kind}" in rounds[1] for kind in run.kinds)
 
 
-@pytest.mark.parametrize("name", ["completed_loss", "filled_loss", "loops_loss"])
+@pytest.mark.parametrize("name", ["completed_loss", "filled_loss", "given_loss", "loops_loss"])
 def test_steps_on_one_loss_lower_it(checkpoint, tmp_path, name):
     run = teaching(checkpoint, tmp_path)
     run.texts = [run.write()[0]]
     run.texts[0]["loops"] = [own_text.Loop([5, 6, 7, 8] * 10, 32, 40)]
 
     def loss():
-        arguments = (run.kinds[-1],) if name == "filled_loss" else ()
+        arguments = (run.kinds[-1],) if name in ("filled_loss", "given_loss") else ()
         return getattr(run, name)(*arguments, np.random.default_rng(0))
 
     before = loss()
