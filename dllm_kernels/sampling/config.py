@@ -211,7 +211,8 @@ class SampleConfig:
 
     rule: a `dk.Rule` or its name. Without it the numbers that are given name the rule: threshold, factor,
     entropy_bound, kl_threshold (confident_stable), edit_threshold (edit); without any it is "quota".
-    A threshold lies in [0, 1]; of confidence "entropy", which is negated, it is at most 0.
+    A threshold is at least 0, and above 1 it leaves one token per step; of confidence "entropy", which is
+    negated, it is at most 0.
     confidence: "prob" | "margin" | "entropy" | "random". strict: > in place of ≥. alg_temp: draw the
     positions of a quota. stable_steps: of confident_stable, by default 2. max_post_steps: most steps that
     only edit.
@@ -253,7 +254,7 @@ class SampleConfig:
     eps: float = _option(1e-3, _number(0.0), host_only=True)
     top_p: float | None = _option(None, _optional(_number(0.0, 1.0)))
     top_k: int | None = _option(None, _optional(_integer(1)))
-    edit_threshold: float | None = _option(None, _optional(_number(0.0, 1.0)))
+    edit_threshold: float | None = _option(None, _optional(_number(0.0)))
     max_post_steps: int = _option(16, _integer(0, _MOST_STEPS))
     kl_threshold: float | None = _option(None, _optional(_number(0.0)))
     stable_steps: int | None = _option(None, _optional(_integer(1)))

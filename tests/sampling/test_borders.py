@@ -47,14 +47,13 @@ OPTIONS = {
     "stability without a bound": (dict(rule="confident_stable", threshold=0.5), "needs kl_threshold"),
     "edits without a threshold": (dict(edit_threshold=0.5), "needs threshold"),
     "edits nobody makes": (dict(max_post_steps=3), "max_post_steps=3 has no meaning with quota"),
-    "a threshold above every confidence": (dict(threshold=1.5), "threshold is 1.5; .* from 0 to 1"),
-    "a threshold below every one": (dict(threshold=-0.5), "threshold is -0.5; .* from 0 to 1"),
+    "a threshold below every confidence": (dict(threshold=-0.5), "threshold is -0.5; .* >= 0"),
     "no threshold": (dict(threshold=float("nan")), "threshold is nan; it must be a finite number"),
     "a probability as a threshold of entropies": (
         dict(threshold=0.9, confidence="entropy"),
         "threshold of confidence='entropy' is 0.9; .* <= 0",
     ),
-    "edits above every confidence": (dict(threshold=0.5, edit_threshold=1.5), "edit_threshold is 1.5"),
+    "edits below every confidence": (dict(threshold=0.5, edit_threshold=-0.5), "edit_threshold is -0.5"),
     "a negative bound": (dict(entropy_bound=-1.0), "entropy_bound is -1.0; .* >= 0"),
     "a negative factor": (dict(factor=-1.0), "factor is -1.0; .* >= 0"),
     "a negative divergence": (dict(threshold=0.5, kl_threshold=-1.0), "kl_threshold is -1.0; .* >= 0"),
@@ -72,7 +71,7 @@ OPTIONS = {
 
 
 def test_thresholds_at_the_ends_of_their_range():
-    for options in (dict(threshold=0.0), dict(threshold=1), dict(threshold=-3.5, confidence="entropy")):
+    for options in (dict(threshold=0.0), dict(threshold=1.1), dict(threshold=-3.5, confidence="entropy")):
         assert dk.SampleConfig(**options).threshold == next(iter(options.values()))
     assert dk.SampleConfig(threshold=0.0, confidence="entropy", strict=True).threshold == 0.0
 
