@@ -5,6 +5,7 @@ once, for CPU and CUDA.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
@@ -153,7 +154,7 @@ def _check_threshold(value: object, confidence: str) -> None:
 _PARAMETERS = {
     name: tuple(numbers) for name, *numbers in map(str.split, torch.ops.dllm_kernels.rules().splitlines())
 }
-_CHECKS = {
+_CHECKS: dict[str, Callable[[str, object], object]] = {
     "factor": _check_number,
     "entropy_bound": _check_number,
     "steps": lambda name, value: integer(name, value, 1),
