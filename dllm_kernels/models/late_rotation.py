@@ -50,9 +50,10 @@ def leave_rotation(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool
 
 def take_rotation(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return cos and sin by which `query` and `key` are yet to be rotated; None: by nothing."""
-    left, _thread.left = _thread.left, None
-    if left is None:
+    left = _thread.left
+    if left is None:  # and nothing is written: compiled code guards what a thread has
         return None
+    _thread.left = None
     if left[0] is not query or left[1] is not key:
         raise RuntimeError(_LOST)
     return left[2:]

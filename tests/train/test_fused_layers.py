@@ -1,5 +1,7 @@
 """Trainers with fused_layers take the gradients of the stock layers."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -53,6 +55,26 @@ def test_checkpointing_changes_no_bit(objective, options, tmp_path):
     )
     for step, other in zip(plain, checkpointed, strict=True):
         assert all(torch.equal(other[name], gradient) for name, gradient in step.items())
+
+
+def test_steps_of_a_compiled_model():
+    """In a thread that has called no attention before, like the only one of a training script."""
+
+    def losses(compiled):
+        torch.compiler.reset()
+        model = tiny("qwen3", attention="dllm").train()
+        dk.fuse_layers(model)
+        if compiled:
+            model.base_model.compile(dynamic=False, backend="aot_eager")
+        for seed in range(3):
+            ids = torch.randint(0, MASK, (2, 16), generator=torch.Generator().manual_seed(seed))
+            loss = bd3lm_loss(model, ids, block_size=4, mask_id=MASK, seed=seed).loss
+            loss.backward()
+            yield float(loss.detach())
+
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(lambda: list(losses(compiled=True))).result()
+    assert found == pytest.approx([*losses(compiled=False)], rel=1e-5)
 
 
 def test_bfloat16_over_float32_weights(tmp_path):
