@@ -55,6 +55,9 @@ def pytest_configure(config):
         )
     if re.search(r"\bsmoke\b", expression):
         config.option.smoke = True
+    folder = config.getoption("--results")
+    if folder and folder.exists() and not folder.is_dir():
+        raise pytest.UsageError(f"--results {folder}: a file; expected the folder of the results")
     config.option.benchmark_quiet = True  # our table stands in for the one of pytest-benchmark
     config.stash[report.ROWS] = []
     config.stash[report.EXISTING] = {}

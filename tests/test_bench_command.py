@@ -65,6 +65,14 @@ def test_suites_are_named_like_their_files():
         bench.paths(BENCHMARKS, ["lose"])
 
 
+def test_a_file_as_the_folder_of_results_is_refused_before_anything_runs(tmp_path):
+    file = tmp_path / "cpu.json"
+    file.touch()
+    listed, found = collected("--results", str(file))
+    assert listed.returncode != 0 and not found
+    assert f"--results {file}: a file; expected the folder of the results" in listed.stderr
+
+
 # ---- a run -----------------------------------------------------------------------------------------------
 def test_a_run_prints_its_table_and_writes_what_is_named_and_nothing_else(tmp_path):
     before = {path: path.read_bytes() for path in (BENCHMARKS / "results").iterdir()}
