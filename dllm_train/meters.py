@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed
@@ -79,6 +80,25 @@ class LossMeter:
         """Continue from the sums of `state_dict`, or from those of several ranks together."""
         self._sums.copy_(torch.stack([state["sums"] for state in states]).sum(0))
         self._counts.copy_(torch.stack([state["counts"] for state in states]).sum(0))
+
+
+@dataclass
+class LoggedLosses:
+    """Losses that were logged: their sum over all optimizer steps up to `step`."""
+
+    step: int = 0
+    loss_sum: float = 0.0
+
+    def add(self, loss_sum: float, step: int) -> float:
+        """Add the losses of the steps up to `step`, and return their mean."""
+        steps, self.step = step - self.step, step
+        self.loss_sum += loss_sum
+        return loss_sum / max(steps, 1)
+
+    @property
+    def mean_loss(self) -> float:
+        """Return the mean loss of all steps; 0 without steps."""
+        return self.loss_sum / max(self.step, 1)
 
 
 class FixedLevel(Schedule):

@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from dllm_train.batches import GlobalBatches, IgnoringCollator, NumberedDataset,
 from dllm_train.checkpoints import UNFINISHED, check_complete, finish_checkpoint, last_complete
 from dllm_train.collate import DiffusionCollator
 from dllm_train.finite import FiniteLosses, check_finite_weights
-from dllm_train.meters import FixedLevel, LossMeter
+from dllm_train.meters import FixedLevel, LoggedLosses, LossMeter
 from dllm_train.model_loss import wrapped_model
 from dllm_train.objective_settings import objective_settings
 from dllm_train.objectives import LossOutput, bd3lm_loss, dream_loss, loss_normalizer, mdlm_loss
@@ -110,7 +110,7 @@ class DiffusionTrainer(Trainer):
         self._train_examples: NumberedDataset | NumberedStream | None = None
         self._meter, self._losses = LossMeter(args.device), FiniteLosses(args.device)
         self._normalizers: dict[str, float | Tensor] = {}
-        self._logged = _Logged()
+        self._logged = LoggedLosses()
         for name, dataset in _datasets(train_dataset, eval_dataset):
             if not isinstance(dataset, IterableDataset):
                 NumberedDataset(dataset, name)  # refuses an empty one, and items without input_ids
@@ -350,7 +350,7 @@ class DiffusionTrainer(Trainer):
             check_complete(resume_from_checkpoint)
             resume_from_checkpoint = str(resume_from_checkpoint)
         self._meter, self._losses = LossMeter(self.args.device), FiniteLosses(self.args.device)
-        self._logged = _Logged()
+        self._logged = LoggedLosses()
         if resume_from_checkpoint:
             self._load_meter(Path(resume_from_checkpoint))
         output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -413,31 +413,12 @@ class DiffusionTrainer(Trainer):
         """Continue from this rank's sums in a checkpoint; of other ranks than now, rank 0 takes all."""
         files = sorted(checkpoint.glob("meter_*.pt"))
         states = [torch.load(file, weights_only=True) for file in files]
-        self._logged = _Logged(**states[0]["logged"])
+        self._logged = LoggedLosses(**states[0]["logged"])
         rank = self.args.process_index
         if len(states) == self.args.world_size:
             states = [torch.load(checkpoint / f"meter_{rank}.pt", weights_only=True)]
         if len(states) == 1 or rank == 0:
             self._meter.load_state_dict(*(state["meter"] for state in states))
-
-
-@dataclass
-class _Logged:
-    """Losses that were logged: their sum over all optimizer steps up to `step`."""
-
-    step: int = 0
-    loss_sum: float = 0.0
-
-    def add(self, loss_sum: float, step: int) -> float:
-        """Add the losses of the steps up to `step`, and return their mean."""
-        steps, self.step = step - self.step, step
-        self.loss_sum += loss_sum
-        return loss_sum / max(steps, 1)
-
-    @property
-    def mean_loss(self) -> float:
-        """Return the mean loss of all steps; 0 without steps."""
-        return self.loss_sum / max(self.step, 1)
 
 
 class MDLMTrainer(DiffusionTrainer):
