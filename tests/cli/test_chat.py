@@ -183,6 +183,7 @@ def test_ctrl_c_stops_a_reply_and_ctrl_d_ends(tmp_path):
         terminal.wait_for("stopped; /undo takes it back")
         terminal.write("/set threshold 2x\n")
         terminal.wait_for("it must be a number")
+        terminal.wait_for("> ")  # until then the terminal itself would take Ctrl-D
         terminal.write("\x04")
         assert terminal.ended() == 0
     (asked, reply) = json.loads(file.read_text())["messages"]
