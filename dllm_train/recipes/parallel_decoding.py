@@ -15,11 +15,11 @@ OUTPUT/model is the student after the last finished round; --resume continues fr
 import argparse
 import copy
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +28,10 @@ from torch import Tensor, distributed
 
 import dllm_kernels as dk
 from dllm_kernels.models.families import diffusion_of
-from dllm_train.attention_masks import hidden_states
 from dllm_train.data import load_pretraining_dataset
-from dllm_train.objectives import bd3lm_loss, mdlm_loss
 from dllm_train.recipes import own_text
 from dllm_train.recipes.own_text import NEVER
+from dllm_train.recipes.student_losses import StudentLosses
 
 ROWS_JUDGED = 8  # at once: every masked token has a row of logits
 
@@ -73,6 +72,7 @@ class Settings:
     likely: float = 0.2
     unlikely: float = 0.02
     caution: float = 2.0
+    given_weight: float = 2.0
     real_weight: float = 3.0
     eps: float = 0.05
     bfloat16: bool = False
@@ -105,6 +105,10 @@ class Teaching:
         self.block_size, self.mask_id = diffusion.block_size or 32, diffusion.mask_id
         self.shift, self.end_ids = diffusion.shift, diffusion.eos_ids
         self._check()
+        self.losses = StudentLosses(
+            model, settings, completing=self.completing, block_size=self.block_size,
+            bos_id=tokenizer.bos_token_id,
+        )  # fmt: skip
         self.ends = own_text.ends_line(tokenizer, self.end_ids)
         self.optimizers = (optimizers or adamw)(model, settings.learning_rate)
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
@@ -172,11 +176,11 @@ class Teaching:
         judged: list[float] = []
         for first in range(0, len(texts), ROWS_JUDGED):
             part = texts[first : first + ROWS_JUDGED]
-            ids, steps = self._rows_of(part)
+            ids, steps = self.losses.rows_of(part)
             probabilities = torch.full(ids.shape, torch.nan)
             for parity in range(2):
                 masked = (steps != NEVER) & (torch.arange(ids.shape[1]) % 2 == parity)
-                logits, tokens = self._predictions(self.judge, kind, ids, masked, masked)
+                logits, tokens = self.losses.predictions(self.judge, kind, ids, masked, masked)
                 probabilities[masked] = logits.softmax(1).gather(1, tokens[:, None])[:, 0].cpu()
             for text, row in zip(part, probabilities, strict=True):
                 text.judged = row[len(text.whole) - len(text.steps) : len(text.whole)].tolist()
@@ -191,25 +195,24 @@ class Teaching:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
         kind = self.kinds[self.step % len(self.kinds)]
-        losses = {
-            "completed": self.completed_loss,
-            f"filled_{kind}": lambda rng: self.filled_loss(kind, rng),
-            f"given_{kind}": lambda rng: self.given_loss(kind, rng),
-            f"real_{kind}": lambda rng: self.real_loss(kind),
-            "loops": self.loops_loss,
+        own, drawn = self.losses, partial(self._choose, rng=rng)
+        losses: dict[str, tuple[float, Callable]] = {
+            "completed": (s.own_weight, lambda: own.completed(drawn("completions", s.rows), rng)),
+            f"filled_{kind}": (s.own_weight, lambda: own.filled(kind, drawn(kind, s.rows), rng)),
+            f"given_{kind}": (s.given_weight, lambda: own.given(kind, drawn(kind, s.rows), rng)),
+            f"real_{kind}": (s.real_weight, lambda: own.real(kind, *self._dataset_rows())),
+            "loops": (s.loops_weight, lambda: own.loops(drawn("loops", s.loops), rng)),
         }
-        weights = {"completed": s.own_weight, f"filled_{kind}": s.own_weight}
-        weights |= {f"real_{kind}": s.real_weight, "loops": s.loops_weight}
         if self.also:
-            losses["also"] = self.also
+            losses["also"] = (1.0, lambda: self.also(rng))
         figures = {}
-        for name, loss in losses.items():
+        for name, (weight, loss) in losses.items():
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=s.bfloat16):
-                value = loss(rng)
+                value = loss()
             if value is not None:
                 if not torch.isfinite(value):
                     raise FloatingPointError(f"step {self.step}: the loss {name!r} is {float(value)}")
-                (value * weights.get(name, 1.0) / self.world).backward()
+                (value * weight / self.world).backward()
                 figures[name] = float(value.detach())
         self._sum_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -218,113 +221,6 @@ class Teaching:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return figures
-
-    # ---- losses; None where there is no text for them ---------------------------------------------------
-    def completed_loss(self, rng) -> Tensor | None:
-        """Return the `judged_loss` of completions."""
-        chosen = self._choose("completions", self.settings.rows, rng)
-        ids, steps = self._rows_of(chosen)
-        judged = torch.full(ids.shape, torch.nan)
-        for row, text in enumerate(chosen):
-            start, end = len(text.prompt), len(text.whole)
-            judged[row, start:end] = torch.tensor(text.judged)
-            common = ~torch.tensor(text.trained) & (judged[row, start:end] >= self.settings.likely)
-            judged[row, start:end][common] = torch.nan
-        if self.completing == "bidirectional":  # no state has two blocks that are written in part
-            later = self._after_one_block(steps, rng)
-            ids[later], steps[later] = self.mask_id, NEVER
-        return self.judged_loss(self.completing, ids, steps, judged, rng)
-
-    def filled_loss(self, kind: str, rng) -> Tensor | None:
-        """Return the `judged_loss` of six of ten gaps filled under attention `kind`; the others have the
-        dataset's text."""
-        chosen = self._choose(kind, self.settings.rows, rng)
-        ids, steps = self._rows_of(chosen)
-        judged = torch.full(ids.shape, torch.nan)
-        for row, text in enumerate(chosen):
-            judged[row, : len(text.judged)] = torch.tensor(text.judged)
-            for number in rng.permutation(len(text.gaps))[math.ceil(0.6 * len(text.gaps)) :]:
-                gap = slice(*text.gaps[number])
-                ids[row, gap], steps[row, gap] = torch.tensor(text.given[gap]), NEVER
-        return self.judged_loss(kind, ids, steps, judged, rng)
-
-    def given_loss(self, kind: str, rng) -> Tensor | None:
-        """Return the cross entropy of the dataset's text in six of ten gaps, masked wholly or in part."""
-        chosen = self._choose(kind, self.settings.rows, rng)
-        ids, masked = self._blank(len(chosen), self.mask_id), self._blank(len(chosen), False)
-        for row, text in enumerate(chosen):
-            ids[row, : len(text.given)] = torch.tensor(text.given)
-            for number in rng.permutation(len(text.gaps))[: math.ceil(0.6 * len(text.gaps))]:
-                start, end = text.gaps[number]
-                share = 1.0 if rng.random() < 0.6 else rng.random()
-                masked[row, start:end] = torch.from_numpy(rng.random(end - start) < share)
-        if not masked.any():
-            return None
-        logits, tokens = self._predictions(self.model, kind, ids, masked, masked)
-        return torch.nn.functional.cross_entropy(logits, tokens)
-
-    def judged_loss(self, kind: str, ids: Tensor, steps: Tensor, judged: Tensor, rng) -> Tensor | None:
-        """Return the mean loss of tokens that one forward wrote, in the state before it.
-
-        1 - p of a likely token, and caution * p of an unlikely one. Being linear, it is least where p is 1
-        for tokens of which a share above caution / (1 + caution) is likely, and 0 for others: a decision.
-        With -log p and -log(1 - p), p would become that share.
-        ids, steps: int64 [B, L], tokens and the forwards that wrote them. judged: float32 [B, L], their
-        probability by the judge; nan: no loss.
-        """
-        masked, written = own_text.states_passed(steps, self.block_size, rng)
-        likely, unlikely = judged >= self.settings.likely, judged < self.settings.unlikely
-        written &= likely | unlikely
-        if not written.any():
-            return None
-        logits, tokens = self._predictions(self.model, kind, ids, masked, written)
-        p = logits.softmax(1).gather(1, tokens[:, None])[:, 0]
-        return torch.where(likely[written].to(p.device), 1 - p, self.settings.caution * p).mean()
-
-    def real_loss(self, kind: str) -> Tensor:
-        """Return the objective of attention `kind` on rows of the dataset."""
-        count = max(1, self.settings.rows // self.world)
-        first = (self.step * self.world + self.rank) * count
-        numbers = range(first, first + count)
-        ids = torch.tensor([list(map(int, self.row(number))) for number in numbers])
-        loss, options = self._objective(kind)
-        return loss(
-            self.model, ids, example_ids=numbers, seed=self.settings.seed, eps=self.settings.eps, **options
-        ).loss
-
-    def loops_loss(self, rng) -> Tensor | None:
-        """Return the mean over loops of the `margin_loss` of their tokens, in states of decoding.
-
-        Of a line that comes again it is the least one: another token in one place is another line. Where a
-        few tokens alternate it is the mean: each of them has to lose.
-        """
-        chosen = self._choose("loops", self.settings.loops, rng)
-        ids, labelled = self._blank(len(chosen), self.mask_id), self._blank(len(chosen), False)
-        looping = torch.zeros_like(labelled)
-        alternating = torch.zeros(len(chosen), dtype=torch.bool)
-        for row, text in enumerate(chosen):
-            start, end = text.start // self.block_size * self.block_size, len(text.ids)
-            ids[row, :end] = torch.tensor(text.ids)
-            labelled[row, start:end] = True
-            tokens = set(text.ids[text.start : text.end])
-            alternating[row] = 2 * len(tokens) <= text.end - text.start
-            if alternating[row]:  # and mostly goes on to the end of the block
-                looping[row, text.start : end] = torch.isin(
-                    ids[row, text.start : end], torch.tensor([*tokens])
-                )
-            else:
-                looping[row, text.start : text.end] = True
-        masked = own_text.states_of_decoding(labelled, self.block_size, rng)
-        if not (looping & masked).any():
-            return None
-        logits, tokens = self._predictions(self.model, self.completing, ids, masked, looping & masked)
-        losses = margin_loss(logits, tokens, self.settings.margin)
-        row = (looping & masked).nonzero()[:, 0].to(losses.device)
-        found = losses.new_zeros(len(chosen))
-        least, mean = (
-            found.scatter_reduce(0, row, losses, reduce, include_self=False) for reduce in ("amin", "mean")
-        )
-        return torch.where(alternating.to(row.device), mean, least)[row.unique()].mean()
 
     # ---- state -------------------------------------------------------------------------------------------
     def save(self) -> None:
@@ -416,6 +312,13 @@ class Teaching:
                 break
         return prompts
 
+    def _dataset_rows(self) -> tuple[Tensor, range]:
+        """Return this process's rows of the dataset in this step, int64 [rows, length], and their numbers."""
+        count = max(1, self.settings.rows // self.world)
+        first = (self.step * self.world + self.rank) * count
+        numbers = range(first, first + count)
+        return torch.tensor([list(map(int, self.row(number))) for number in numbers]), numbers
+
     def _choose(self, name: str, count: int, rng) -> list:
         """Draw this process's share of `count` texts, half of them from the last round."""
         rounds = [texts[name] for texts in self.texts]
@@ -426,53 +329,6 @@ class Teaching:
             chosen.append(texts[rng.integers(len(texts))])
         return chosen
 
-    def _blank(self, rows: int, value: int | bool) -> Tensor:
-        """Return [rows, length] of one value."""
-        return torch.full((rows, self.settings.length), value)
-
-    def _rows_of(self, texts: list) -> tuple[Tensor, Tensor]:
-        """Return ids and steps, int64 [texts, length], of completions or filled rows."""
-        ids, steps = self._blank(len(texts), self.mask_id), self._blank(len(texts), NEVER)
-        for row, text in enumerate(texts):
-            end = len(text.whole)
-            ids[row, :end] = torch.tensor(text.whole)
-            steps[row, end - len(text.steps) : end] = torch.tensor(text.steps)
-        return ids, steps
-
-    def _after_one_block(self, steps: Tensor, rng) -> Tensor:
-        """Return bool [rows, length]: what follows one block of each row that was written."""
-        block = torch.arange(steps.shape[1]) // self.block_size
-        later = self._blank(len(steps), False)
-        for row, written in enumerate(steps != NEVER):
-            if written.any():
-                later[row] = block > int(rng.choice(block[written]))
-        return later
-
-    def _predictions(
-        self, model, kind: str, ids: Tensor, masked: Tensor, chosen: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return (logits float32 [N, V], tokens int64 [N]) of the `chosen` places of rows.
-
-        ids: int64 [B, L]. masked, chosen: bool [B, L].
-        """
-        ids, masked, chosen = (tensor.to(model.device) for tensor in (ids, masked, chosen))
-        noised = ids.masked_fill(masked, self.mask_id)
-        if kind == "block_causal":
-            both = torch.cat([noised, ids], dim=1)
-            hidden = hidden_states(model, both, kind="block_diffusion", block_size=self.block_size)
-        else:
-            hidden = hidden_states(model, noised, kind="full")
-        row, column = chosen.nonzero(as_tuple=True)
-        logits = model.get_output_embeddings()(hidden[row, column - int(self.shift)]).float()
-        logits[:, self.mask_id] = -torch.inf
-        return logits, ids[chosen]
-
-    def _objective(self, kind: str) -> tuple[Callable, dict]:
-        options = {"mask_id": self.mask_id, "bar_mask_token": True}
-        if kind == "block_causal":
-            return bd3lm_loss, options | {"block_size": self.block_size}
-        return mdlm_loss, options | {"shift": self.shift, "bos_id": self.tokenizer.bos_token_id}
-
     def _sum_gradients(self) -> None:
         if self.world == 1:
             return
@@ -481,17 +337,6 @@ class Teaching:
         distributed.all_reduce(flat)
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
-
-
-def margin_loss(logits: Tensor, tokens: Tensor, margin: float) -> Tensor:
-    """Return softplus(margin + logit of the token - largest logit of the others), float32 [N].
-
-    logits: float32 [N, V]. tokens: int64 [N]. The loss is small where the token is not the argmax.
-    -log(1 - p) would hardly move a token that wins a flat distribution with p = 0.1.
-    """
-    own = logits.gather(1, tokens[:, None])[:, 0]
-    others = logits.scatter(1, tokens[:, None], -torch.inf).amax(1)
-    return torch.nn.functional.softplus(margin + own - others)
 
 
 def adamw(model, learning_rate: float) -> list[torch.optim.Optimizer]:

@@ -12,8 +12,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import dllm_kernels as dk
 from dllm_train.noise import Noise
 from dllm_train.objectives import mdlm_loss
-from dllm_train.recipes import own_text, parallel_decoding
-from dllm_train.recipes.parallel_decoding import Settings, Teaching, margin_loss
+from dllm_train.recipes import own_text, parallel_decoding, student_losses
+from dllm_train.recipes.parallel_decoding import Settings, Teaching
+from dllm_train.recipes.student_losses import margin_loss
 from dllm_train.recipes.tiny_python.tokenizer import train_tokenizer
 
 BLOCK = 8
@@ -250,20 +251,20 @@ def test_likely_tokens_are_learned_and_unlikely_ones_unlearned(checkpoint, tmp_p
             for p, verdict in zip(p[steps == 1].tolist(), judged[steps == 1].tolist(), strict=True)
             if verdict > 0.2 or verdict < 0.02
         ]
-        loss = run.judged_loss(kind, ids, steps, judged, rng)
+        loss = run.losses.judged(kind, ids, steps, judged, rng)
         assert float(loss.detach()) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_the_given_text_of_gaps_is_learned(checkpoint, tmp_path, monkeypatch):
     run, seen = teaching(checkpoint, tmp_path), []
-    run.texts, predictions = [run.write()[0]], run._predictions
+    texts, predictions = run.write()[0], run.losses.predictions
     monkeypatch.setattr(
-        run, "_predictions", lambda *arguments: seen.append(arguments) or predictions(*arguments)
+        run.losses, "predictions", lambda *arguments: seen.append(arguments) or predictions(*arguments)
     )
     for kind in run.kinds:
-        loss = run.given_loss(kind, np.random.default_rng(5))
+        loss = run.losses.given(kind, texts[kind], np.random.default_rng(5))
         _, _, ids, masked, _ = seen.pop()
-        rows = {tuple(text.given): text.gaps for text in run.texts[0][kind]}
+        rows = {tuple(text.given): text.gaps for text in texts[kind]}
         for row, hidden in zip(ids.tolist(), masked, strict=True):
             within = torch.zeros_like(hidden)
             for start, end in rows[tuple(row)]:
@@ -277,9 +278,9 @@ def test_common_phrases_are_unlearned_alone(checkpoint, tmp_path, monkeypatch):
     """What of a common phrase the judge finds unlikely has a loss, and no more."""
     run = teaching(checkpoint, tmp_path)
     text = own_text.Completion([5] * 16, [*range(6, 10)], [0] * 4, [True, True, False, False], [1, 0, 1, 0])
-    run.texts, seen = [{"completions": [text]}], []
-    monkeypatch.setattr(run, "judged_loss", lambda kind, ids, steps, judged, rng: seen.append(judged))
-    run.completed_loss(np.random.default_rng(0))
+    seen = []
+    monkeypatch.setattr(run.losses, "judged", lambda kind, ids, steps, judged, rng: seen.append(judged))
+    run.losses.completed([text], np.random.default_rng(0))
     assert seen[0][0, 16:20].tolist()[:2] == [1, 0]
     assert seen[0][0, 16:20].isnan().tolist() == [False, False, True, False]
 
@@ -289,9 +290,8 @@ def test_gaps_that_are_not_chosen_have_the_given_text(both, tmp_path, monkeypatc
     gaps = [(start, start + 2) for start in range(0, 40, 4)]
     steps = [0 if place % 4 < 2 else own_text.NEVER for place in range(40)]
     row = own_text.FilledRow([7] * 40, [8 if step == 0 else 7 for step in steps], steps, gaps, [0.5] * 40)
-    run.texts = [{"bidirectional": [row]}]
-    monkeypatch.setattr(run, "judged_loss", lambda kind, ids, steps, judged, rng: seen.append((ids, steps)))
-    run.filled_loss("bidirectional", np.random.default_rng(0))
+    monkeypatch.setattr(run.losses, "judged", lambda kind, ids, steps, judged, rng: seen.append((ids, steps)))
+    run.losses.filled("bidirectional", [row], np.random.default_rng(0))
     for ids, steps in zip(*seen[0], strict=True):
         assert ((ids == 8) == (steps == 0)).all() and int((ids == 8).sum()) == 2 * 6
 
@@ -350,15 +350,17 @@ def test_every_round_leaves_a_checkpoint_and_its_figures(both, tmp_path):
     assert all(f"real_{kind}" in rounds[1] for kind in run.kinds)
 
 
-@pytest.mark.parametrize("name", ["completed_loss", "filled_loss", "given_loss", "loops_loss"])
+@pytest.mark.parametrize("name", ["completed", "filled", "given", "loops"])
 def test_steps_on_one_loss_lower_it(checkpoint, tmp_path, name):
     run = teaching(checkpoint, tmp_path)
-    run.texts = [run.write()[0]]
-    run.texts[0]["loops"] = [own_text.Loop([5, 6, 7, 8] * 10, 32, 40)]
+    texts, kind = run.write()[0], run.kinds[-1]
+    arguments = {
+        "completed": (texts["completions"],),
+        "loops": ([own_text.Loop([5, 6, 7, 8] * 10, 32, 40)],),
+    }.get(name, (kind, texts[kind]))
 
     def loss():
-        arguments = (run.kinds[-1],) if name in ("filled_loss", "given_loss") else ()
-        return getattr(run, name)(*arguments, np.random.default_rng(0))
+        return getattr(run.losses, name)(*arguments, np.random.default_rng(0))
 
     before = loss()
     optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
@@ -378,10 +380,10 @@ def test_steps_on_one_loss_lower_it(checkpoint, tmp_path, name):
 )
 def test_what_of_a_loop_has_to_lose(checkpoint, tmp_path, monkeypatch, ids, start, end, loss):
     run = teaching(checkpoint, tmp_path)
-    run.texts = [{"loops": [own_text.Loop(ids, start, end)]}]
     monkeypatch.setattr(own_text, "states_of_decoding", lambda written, *_: written)
-    monkeypatch.setattr(parallel_decoding, "margin_loss", lambda logits, tokens, margin: tokens.float())
-    assert run.loops_loss(np.random.default_rng(0)) == pytest.approx(loss)
+    monkeypatch.setattr(student_losses, "margin_loss", lambda logits, tokens, margin: tokens.float())
+    found = run.losses.loops([own_text.Loop(ids, start, end)], np.random.default_rng(0))
+    assert found == pytest.approx(loss)
 
 
 def test_the_command_reads_a_dataset(tmp_path, tokenizer):
