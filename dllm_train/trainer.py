@@ -24,7 +24,6 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from dllm_kernels.models.fused_layers import FUSING_DEVICES, fuse_layers
 from dllm_kernels.models.staging import staged
-from dllm_kernels.models.stored_weights import StoredLinear
 from dllm_train.annealing import annealed_reach
 from dllm_train.arguments import DiffusionTrainingArguments
 from dllm_train.batches import GlobalBatches, IgnoringCollator, NumberedDataset, NumberedStream, lengths_of
@@ -37,6 +36,7 @@ from dllm_train.objective_settings import objective_settings
 from dllm_train.objectives import LossOutput, bd3lm_loss, dream_loss, loss_normalizer, mdlm_loss
 from dllm_train.selective_checkpointing import checkpoint_selectively
 from dllm_train.sharding import choose_fsdp_units
+from dllm_train.trainer_checks import check_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class DiffusionTrainer(Trainer):
         **kwargs,
     ):
         args = DiffusionTrainingArguments("trainer_output") if args is None else args
-        _check_arguments(type(self), model, args, kwargs)
+        check_arguments(type(self), model, args, kwargs)
         self.settings = objective_settings(
             model, processing_class, trainer=type(self).__name__, attention=self.attention,
             default_shift=self.default_shift, mask_id=args.mask_id, bos_id=args.bos_id, shift=args.shift,
@@ -441,67 +441,6 @@ class DreamTrainer(DiffusionTrainer):
     objective = staticmethod(dream_loss)
     default_shift = True
     options = (*_NOISE, *_LOSS, "cart_p")
-
-
-_REFUSED = {
-    "model_init": "give model: what its config says of diffusion is settled once",
-    "compute_loss_func": "the loss is that of the trainer's objective; subclass the trainer for another",
-    "compute_metrics": "no logits are made; evaluation reports nll, ppl and ce_t…, dk.sample gives texts",
-    "preprocess_logits_for_metrics": "no logits are made",
-}
-
-
-def _check_arguments(trainer: type, model, args, given: dict) -> None:
-    if trainer is DiffusionTrainer:
-        raise TypeError("DiffusionTrainer has no objective; use MDLMTrainer, BD3LMTrainer or DreamTrainer")
-    if model is None:
-        raise ValueError("model is None; give a transformers model (get_model loads one)")
-    if not isinstance(args, DiffusionTrainingArguments):
-        raise TypeError(f"args is a {type(args).__name__}; expected DiffusionTrainingArguments")
-    if any(getattr(module, "copies_embedding", False) for module in model.modules()):
-        raise ValueError(
-            f"the vocabulary head of this {type(model).__name__} is an 8-bit copy of its embedding, which "
-            "training would leave as it is; load the model without weights="
-        )
-    _refuse_stored_weights(model)
-    for name, reason in _REFUSED.items():
-        if given.get(name) is not None:
-            raise ValueError(f"{name} is not supported: {reason}")
-    only_for = {
-        "annealing_steps": (
-            args.annealing_steps,
-            trainer.attention == "bidirectional",
-            "bidirectional objectives",
-        ),
-        "ar_weight": (args.ar_weight, "ar_weight" in trainer.options, "BD3LMTrainer"),
-        "clean": (args.clean != "block_causal", "clean" in trainer.options, "BD3LMTrainer"),
-        "block_size": (args.block_size, trainer.attention == "block_causal", "BD3LMTrainer"),
-        "time_per": (args.time_per != type(args).time_per, "time_per" in trainer.options, "BD3LMTrainer"),
-        "loss_weight_type": (args.loss_weight_type == "cart", "cart_p" in trainer.options, "DreamTrainer"),
-        "cart_p": (
-            args.cart_p != type(args).cart_p,
-            "cart_p" in trainer.options and args.loss_weight_type in (None, "cart"),
-            "DreamTrainer with loss_weight_type='cart'",
-        ),
-    }
-    for name, (value, has_effect, where) in only_for.items():
-        if value and not has_effect:
-            raise ValueError(
-                f"{name} is {getattr(args, name)!r}; it has a meaning for {where}, not for {trainer.__name__}"
-            )
-
-
-def _refuse_stored_weights(model: nn.Module) -> None:
-    """Refuse layers that would be trained if their weights were Parameters: all, under adapters those of
-    modules_to_save."""
-    stored = [name for name, module in model.named_modules() if isinstance(module, StoredLinear)]
-    if hasattr(model, "peft_config"):
-        stored = [name for name in stored if ".modules_to_save." in name]
-    if stored:
-        raise ValueError(
-            f"weights of this {type(model).__name__} are stored for inference ({stored[0]}, one of "
-            f"{len(stored)}), so that training would leave them as they are; load the model without weights="
-        )
 
 
 def _fuse_layers(model: nn.Module, device: torch.device) -> None:
