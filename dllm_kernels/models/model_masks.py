@@ -262,16 +262,16 @@ def spans_of_4d(mask: Tensor, keys: int) -> Tensor:
     """Return the first `keys` columns of a boolean (True = visible) or additive (0 or -inf) mask
     [B, 1, Sq, >= keys] as spans, int32 [B, Sq, R, 2].
 
-    All layers of a forward get the same mask: its spans are cached with it until it changes.
+    All layers of a forward get the same mask: its spans are kept with it until its contents change. On a GPU,
+    where a comparison would wait for the device, torch's count of changes tells.
     """
     if torch.compiler.is_compiling():
         return torch.ops.dllm_kernels.spans_of_dense(_visible(mask, keys))
-    # Tensors of inference mode do not count changes, so their contents are compared.
-    content = mask.clone() if mask.is_inference() else mask._version
+    counted = mask.is_cuda and not mask.is_inference()
     kept = getattr(mask, "_dllm_spans", None)
-    if kept is None or kept[0] != keys or not _same(kept[1], content):
-        kept = keys, content, torch.ops.dllm_kernels.spans_of_dense(_visible(mask, keys))
-        mask._dllm_spans = kept
+    if kept is None or kept[0] != keys or not _same(kept[1], mask._version if counted else mask):
+        spans = torch.ops.dllm_kernels.spans_of_dense(_visible(mask, keys))
+        kept = mask._dllm_spans = keys, mask._version if counted else mask.clone(), spans
     return kept[2]
 
 

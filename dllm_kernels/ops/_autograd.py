@@ -33,7 +33,7 @@ def register_derivative(name: str, backward: Callable, setup_context: Callable) 
             # Gradients are off in here, but the levels of torch.func below this one record too.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 outputs = _below_autograd(operator, keyset, *arguments)
-            setup_context(ctx, arguments, outputs)
+            setup_context(ctx, [_savable(argument) for argument in arguments], outputs)
             return outputs
 
         @staticmethod
@@ -110,6 +110,12 @@ def _named(operator: torch._ops.OpOverload, arguments: tuple) -> Iterator[tuple[
 def _written(operator: torch._ops.OpOverload, arguments: tuple) -> dict[str, Tensor]:
     schema = zip(operator._schema.arguments, arguments, strict=False)
     return {a.name: v for a, v in schema if isinstance(v, Tensor) and a.alias_info and a.alias_info.is_write}
+
+
+def _savable(value: object) -> object:
+    """Return a copy of a tensor of inference mode, which autograd does not save: a mask, say, that serves
+    evaluation and training."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _requires_grad(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -312,6 +313,43 @@ def test_masks_of_inference_mode(tmp_path):
         for dense in (mask, mask.tril_()):
             found = model(IDS, attention_mask=dense).logits
             torch.testing.assert_close(found, expected_logits(model, dense), atol=2e-4, rtol=0)
+
+
+def test_masks_whose_memory_is_rewritten(tmp_path):
+    """torch counts no changes through numpy, nor those of `.data`."""
+    model, _ = dk.load(llada(tmp_path, "block_causal"), device="cpu")
+    buffer = np.ones((2, 1, LENGTH, LENGTH), dtype=bool)
+    mask = torch.from_numpy(buffer)
+    with torch.no_grad():
+        model(IDS, attention_mask=mask)
+        for change in (lambda: np.copyto(buffer, np.tril(buffer)), lambda: mask.data.fill_(True)):
+            change()
+            found = model(IDS, attention_mask=mask).logits
+            torch.testing.assert_close(found, expected_logits(model, mask.clone()), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("made_within", [True, False])
+@pytest.mark.parametrize("window", [None, 5])
+def test_masks_that_evaluation_saw_first_serve_training(made_within, window):
+    sizes = {**SIZES, **GROUPED, "head_dim": 8, "sliding_window": window}
+    model = transformers.MistralForCausalLM(transformers.MistralConfig(**sizes))
+    positions = torch.arange(LENGTH)[None]
+    with torch.inference_mode(made_within):
+        span_mask = dk.SpanMask.causal(LENGTH)
+        dense = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    masks = [
+        {"dllm_mask": span_mask, "position_ids": positions},
+        *([] if window else [{"attention_mask": dense}]),
+    ]
+    with dk.enable_attention(model):
+        for mask in masks:
+            with torch.inference_mode():
+                evaluated = model(IDS, **mask).logits
+            model.zero_grad()
+            trained = model(IDS, **mask).logits
+            trained.sum().backward()
+            torch.testing.assert_close(trained, evaluated.clone(), atol=1e-5, rtol=0)
+            assert all(p.grad is not None for p in model.model.layers.parameters())
 
 
 def test_threads_keep_their_masks_apart(tmp_path):
