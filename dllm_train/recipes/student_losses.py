@@ -5,6 +5,7 @@ A loss is a scalar with gradients, or None where there is no text for it.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -148,7 +149,8 @@ class StudentLosses:
         else:
             hidden = hidden_states(model, noised, kind="full")
         row, column = chosen.nonzero(as_tuple=True)
-        logits = model.get_output_embeddings()(hidden[row, column - int(self.shift)]).float()
+        chosen_states = hidden[row, column - int(self.shift)]
+        logits = reduce(lambda states, part: part(states), diffusion_of(model).head, chosen_states).float()
         logits[:, self.mask_id] = -torch.inf
         return logits, ids[chosen]
 

@@ -7,14 +7,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForMaskedLM, Qwen3Config, Qwen3ForCausalLM
 
 import dllm_kernels as dk
 from dllm_train.noise import Noise
 from dllm_train.objectives import mdlm_loss
 from dllm_train.recipes import own_text, parallel_decoding, student_losses
 from dllm_train.recipes.parallel_decoding import Settings, Teaching
-from dllm_train.recipes.student_losses import margin_loss
+from dllm_train.recipes.student_losses import StudentLosses, margin_loss
 from dllm_train.recipes.tiny_python.tokenizer import train_tokenizer
 
 BLOCK = 8
@@ -294,6 +294,26 @@ def test_gaps_that_are_not_chosen_have_the_given_text(both, tmp_path, monkeypatc
     run.losses.filled("bidirectional", [row], np.random.default_rng(0))
     for ids, steps in zip(*seen[0], strict=True):
         assert ((ids == 8) == (steps == 0)).all() and int((ids == 8).sum()) == 2 * 6
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "modernbert", "albert"])
+def test_heads_of_several_layers_are_applied_whole(model_type):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        model_type, vocab_size=60, hidden_size=16, embedding_size=8, intermediate_size=24,
+        num_hidden_layers=2, num_attention_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        cls_token_id=1, sep_token_id=2,
+    )  # fmt: skip
+    model = AutoModelForMaskedLM.from_config(config).eval()
+    model.config.mask_token_id = 59
+    losses = StudentLosses(model, SETTINGS, completing="bidirectional", block_size=BLOCK, bos_id=None)
+    ids = torch.randint(3, 50, (2, SETTINGS.length))
+    masked = torch.rand(ids.shape) < 0.3
+    with torch.no_grad():
+        found, tokens = losses.predictions(model, "bidirectional", ids, masked, masked)
+        expected = model(ids.masked_fill(masked, 59)).logits[masked]
+    torch.testing.assert_close(found[:, :59], expected[:, :59], atol=1e-5, rtol=1e-5)
+    assert torch.equal(tokens, ids[masked])
 
 
 # ---- runs -----------------------------------------------------------------------------------------------
