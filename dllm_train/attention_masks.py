@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from dllm_kernels import SpanMask
 from dllm_kernels.models.attention import NAME as OURS
 from dllm_kernels.models.attention import VIEW_ONLY, windowed
+from dllm_kernels.models.rotary import rotary_of
 from dllm_kernels.span_mask import trusted_mask
 from dllm_train.documents import places
 
@@ -24,7 +27,32 @@ _REMEDY = 'Use model.set_attn_implementation("dllm") or call the loss within dk.
 
 def hidden_states(model, input_ids: Tensor, **attention) -> Tensor:
     """Return the last hidden states [B, S, hidden]; arguments as in `base_arguments`."""
-    return model.base_model(**base_arguments(model, input_ids, **attention)).last_hidden_state
+    arguments = base_arguments(model, input_ids, **attention)
+    with rotated_by_length(model, input_ids.shape, **attention):
+        return model.base_model(**arguments).last_hidden_state
+
+
+@torch.compiler.disable
+def rotated_by_length(
+    model, shape: Sequence[int], *, kind: str, lengths=None, document_lengths=None, **_
+) -> AbstractContextManager[None]:
+    """Return a context in which every row or packed document of ids, `shape` [B, S], is rotated as if it were
+    alone, also where frequencies depend on the length. The keywords are those of `base_arguments`."""
+    rotary = rotary_of(model.base_model)
+    if not rotary:
+        return nullcontext()
+    rows, length = shape
+    halves = 2 if kind == "block_diffusion" else 1
+    length //= halves
+    if document_lengths is not None:
+        placed = places(length, document_lengths)
+        document = placed.document.clamp(max=document_lengths.shape[1] - 1)
+        own = document_lengths.gather(1, document).where(placed.inside, 1)
+    elif lengths is not None:
+        own = lengths[:, None].expand(rows, length)
+    else:
+        return rotary.fixed(length)
+    return rotary.fixed_for_each(own.repeat(1, halves))
 
 
 @torch.compiler.disable

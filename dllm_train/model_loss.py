@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from dllm_kernels.models.nested_patch import nested_patch
-from dllm_train.attention_masks import base_arguments, copied
+from dllm_train.attention_masks import base_arguments, copied, rotated_by_length
 from dllm_train.last_layer import cut_last_layer
 from dllm_train.mask_check import refuse_models_without_masks
 from dllm_train.vocabulary_head import Certainty, GivenStates, RowLosses, given, head_losses, with_base
@@ -180,7 +180,7 @@ def _losses(model: PreTrainedModel, input_ids: Tensor, rows: MaskedRows) -> tupl
     refuse_models_without_masks(model)
     shorter = rows.outputs < input_ids.shape[1]
     context, keywords = cut_last_layer(model.base_model, rows.outputs if shorter else None)
-    with context:
+    with context, rotated_by_length(model, input_ids.shape, **rows.attention):
         output = model.base_model(**arguments, **keywords)
     hidden = output.last_hidden_state
     row, source, targets, weights = (

@@ -2,7 +2,7 @@
 
 transformers picks their frequencies in every forward from its largest position, and dynamic NTK scaling
 remembers the longest one. A forward over cached keys, or over several rows, would mix frequencies. Sampling
-fixes them in every step to those of a row's whole canvas.
+fixes them in every step to those of a row's whole canvas, and losses to those of each row or packed document.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _FIXED = "fixed"  # a rope_type that transformers does not update
 
@@ -63,6 +64,53 @@ class LengthDependentRotary:
                 for part, state in zip(parts, before, strict=True):
                     vars(part).clear()
                     vars(part).update(state)
+
+    @contextmanager
+    def fixed_for_each(self, lengths: Tensor) -> Iterator[None]:
+        """Rotate every token as for the length of its own sequence. lengths: int64 [B, S], of each token."""
+        longest = {self.scaling_of(length): length for length in lengths.unique().tolist()}
+        if len(longest) == 1:
+            with self.fixed(*longest.values()):
+                yield
+            return
+        numbers = {scaling: number for number, scaling in enumerate(longest)}
+        choice = torch.tensor([numbers[self.scaling_of(n)] for n in lengths.flatten().tolist()])
+        choice = choice.view(lengths.shape)
+        with self._lock:
+            parts = [part() for part, _ in self._parts]
+            for part in parts:
+                copies = [_fixed_copy(part, length) for length in longest.values()]
+                part.forward = partial(_chosen_rotation, copies, choice)
+            try:
+                yield
+            finally:
+                for part in parts:
+                    del part.forward
+
+
+_rotaries: weakref.WeakKeyDictionary[nn.Module, LengthDependentRotary] = weakref.WeakKeyDictionary()
+
+
+def rotary_of(model: nn.Module) -> LengthDependentRotary:
+    """Return the length-dependent rotary modules of `model`, found once."""
+    if model not in _rotaries:
+        _rotaries[model] = LengthDependentRotary(model)
+    return _rotaries[model]
+
+
+def _chosen_rotation(copies: list[nn.Module], choice: Tensor, *arguments, **options):
+    """Return what a rotary module returns, per token that of one of its `copies`. choice: int64 [B, S]."""
+    rotations = [copy(*arguments, **options) for copy in copies]
+
+    def chosen(tables: Sequence[Tensor]) -> Tensor:
+        table, number = tables[0], choice.to(tables[0].device)[..., None]
+        for other in range(1, len(tables)):
+            table = torch.where(number == other, tables[other], table)
+        return table
+
+    if isinstance(rotations[0], Tensor):
+        return chosen(rotations)
+    return tuple(map(chosen, zip(*rotations, strict=True)))
 
 
 def _rope_types(module: nn.Module | None) -> dict[str | None, str]:

@@ -37,6 +37,8 @@ CASES = [
     ("llama", "dllm", "token"),
     ("llama", "dllm", "sequence"),
     ("llama", "dllm", "batch"),
+    ("llama-longrope", "dllm", "token"),
+    ("llama-dynamic", "sdpa", "token"),
     ("gpt2", "dllm", "token"),
     ("gemma3", "eager", "token"),
     ("gemma3", "dllm", "token"),
@@ -73,6 +75,35 @@ def test_packed_documents_equal_documents_alone(name, attention, norm, objective
     largest = max(float(g.abs().max()) for g in expected.values())
     for parameter, gradient in gradients(packed).items():
         torch.testing.assert_close(gradient, expected[parameter], rtol=1e-3, atol=2e-5 * largest)
+
+
+@pytest.mark.parametrize("name", ["llama-longrope", "llama-dynamic"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_sequence_is_rotated_by_its_own_length(name, packed):
+    """transformers takes the frequencies of a forward from its largest position."""
+    if packed:
+        pieces, layout = PIECES, {"document_lengths": DOCUMENTS}
+    else:
+        pieces, layout = [(0, 0, 12), (1, 0, 3)], {"lengths": torch.tensor([12, 3])}
+    model = tiny(name)
+    with torch.no_grad():
+        found = mdlm_loss(model, IDS, mask_id=MASK, noise=NOISE, **layout).ce
+        expected = []
+        for row, start, end in pieces:
+            masked, ids = (table[row : row + 1, start:end] for table in (NOISE.masked, IDS))
+            sees_all = torch.ones(1, 1, end - start, end - start, dtype=torch.bool)
+            logits = tiny(name)(ids.masked_fill(masked, MASK), attention_mask=sees_all).logits[masked]
+            expected.append(torch.nn.functional.cross_entropy(logits, ids[masked], reduction="none"))
+    torch.testing.assert_close(found, torch.cat(expected))
+
+
+def test_checkpointed_layers_are_rotated_alike():
+    model, checkpointed = tiny("llama-longrope"), tiny("llama-longrope").train()
+    checkpointed.gradient_checkpointing_enable()
+    for one in (model, checkpointed):
+        mdlm_loss(one, IDS, mask_id=MASK, noise=NOISE, document_lengths=DOCUMENTS).loss.backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradients(checkpointed)[name], gradient)
 
 
 @pytest.mark.parametrize("stratified", [False, True])

@@ -12,9 +12,17 @@ _DECODER = _SIZES | dict(num_key_value_heads=1, head_dim=8)
 _ENCODER = _SIZES | dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 _TWO_KINDS = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=3)
 
+_LONG_ROPE = dict(
+    rope_type="longrope", rope_theta=100.0, short_factor=[1.0] * 4, long_factor=[4.0] * 4, factor=4.0,
+    original_max_position_embeddings=4,
+)  # fmt: skip
+_DYNAMIC_ROPE = dict(rope_type="dynamic", rope_theta=100.0, factor=4.0)
+
 # (architecture, entries of its config)
 MODELS = {
     "llama": ("Llama", _DECODER),
+    "llama-longrope": ("Llama", _DECODER | dict(rope_parameters=_LONG_ROPE)),
+    "llama-dynamic": ("Llama", _DECODER | dict(rope_parameters=_DYNAMIC_ROPE, max_position_embeddings=4)),
     "qwen2": ("Qwen2", _DECODER),
     "qwen2-windows": ("Qwen2", _DECODER | _TWO_KINDS | dict(use_sliding_window=True)),
     "qwen3": ("Qwen3", _DECODER | dict(tie_word_embeddings=True)),
