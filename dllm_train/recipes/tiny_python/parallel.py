@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 -m dllm_train.recipes.tiny_python.parallel --model FOLDER --output DIR
 
-The recipe parallel_decoding on the recipe's own corpus, with Muon and with single additions in every step.
-Then it exports to --export, measures and writes the model card.
+The recipe parallel_decoding on the recipe's own corpus, with Muon and with single additions in every step and
+in the end. Then it exports to --export, measures and writes the model card.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import distributed
 
@@ -27,6 +28,7 @@ from dllm_train.recipes.tiny_python.muon import Muon
 
 ARITHMETIC_SHARE = 0.06
 ADDITIONS = 24  # of a step, in all processes
+REPEATED_STEPS, REPEATED_RATE = 60, 2e-5  # of additions alone, in the end
 MUON_RATE = 10  # times the rate of AdamW, which trains the embedding and the norms
 
 
@@ -46,6 +48,15 @@ def additions_loss(model, tokenizer, block_size: int, count: int, rng) -> torch.
         model, ids, labels, mask_id=tokenizer.mask_token_id, seed=int(rng.integers(2**31)), eps=0.3,
         loss_weight_type="uniform", bar_mask_token=True,
     ).loss  # fmt: skip
+
+
+def repeat_additions(model, tokenizer, block_size: int, seed: int) -> None:
+    """Train on additions alone for a moment: a mix of two models' weights has forgotten some carries."""
+    rng, optimizer = np.random.default_rng([seed, 3]), torch.optim.AdamW(model.parameters(), lr=REPEATED_RATE)
+    for _ in range(REPEATED_STEPS):
+        optimizer.zero_grad(set_to_none=True)
+        additions_loss(model, tokenizer, block_size, 4 * ADDITIONS, rng).backward()
+        optimizer.step()
 
 
 def optimizers(model, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -80,8 +91,9 @@ def main(arguments: list[str] | None = None):
     rows = data.Rows(encoded, tokenizer, seed=settings.seed, arithmetic_share=ARITHMETIC_SHARE)
     processes = distributed.get_world_size() if distributed.is_initialized() else 1
 
+    block_size = model.config.diffusion["block_size"]
+
     def additions(rng):
-        block_size = model.config.diffusion["block_size"]
         return 0.3 * additions_loss(model, tokenizer, block_size, ADDITIONS // processes, rng)
 
     judge = dk.load(options.judge or options.model, dtype=torch.float32, fused=True)[0]
@@ -94,8 +106,9 @@ def main(arguments: list[str] | None = None):
         if rank > 0:
             end_process()
         distributed.destroy_process_group()
+    repeat_additions(model, tokenizer, block_size, settings.seed)
     folder = options.export or options.output / "export"
-    export(model, tokenizer, folder, model.config.diffusion["block_size"])
+    export(model, tokenizer, folder, block_size)
     if not options.no_evaluation:
         summary = training_summary(options.output / "log.jsonl") | {"init": before}
         write_evaluation(folder, evaluate(folder, summary, sources=options.sources))
