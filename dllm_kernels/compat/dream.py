@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,9 @@ from dllm_kernels.compat.tensors import (
     prompt_lengths,
     replayed,
 )
-from dllm_kernels.sampling.plan import model_with_diffusion
+from dllm_kernels.sampling.api import prompt_rows
+from dllm_kernels.sampling.config import SampleConfig
+from dllm_kernels.sampling.plan import make_plan, model_with_diffusion
 from dllm_kernels.sampling.schedules import dream_quota, dream_schedule
 
 
@@ -45,8 +47,8 @@ def diffusion_generate(
 
     generation_logits_hook_func(step, x, logits [B, T, V]) returns the logits to use, and
     generation_tokens_hook_func(step, x, logits) the tokens to continue with; it is also called before the
-    first step, with None for step and logits. With hooks every step is a forward over whole canvases;
-    without, only steps that commit something are.
+    first step, with None for step and logits. With hooks, which bidirectional models take, every step is a
+    forward over whole canvases; without, only steps that commit something are.
     """
     attention_mask = kwargs.pop("attention_mask", None)
     logits_hook = kwargs.pop("generation_logits_hook_func", None)
@@ -54,20 +56,19 @@ def diffusion_generate(
     option = read_options(DEFAULTS, generation_config, kwargs)
     inputs, attention_mask = expanded(inputs, attention_mask, option["num_return_sequences"])
     new_tokens = length_of_completion(model, inputs, option, "max_length" in kwargs)
-    if logits_hook is not None or tokens_hook is not None:
-        history = _with_hooks(
-            model, inputs, attention_mask, new_tokens, option, tokens_hook or same_tokens,
-            logits_hook or same_logits,
-        )  # fmt: skip
-        return returned(history[-1], history[1:], option)
     temperature, mask_id = option["temperature"] or 0.0, option["mask_token_id"]
-    output = dk.sample(
-        model, inputs, attention_mask=attention_mask, max_new_tokens=new_tokens, block_size=new_tokens,
-        temperature=temperature, top_p=option["top_p"], top_k=option["top_k"], mask_id=mask_id,
-        seed=drawn_seed(_draws(option)),
+    settings = dict(
+        max_new_tokens=new_tokens, block_size=new_tokens, temperature=temperature, top_p=option["top_p"],
+        top_k=option["top_k"], mask_id=mask_id, seed=drawn_seed(_draws(option)),
         **parity_at_zero(temperature, "dream", dict(schedule="dream", cache="none", stop_on_eos=False)),
         **_rule(option),
     )  # fmt: skip
+    if logits_hook is not None or tokens_hook is not None:
+        plan = make_plan(model, None, None, settings)
+        hooked = Hooked(plan, tokens_hook or same_tokens, logits_hook or same_logits, _quotas(plan.config))
+        history = _with_hooks(hooked, inputs, attention_mask, new_tokens)
+        return returned(history[-1], history[1:], option)
+    output = dk.sample(model, inputs, attention_mask=attention_mask, **settings)
     given = prompt_lengths(inputs, attention_mask)
     sequences = beside_prompt(inputs, given, output.sequences, new_tokens)
     unmask_step = beside_prompt(torch.full_like(inputs, -1), given, output.unmask_step, new_tokens)
@@ -145,24 +146,27 @@ def _confidence(alg: str) -> str:
     return confidence_of("alg", alg, "maskgit_plus", "topk_margin", "entropy")
 
 
-def _with_hooks(model, inputs, attention_mask, new_tokens, option, tokens_hook, logits_hook) -> list[Tensor]:
-    model, diffusion = model_with_diffusion(model)
-    steps, eps = option["steps"], option["eps"]
-    mask_id = diffusion.mask_id if option["mask_token_id"] is None else option["mask_token_id"]
-    temperature = option["temperature"] or 0.0
-    lengths = prompt_lengths(inputs, attention_mask).to(inputs.device) + new_tokens
-    if option["alg"] == "origin":
-        rule = dk.Rule.bernoulli(steps, eps=eps)
-    else:
-        rule = dk.Rule.quota(confidence=_confidence(option["alg"]), alg_temp=option["alg_temp"] or 0.0)
-    hooked = Hooked(
-        model, tokens_hook, logits_hook,
-        lambda step, masks: torch.tensor([dream_quota(int(n), step, steps, eps) for n in masks]),
-        rule, mask_id, diffusion.shift,
-        dict(
-            temperature=temperature, seed=drawn_seed(_draws(option)),
-            top_p=option["top_p"], top_k=option["top_k"], confidence_temperature=temperature or 1.0,
-        ),
-    )  # fmt: skip
-    masks = inputs.new_full((len(inputs), new_tokens), mask_id)
-    return hooked.fill(torch.cat([inputs, masks], dim=1), lengths, steps)
+def _quotas(config: SampleConfig) -> Callable[[int, Tensor], Tensor]:
+    """Return how many of a row's masks each step commits."""
+
+    def quotas(step: int, masks: Tensor) -> Tensor:
+        due = [dream_quota(count, step, config.steps, config.eps) for count in masks.tolist()]
+        return torch.tensor(due, device=masks.device)
+
+    return quotas
+
+
+def _with_hooks(
+    hooked: Hooked, inputs: Tensor, attention_mask: Tensor | None, new_tokens: int
+) -> list[Tensor]:
+    """Return the canvases before and after every step."""
+    plan = hooked.plan
+    rows = prompt_rows(plan, inputs, attention_mask, None)
+    if attention_mask is not None and not attention_mask[:, -1].all():
+        raise ValueError(
+            "with hooks attention_mask must pad inputs on the left, and its last column has zeros"
+        )
+    given = torch.tensor([len(row) for row in rows])
+    plan.check_positions(given, given + new_tokens)
+    masks = inputs.new_full((len(inputs), new_tokens), plan.mask_id)
+    return hooked.fill(torch.cat([inputs, masks], dim=1), given + new_tokens, plan.config.steps)

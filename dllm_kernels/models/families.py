@@ -148,15 +148,18 @@ def is_masked_lm(model) -> bool:
     return type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
 
 
-def diffusion_of(model, *, head: bool = True) -> Diffusion:
+def diffusion_of(model, *, head: bool = True, attention: str | None = None) -> Diffusion:
     """Return the sampling facts of `model`, a transformers model.
 
     head: whether its head must be plain; if not, callers make logits as the model does, and `head` is ().
+    attention: the kind to sample with, in place of the config's.
     """
     config, text = model.config, model.config.get_text_config()  # of a multimodal model, its language part's
     # A model in memory runs as it is, whatever its type; its own forward shows whether its head is plain.
     family = FAMILIES.get(config.model_type) or Family(config.model_type, head=())
     entry = diffusion_entry(config, family)
+    if attention is not None:
+        entry["attention"] = [attention]
     if not entry["attention"]:
         raise ValueError(
             f"this {config.model_type} model is not marked as a diffusion model: its config has no "

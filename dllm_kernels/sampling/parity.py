@@ -123,8 +123,7 @@ class Parity:
         canvases, whose width this is.
         """
         within, quota = self._within_quota(rule, exact), self._quota(frame, listed, rule, exact)
-        drawn = rule.alg_temp > 0 or rule.confidence == "random"
-        if self.ranked_by_topk is not None and not drawn and (rule.name == "quota" or within):
+        if self.ranks_by_topk(rule, within):
             listed = self._taken_by_topk(frame, listed, stats, rule, quota, ends[frame.rows], width)
         accepted = accept(listed, rule, None if within else quota)
         if self.factor_takes_all and rule.name == "factor":
@@ -132,6 +131,11 @@ class Parity:
             left &= left.sum(1, keepdim=True) == 1
             accepted |= accept(left, Rule.quota(), 1)
         return accepted
+
+    def ranks_by_topk(self, rule: Rule, within_quota: bool = False) -> bool:
+        """Return whether torch.topk says which positions a quota takes."""
+        drawn = rule.alg_temp > 0 or rule.confidence == "random"
+        return self.ranked_by_topk is not None and not drawn and (rule.name == "quota" or within_quota)
 
     def _within_quota(self, rule: Rule, exact: bool) -> bool:
         return self.threshold_within_quota and exact and rule.name == "threshold"
@@ -164,8 +168,7 @@ class Parity:
         pad = width - end if self.ranked_by_topk == "left" else torch.zeros_like(end)
         low = torch.where(first > 0, first + pad, 0).tolist()
         high = torch.where(last < end, last + pad, width).tolist()
-        surest = {"prob": stats.prob, "margin": stats.margin, "entropy": -stats.entropy}
-        confidence = surest[rule.confidence].view_as(listed).masked_fill(~listed, -torch.inf)
+        confidence = confidence_of(stats, rule).view_as(listed).masked_fill(~listed, -torch.inf)
         column = frame.window + pad[:, None]
         ranked = confidence.new_full((len(listed), width + listed.shape[1]), -torch.inf)
         ranked = ranked.scatter_(1, column, confidence).cpu()
@@ -174,6 +177,11 @@ class Parity:
             some = ranked[row, low[row] : high[row]]
             taken[row, low[row] + some.topk(min(most, len(some))).indices] = True
         return listed & taken.to(listed.device).gather(1, column)
+
+
+def confidence_of(stats: TokenStats, rule: Rule) -> Tensor:
+    """Return what a rule that draws nothing ranks candidates by, float32 [N]."""
+    return {"prob": stats.prob, "margin": stats.margin, "entropy": -stats.entropy}[rule.confidence]
 
 
 NONE = Parity(mask_in_softmax=False)

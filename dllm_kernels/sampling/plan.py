@@ -122,15 +122,20 @@ def device_of(model) -> torch.device:
     return torch.device("cpu") if weight is None else weight.device
 
 
-def make_plan(model, tokenizer, config: SampleConfig | None, overrides: dict) -> Plan:
-    """Check a model against its options; what can be refused is refused here."""
+def make_plan(
+    model, tokenizer, config: SampleConfig | None, overrides: dict, *, attention: str | None = None
+) -> Plan:
+    """Check a model against its options; what can be refused is refused here.
+
+    attention: the kind to sample a transformers model with, in place of its config's.
+    """
     if tokenizer is not None:
         check_tokenizer(tokenizer)
     if config is not None and not isinstance(config, SampleConfig):
         raise TypeError(f"config is a {type(config).__name__}; it must be a dk.SampleConfig")
     if unknown := overrides.keys() - {field.name for field in fields(SampleConfig)}:
         raise TypeError(f"{min(unknown)!r} is not an option; dk.SampleConfig lists them")
-    model, diffusion = model_with_diffusion(model)
+    model, diffusion = model_with_diffusion(model, attention)
     hooked = is_transformers_model(model)
     traits = traits_of(model, diffusion) if hooked else None
     if config is not None:
@@ -164,16 +169,17 @@ def make_plan(model, tokenizer, config: SampleConfig | None, overrides: dict) ->
     return Plan(model, runner, diffusion, config, mask_id, eos_ids)
 
 
-def model_with_diffusion(model) -> tuple[object, Diffusion]:
+def model_with_diffusion(model, attention: str | None = None) -> tuple[object, Diffusion]:
     """Return the transformers model in `model`, or the callable that it is, and how that samples.
 
+    attention: as of `make_plan`.
     TypeError if it is neither; ValueError as of `unwrapped` and `diffusion_of`, and for weights that our
     attention cannot run in.
     """
     model = unwrapped(model)
     if is_transformers_model(model):
         _check_weights(model)
-        return model, diffusion_of(model)
+        return model, diffusion_of(model, attention=attention)
     if not callable(model):
         raise TypeError(f"model is a {type(model).__name__}; give a transformers model or a callable")
     return model, _ANY_CALLABLE

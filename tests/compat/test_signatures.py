@@ -1,9 +1,11 @@
 """The originals' signatures and return types, hooks and refusals; tokens are in test_golden.py."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 import dllm_kernels as dk
 from dllm_kernels.compat import dllm, dream, fast_dllm, llada
@@ -149,6 +151,100 @@ def test_hooks_see_every_step_of_padded_prompts(model):
     assert torch.equal(hooked, plain) and steps == [None, *range(12)]
 
 
+NOISY = (
+    dict(temperature=0.7),
+    dict(temperature=0.7, top_p=0.9),
+    dict(temperature=1.3, top_k=20, alg_temp=0.3),
+)
+
+
+@pytest.mark.parametrize("alg", ["origin", "maskgit_plus", "topk_margin", "entropy"])
+def test_hooks_that_change_nothing(model, alg):
+    """The tokens are those without hooks, for every alg, with noise, and padded."""
+    (long, short) = prompts_of(6, 2)
+    padded = torch.tensor([long, [EOS] * 4 + short])
+    real = torch.tensor([[1] * 6, [0] * 4 + [1] * 2])
+    for drawn in (dict(), *NOISY):
+        options = dict(max_new_tokens=8, steps=12, alg=alg, attention_mask=real, **drawn)
+        found = []
+        for hook in (None, dream.same_logits):
+            torch.manual_seed(3)
+            found.append(dream.diffusion_generate(model, padded, generation_logits_hook_func=hook, **options))
+        assert torch.equal(*found)
+
+
+def test_hooks_that_change_nothing_among_equals():
+    """Tokens that are equally sure are ranked alike."""
+
+    def model(ids):
+        return torch.zeros(*ids.shape, 8).index_fill(2, torch.tensor([3]), 1.0)
+
+    histories = [
+        dream.diffusion_generate(
+            model, torch.tensor([[1, 2]]), max_new_tokens=64, steps=16, mask_token_id=7, alg="entropy",
+            output_history=True, return_dict_in_generate=True, generation_logits_hook_func=hook,
+        ).history
+        for hook in (None, dream.same_logits)
+    ]  # fmt: skip
+    assert all(map(torch.equal, *histories))
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "block_causal"])
+def test_hooks_that_change_nothing_in_a_dllm_sampler(attention):
+    sampler = dllm.DreamSampler(tiny_model(attention=attention))
+    for drawn in (dict(temperature=0.0), dict(temperature=0.7, stochastic_transfer=True), *NOISY):
+        options = dict(alg="entropy", steps=5, max_new_tokens=8) | drawn
+        found = []
+        for hook in ({}, dict(generation_logits_hook_func=lambda step, x, logits: logits)):
+            torch.manual_seed(3)
+            found.append(sampler.sample(prompts_of(3, 5), **options, **hook))
+        assert torch.equal(*found)
+
+
+def test_hooks_refuse_what_they_refuse_without(model):
+    options = dict(max_new_tokens=4, steps=4, alg="entropy", generation_logits_hook_func=dream.same_logits)
+    prompt = torch.tensor(prompts_of(4, 4))
+    for mask, said in (
+        ([1, 1, 0, 0], "must pad inputs on the left"),
+        ([1, 0, 1, 1], "has zeros between ones"),
+        ([-1e9, 0, 0, 0], "must hold 1 for tokens and 0 for padding"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            dream.diffusion_generate(model, prompt, attention_mask=torch.tensor([mask, [1] * 4]), **options)
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM is block-causal; leave the hooks out"):
+        dream.diffusion_generate(tiny_model(), prompt, **options)
+    with pytest.raises(ValueError, match=r"steps must lie in 1\.\.1000000, got 0"):
+        dream.diffusion_generate(model, prompt, **options | dict(steps=0))
+    with pytest.raises(ValueError, match="row 0 needs 304 positions"):
+        dream.diffusion_generate(model, prompt, **options | dict(max_new_tokens=300))
+    with pytest.raises(ValueError, match=r"prompts\[0\] holds id 6.."):
+        dream.diffusion_generate(model, prompt + 500, **options)
+    config = MambaConfig(
+        vocab_size=120,
+        hidden_size=16,
+        num_hidden_layers=1,
+        state_size=4,
+        diffusion={"attention": ["bidirectional"]},
+    )
+    with pytest.raises(ValueError, match="has no attention"):
+        dream.diffusion_generate(MambaForCausalLM(config).eval(), prompt, mask_token_id=MASK, **options)
+
+
+@pytest.mark.parametrize(
+    "hook", [lambda *_: None, lambda step, x, logits: logits[:, :-1], lambda step, x, logits: logits.double()]
+)
+def test_a_hook_gives_what_it_was_given(model, prompt, hook):
+    options = dict(max_new_tokens=4, steps=4, alg="entropy")
+    with pytest.raises(
+        TypeError, match=r"the logits hook gave a .*; it must give a torch.float32 Tensor \[2,"
+    ):
+        dream.diffusion_generate(model, prompt, generation_logits_hook_func=hook, **options)
+    with pytest.raises(TypeError, match=r"the tokens hook gave a .*; it must give a torch.int64 Tensor \[2,"):
+        dream.diffusion_generate(
+            model, prompt, generation_tokens_hook_func=lambda step, x, logits: x.float(), **options
+        )
+
+
 def test_dream_counts_its_length_as_there(model):
     """The default max_length is one of new tokens; one that is given counts the prompt."""
     prompt = torch.tensor(prompts_of(6))
@@ -226,6 +322,26 @@ def test_dllm_samplers_leave_the_model_as_it_was():
     before = dict(model.config.diffusion)
     dllm.BD3LMSampler(model).sample(prompts_of(5), max_new_tokens=8, block_size=8, steps=8)
     assert model.config.diffusion == before
+
+
+def test_dllm_samplers_leave_other_threads_alone():
+    """While MDLM is in a forward of a block-causal model, others sample it under its own attention."""
+    model, found = tiny_model(num_hidden_layers=1), []
+
+    def tokens():
+        return dk.sample(model, prompts_of(5), max_new_tokens=8).sequences
+
+    def meanwhile(*_):
+        handle.remove()
+        other = threading.Thread(target=lambda: found.append(tokens()))
+        other.start()
+        other.join(60)
+
+    alone = tokens()
+    handle = model.model.layers[0].register_forward_pre_hook(meanwhile)
+    whole = dllm.MDLMSampler(model).sample(prompts_of(5), max_new_tokens=8, steps=8)
+    assert torch.equal(found[0], alone) and not torch.equal(whole, alone)
+    assert torch.equal(dllm.MDLMSampler(model).sample(prompts_of(5), max_new_tokens=8, steps=8), whole)
 
 
 SEEDED = {

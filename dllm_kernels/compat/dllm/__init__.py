@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-import dllm_kernels as dk
 from dllm_kernels.compat.dllm.configs import (
     BaseSamplerConfig,
     BaseSamplerOutput,
@@ -23,12 +22,13 @@ from dllm_kernels.compat.dllm.configs import (
     FastdLLMLLaDASamplerConfig,
     MDLMSamplerConfig,
 )
-from dllm_kernels.compat.dllm.sampler import Sampler, attending, left_of
+from dllm_kernels.compat.dllm.sampler import Sampler, given_canvases, left_of
 from dllm_kernels.compat.hooks import Hook, Hooked, same_logits, same_tokens
 from dllm_kernels.compat.llada import check_steps
 from dllm_kernels.compat.tensors import confidence_of, stacked
-from dllm_kernels.models.wrappers import unwrapped
-from dllm_kernels.sampling.plan import device_of
+from dllm_kernels.sampling.api import prompt_rows
+from dllm_kernels.sampling.plan import Plan
+from dllm_kernels.sampling.prompts import Canvases, completions
 from dllm_kernels.sampling.schedules import dream_schedule
 
 __all__ = [
@@ -134,8 +134,9 @@ class DreamSampler(Sampler):
         option = self._settled(config, kwargs)
         prompts = self._begun(inputs, option)
         new_tokens = self._new_tokens(option, max(map(len, prompts)))
-        canvases = [prompt + [self._mask_id] * new_tokens for prompt in prompts]
-        return self._hooked(canvases, option, generation_tokens_hook_func, generation_logits_hook_func)
+        plan = self._plan(self._settings(option, new_tokens) | dict(max_new_tokens=new_tokens))
+        rows = completions(prompt_rows(plan, prompts, None, None), plan)
+        return self._hooked(plan, rows, option, generation_tokens_hook_func, generation_logits_hook_func)
 
     def infill(
         self,
@@ -150,7 +151,9 @@ class DreamSampler(Sampler):
             return super().infill(inputs, config, **kwargs)
         option = self._settled(config, kwargs)
         canvases = self._begun(inputs, option)
-        return self._hooked(canvases, option, generation_tokens_hook_func, generation_logits_hook_func)
+        plan = self._plan(self._settings(option, max(1, *map(len, canvases))))
+        rows = given_canvases(plan, canvases)
+        return self._hooked(plan, rows, option, generation_tokens_hook_func, generation_logits_hook_func)
 
     def _begun(self, inputs, option: SimpleNamespace) -> list[list[int]]:
         return [row.tolist() if isinstance(row, Tensor) else list(row) for row in inputs]
@@ -162,27 +165,18 @@ class DreamSampler(Sampler):
             cfg_scale=getattr(option, "cfg_scale", 0.0),
         )  # fmt: skip
 
-    def _hooked(self, canvases: list[list[int]], option: SimpleNamespace, tokens: Hook, logits: Hook):
-        lengths = torch.tensor([len(canvas) for canvas in canvases])
-        canvas = stacked(canvases, int(lengths.max()), self._end_token, "left")
-        config = dk.SampleConfig(**self._settings(option, int(lengths.max())))
-        masks = (canvas == self._mask_id).sum(1).tolist()
-        quotas = [config.quotas(count, 1, (row, 0)) for row, count in enumerate(masks)]
+    def _hooked(self, plan: Plan, rows: Canvases, option: SimpleNamespace, tokens: Hook, logits: Hook):
+        ids = [row[:end] for row, end in zip(rows.ids.tolist(), rows.end.tolist(), strict=True)]
+        canvas = stacked(ids, int(rows.end.max()), self._end_token, "left")
+        masks, starts = (row.count(plan.mask_id) for row in ids), rows.origin.tolist()
+        quotas = [
+            plan.config.quotas(count, 1, (row, start))
+            for row, (count, start) in enumerate(zip(masks, starts, strict=True))
+        ]
         steps = max(map(len, quotas))
-        due = torch.tensor([row + [0] * (steps - len(row)) for row in quotas])
-        model = unwrapped(self.model)
-        device = device_of(model)
-        hooked = Hooked(
-            model, tokens, logits, lambda step, masks: due[:, step].to(device), config.acceptance(),
-            self._mask_id, option.right_shift_logits,
-            dict(
-                temperature=config.temperature, seed=config.seed, top_p=config.top_p, top_k=config.top_k,
-                confidence_temperature=config.temperature or 1.0,
-            ),
-            config.cfg_scale, (canvas != self._mask_id).to(device),
-        )  # fmt: skip
-        with attending(self.model, self._attention):
-            histories = hooked.fill(canvas.to(device), lengths.to(device), steps)
+        due = torch.tensor([row + [0] * (steps - len(row)) for row in quotas], device=plan.device)
+        hooked = Hooked(plan, tokens, logits, lambda step, masks: due[:, step])
+        histories = hooked.fill(canvas, rows.end, steps)
         return BaseSamplerOutput(histories[-1], histories) if option.return_dict else histories[-1]
 
 
@@ -241,10 +235,10 @@ class FastdLLMDreamSampler(DreamSampler):
             settings |= dict(schedule="dream", eps=option.eps, stochastic=False)
         return settings
 
-    def _hooked(self, canvases, option: SimpleNamespace, tokens: Hook, logits: Hook):
+    def _hooked(self, plan: Plan, rows: Canvases, option: SimpleNamespace, tokens: Hook, logits: Hook):
         if _cache(option) != "none" or option.alg == "confidence_threshold":
             raise NotImplementedError("hooks need use_cache=None, and another alg than a threshold")
-        return super()._hooked(canvases, option, tokens, logits)
+        return super()._hooked(plan, rows, option, tokens, logits)
 
     def _returned(self, output, given: list[int], new_tokens: int, block_size: int, option: SimpleNamespace):
         lengths, steps = [length + new_tokens for length in given], {}

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType, SimpleNamespace
 
 import torch
 from torch import Tensor
 
-import dllm_kernels as dk
 from dllm_kernels.compat.dllm.configs import BaseSamplerConfig, BaseSamplerOutput
 from dllm_kernels.compat.tensors import drawn_seed, replayed, stacked
-from dllm_kernels.models.wrappers import is_transformers_model, unwrapped
-from dllm_kernels.sampling.plan import model_with_diffusion
+from dllm_kernels.sampling.api import prompt_rows, run
+from dllm_kernels.sampling.output import completion_output, infill_output
+from dllm_kernels.sampling.plan import Plan, make_plan, model_with_diffusion
+from dllm_kernels.sampling.prompts import Canvases, check_ids, completions, gaps, token_lists
 
 
 @dataclass
@@ -41,8 +40,9 @@ class Sampler:
         longest = max(map(len, prompts))
         new_tokens = self._new_tokens(option, longest)
         settings = self._settings(option, new_tokens)
-        with attending(self.model, self._attention):
-            output = dk.sample(self.model, prompts, max_new_tokens=new_tokens, **settings)
+        plan = self._plan(settings | dict(max_new_tokens=new_tokens))
+        rows = completions(prompt_rows(plan, prompts, None, None), plan)
+        output = completion_output(rows, run(plan, rows, stop_ids=plan.stop_ids), plan.eos_ids, None)
         given = [len(prompt) for prompt in prompts]
         return self._returned(output, given, new_tokens, settings["block_size"], option)
 
@@ -52,10 +52,15 @@ class Sampler:
         canvases = self._begun(inputs, option)
         length = max(1, *map(len, canvases))
         settings = self._settings(option, length)
-        with attending(self.model, self._attention):
-            output = dk.infill(self.model, canvases, **settings)
+        plan = self._plan(settings)
+        rows = given_canvases(plan, canvases)
+        output = infill_output(rows, rows.ids == plan.mask_id, run(plan, rows), None, [])
         lengths = [len(canvas) for canvas in canvases]
         return self._filled(output, [0] * len(lengths), lengths, length, settings["block_size"], option)
+
+    def _plan(self, settings: dict) -> Plan:
+        """Return the plan under this sampler's kind of attention; the model's config stays as it is."""
+        return make_plan(self.model, None, None, settings, attention=self._attention)
 
     @property
     def _end_token(self) -> int:
@@ -134,6 +139,15 @@ class Sampler:
         return BaseSamplerOutput(sequences, histories)
 
 
+def given_canvases(plan: Plan, canvases: list[list[int]]) -> Canvases:
+    """Return canvases that hold their masks already, checked."""
+    rows = token_lists("canvases", canvases, None, None)
+    check_ids("canvases", rows, plan.diffusion.vocab_size)
+    filled = gaps(rows, plan.fill)
+    plan.check_length(filled)
+    return filled
+
+
 def left_of(max_length: int, longest: int) -> int:
     """Return the new tokens that the longest prompt leaves."""
     if max_length <= longest:
@@ -150,22 +164,3 @@ def _is_cosine(scheduler) -> bool:
     if scheduler is not None and not name.lower().startswith(("linear", "cosine")):
         raise NotImplementedError(f"scheduler is {name}; allowed: a linear or a cosine one")
     return name.lower().startswith("cosine")
-
-
-@contextmanager
-def attending(model, kind: str) -> Iterator[None]:
-    """Sample `model` with this kind of attention within this context; a function has its own."""
-    model = unwrapped(model)
-    if not is_transformers_model(model):
-        yield
-        return
-    config = model.config
-    before = getattr(config, "diffusion", None)
-    config.diffusion = {**(before or {}), "attention": [kind]}
-    try:
-        yield
-    finally:
-        if before is None:
-            del config.diffusion
-        else:
-            config.diffusion = before
