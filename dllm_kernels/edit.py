@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dllm_kernels._arguments import integer
+from dllm_kernels.models.text import check_text, check_tokenizer
 from dllm_kernels.sampling.api import infill
 from dllm_kernels.sampling.config import SampleConfig
 from dllm_kernels.sampling.plan import make_plan
@@ -60,6 +61,8 @@ def propose(
     lines end as the others do. A text that is longer than the model's positions is cut at line borders.
     name: of the text in the diff and in errors. Other arguments are those of `dk.infill`.
     """
+    check_tokenizer(tokenizer)
+    check_text(name, text)
     lines = split_lines(text)
     first = integer("first", first, 1)
     last = integer("last", first if last is None else last, first)

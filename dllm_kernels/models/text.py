@@ -66,7 +66,11 @@ def text_ids(name: str, text: str, tokenizer, limit: int | None = None) -> list[
 
 
 def encode(name: str, text: str, tokenizer, special_tokens: bool = True) -> list[int]:
-    """Return the ids of `text`, with the tokenizer's special tokens around them or without."""
+    """Return the ids of `text`, with the tokenizer's special tokens around them or without.
+
+    ValueError as of `check_text`.
+    """
+    check_text(name, text)
     options = {} if special_tokens or not _takes_special_tokens(tokenizer) else {"add_special_tokens": False}
     encoding = tokenizer(text, **options)
     ids = encoding["input_ids"] if isinstance(encoding, Mapping) else getattr(encoding, "input_ids", encoding)

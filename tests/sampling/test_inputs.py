@@ -8,6 +8,8 @@ import torch
 import transformers
 
 import dllm_kernels as dk
+from dllm_kernels.edit import propose
+from dllm_kernels.models.text import encode
 from tests.sampling.tiny_models import MASK, tiny_model
 
 ONES = torch.ones(2, 3, dtype=torch.int64)
@@ -126,6 +128,14 @@ def test_half_characters_are_told_by_their_place():
             call()
     with pytest.raises(ValueError, match=r"canvases\[0\] holds the lone surrogate U\+D83D at character 5"):
         dk.infill(model, HALF, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"allowed\[\d+\] holds the lone surrogate U\+D83D at character 0"):
+        dk.infill(model, "x = <mask:1>", tokenizer=tokenizer, allowed=["\ud83d"])
+    with pytest.raises(ValueError, match=r"m.py holds the lone surrogate U\+D83D at character 7"):
+        propose(model, f"1\n{HALF}\n", 1, tokenizer=tokenizer, name="m.py")
+    with pytest.raises(TypeError, match="tokenizer is a NoneType; give a tokenizer"):
+        propose(model, "a\nb\n", 1, tokenizer=None)
+    with pytest.raises(ValueError, match=r"the request holds the lone surrogate U\+D83D at character 5"):
+        encode("the request", HALF, tokenizer, special_tokens=False)
 
 
 @pytest.mark.parametrize("generate", [dk.sample, dk.infill])
