@@ -108,8 +108,6 @@ def infill(
         )  # fmt: skip
     filled = gaps(rows, plan.fill, row_ids, draft, tokens)
     masked = filled.ids == plan.mask_id
-    if draft is not None:
-        gapped = []  # what was given may have changed: the ids say what stands
     return infill_output(filled, masked, run(plan, filled, on_round), tokenizer, gapped)
 
 

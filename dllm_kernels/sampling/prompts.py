@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -203,10 +204,15 @@ class GappedText:
     def completed(self, ids: list[int]) -> str:
         """Return the text with its gaps filled as in `ids`, the canvas `self.ids` without masks.
 
-        What is given stays as the user wrote it, whatever the tokenizer makes of it.
+        Parts whose ids are the given ones stay as the user wrote them, whatever the tokenizer makes of them.
         """
-        text, start = "", len(self.prefix)
-        for part, following in zip(self.parts, [*self.parts[1:], Part([], "")], strict=True):
+        parts, start = [], 0
+        for part in (Part(self.prefix, ""), *self.parts, Part(self.suffix, "")):
+            found = ids[start : start + len(part.ids)]
+            parts.append(part if found == part.ids else Part(found, None))
+            start += len(found)
+        text, start = "", 0
+        for part, following in pairwise([*parts, Part([], "")]):
             end = start + len(part.ids)
             if part.text is None:
                 text += self._filling(text, ids[:start], ids[start:end], following)

@@ -219,6 +219,15 @@ def test_a_draft_that_nothing_changes_costs_one_forward_a_block():
     assert (output.forwards, output.lengths.tolist()) == (1, [0])
 
 
+def test_a_draft_that_stays_keeps_its_special_tokens():
+    model, tokenizer = dk.load("tiny-python", attention="bidirectional")
+    end = tokenizer.eos_token
+    (text,) = dk.infill(
+        model, f"a{end} <mask:1> b", tokenizer=tokenizer, pinned=False, threshold=0.5, edit_threshold=1.0
+    ).texts
+    assert end and text.startswith(f"a{end}") and text.endswith(" b")
+
+
 @pytest.mark.parametrize(
     "pinned, options, error, says",
     [
