@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 import dllm_kernels as dk
+from dllm_kernels._arguments import integer
 from dllm_kernels.compat.hooks import Hooked, same_logits, same_tokens
 from dllm_kernels.compat.tensors import (
     beside_prompt,
@@ -96,6 +97,7 @@ def read_options(defaults: Mapping[str, object], config, kwargs: Mapping[str, ob
 def expanded(inputs: Tensor, attention_mask: Tensor | None, times: int) -> tuple[Tensor, Tensor | None]:
     """Repeat every row `times` times."""
     check_tokens("inputs", inputs)
+    times = integer("num_return_sequences", times, 1)
     if attention_mask is not None and attention_mask.shape != inputs.shape:
         raise ValueError(f"attention_mask is {list(attention_mask.shape)}, inputs is {list(inputs.shape)}")
     if attention_mask is not None:
@@ -106,8 +108,8 @@ def expanded(inputs: Tensor, attention_mask: Tensor | None, times: int) -> tuple
 def length_of_completion(model, inputs: Tensor, option: Mapping[str, object], said: bool) -> int:
     """Return max_new_tokens, else what max_length leaves; unless `said`, its default counts new tokens."""
     if option["max_new_tokens"] is not None:
-        return option["max_new_tokens"]
-    prompt, longest = inputs.shape[1], option["max_length"]
+        return integer("max_new_tokens", option["max_new_tokens"], 1)
+    prompt, longest = inputs.shape[1], integer("max_length", option["max_length"], 1)
     if not said and longest == DEFAULTS["max_length"]:
         most = model_with_diffusion(model)[1].max_positions
         longest += prompt

@@ -95,8 +95,9 @@ def diffusion_generate(model, inputs: Tensor | None = None, generation_config=No
         inputs, kwargs.get("attention_mask"), option["num_return_sequences"]
     )
     new_tokens = dream.length_of_completion(model, inputs, option, "max_length" in kwargs)
-    block_length = option["block_length"] if option["use_cache"] and option["block_length"] else new_tokens
-    check_steps(option["steps"], new_tokens, block_length)
+    block_length = option["block_length"] if option["use_cache"] else None
+    block_length = new_tokens if block_length is None else block_length
+    check_steps(option["steps"], new_tokens, block_length, length="max_new_tokens")
     rule = dict(confidence="entropy", alg_temp=option["alg_temp"] or 0.0)
     if by_threshold:
         rule = dict(threshold=option["threshold"])

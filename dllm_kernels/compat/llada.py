@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 import dllm_kernels as dk
+from dllm_kernels._arguments import integer
 from dllm_kernels.compat.tensors import (
     beside_prompt,
     check_tokens,
@@ -55,10 +56,17 @@ def generate(
     return beside_prompt(prompt, given, output.sequences, gen_length)
 
 
-def check_steps(steps: int, gen_length: int, block_length: int) -> None:
-    """Refuse blocks and steps that do not divide evenly, as LLaDA does."""
+def check_steps(
+    steps: int, gen_length: int, block_length: int, length: str = "gen_length", size: str = "block_length"
+) -> None:
+    """Refuse blocks and steps that do not divide evenly, as LLaDA does.
+
+    length, size: the names of gen_length and block_length in errors.
+    """
+    for name, value in (("steps", steps), (length, gen_length), (size, block_length)):
+        integer(name, value, 1)
     if gen_length % block_length:
-        raise ValueError(f"gen_length {gen_length} must be a multiple of block_length {block_length}")
+        raise ValueError(f"{length} {gen_length} must be a multiple of {size} {block_length}")
     blocks = gen_length // block_length
     if steps % blocks:
         raise ValueError(f"steps {steps} must be a multiple of the {blocks} blocks")

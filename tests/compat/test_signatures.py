@@ -50,6 +50,23 @@ def test_steps_that_do_not_come_out_even(model, prompt):
         llada.generate(model, prompt, gen_length=12, block_length=8)
     with pytest.raises(ValueError, match="steps 3 must be a multiple of the 2 blocks"):
         fast_dllm.generate(model, prompt, gen_length=16, block_length=8, steps=3)
+    for generate in (llada.generate, fast_dllm.generate, fast_dllm.generate_with_dual_cache):
+        for name in ("steps", "gen_length", "block_length"):
+            for value, error in ((0, ValueError), (-8, ValueError), (True, TypeError), (8.0, TypeError)):
+                with pytest.raises(error, match=f"{name} must"):
+                    generate(model, prompt, mask_id=MASK, **{name: value})
+    for generate in (dream.diffusion_generate, fast_dllm.diffusion_generate):
+        for name in ("steps", "max_new_tokens", "num_return_sequences", "max_length"):
+            for value, error in ((0, ValueError), (-8, ValueError), (True, TypeError), (8.0, TypeError)):
+                with pytest.raises(error, match=f"{name} must"):
+                    generate(model, prompt, alg="entropy", **{name: value})
+    with pytest.raises(ValueError, match="block_length must"):
+        fast_dllm.diffusion_generate(model, prompt, block_length=0)
+    for sampler in (dllm.MDLMSampler(model), dllm.BD3LMSampler(model), dllm.FastdLLMLLaDASampler(model)):
+        for name in ("steps", "max_new_tokens", "block_size"):
+            for value, error in ((-8, ValueError), (True, TypeError), (8.0, TypeError)):
+                with pytest.raises(error, match=f"{name} must"):
+                    sampler.sample([[1, 2]], **{name: value})
     with pytest.raises(NotImplementedError, match="remasking is 'best'"):
         llada.generate(model, prompt, remasking="best", mask_id=MASK)
 

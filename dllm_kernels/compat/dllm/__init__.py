@@ -231,7 +231,7 @@ class FastdLLMDreamSampler(DreamSampler):
         if by_threshold:
             settings |= dict(threshold=option.threshold, alg_temp=0.0)
         if cache != "none":
-            check_steps(option.steps, length, settings["block_size"])
+            check_steps(option.steps, length, settings["block_size"], "max_new_tokens", "block_size")
             settings |= dict(schedule="dream", eps=option.eps, stochastic=False)
         return settings
 

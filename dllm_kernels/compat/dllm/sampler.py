@@ -9,6 +9,7 @@ from types import MappingProxyType, SimpleNamespace
 import torch
 from torch import Tensor
 
+from dllm_kernels._arguments import integer
 from dllm_kernels.compat.dllm.configs import BaseSamplerConfig, BaseSamplerOutput
 from dllm_kernels.compat.tensors import drawn_seed, replayed, stacked
 from dllm_kernels.sampling.api import prompt_rows, run
@@ -87,11 +88,13 @@ class Sampler:
 
     def _settings(self, option: SimpleNamespace, length: int) -> dict:
         """Return options of `dk.sample` for completions, or canvases, of `length`."""
-        exact, size = option.temperature == 0, getattr(option, "block_size", None) or length
+        exact, size = option.temperature == 0, getattr(option, "block_size", None)
+        size = length if size is None else integer("block_size", size, 1)
+        steps = integer("steps", option.steps, 1)
         return dict(
             temperature=option.temperature, stochastic=option.stochastic_transfer,
             shift=option.right_shift_logits, block_size=size,
-            steps_per_block=math.ceil(option.steps / math.ceil(length / size)),
+            steps_per_block=math.ceil(steps / math.ceil(length / size)),
             schedule="dllm_cosine" if _is_cosine(self.scheduler) else "dllm",
             seed=drawn_seed(not exact or option.stochastic_transfer or _draws_positions(option)),
             mask_id=self._mask_id,
@@ -107,7 +110,7 @@ class Sampler:
 
     def _new_tokens(self, option: SimpleNamespace, longest: int) -> int:
         """Return max_new_tokens, or what max_length leaves the longest prompt."""
-        new_tokens = option.max_new_tokens
+        new_tokens = option.max_new_tokens and integer("max_new_tokens", option.max_new_tokens, 1)
         if not new_tokens and option.max_length is None:
             raise ValueError("max_new_tokens and max_length are None; give one of them")
         return new_tokens or left_of(option.max_length, longest)
@@ -150,7 +153,7 @@ def given_canvases(plan: Plan, canvases: list[list[int]]) -> Canvases:
 
 def left_of(max_length: int, longest: int) -> int:
     """Return the new tokens that the longest prompt leaves."""
-    if max_length <= longest:
+    if integer("max_length", max_length) <= longest:
         raise ValueError(f"max_length is {max_length}; the longest prompt has {longest} tokens already")
     return max_length - longest
 
