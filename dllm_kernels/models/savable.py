@@ -45,7 +45,7 @@ def refuse_unsavable(model: object) -> None:
     for name, tensor in state.items():
         if reason := _odd(tensor):
             raise ValueError(f"{name} of {described} is {reason}")
-    stock = skeleton(type(model), model.config, model.dtype)
+    stock = skeleton(type(model), model.config, torch.get_default_dtype())  # other threads keep theirs
     expect_quantized(stock, quantized_layers(model), quantized_kind(model))
     expected = stock.state_dict(keep_vars=True)
     if added := sorted(state.keys() - expected.keys()):
