@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from dllm_kernels.models.fused_layers import fuse_layers
 from dllm_kernels.models.gated_layers import gate_layers
 from dllm_kernels.models.grouped_layers import group_layers
 from dllm_kernels.models.incoming_layers import layers_to_store, receivers
+from dllm_kernels.models.nested_patch import nested_patch
 from dllm_kernels.models.quantization_config import QuantizationConfig, expect_quantized
 from dllm_kernels.models.safetensors_io import fill_weights, own_storages, plan_weights, write_weights
 from dllm_kernels.models.savable import refuse_unsavable
@@ -190,7 +192,7 @@ def save(
         quantization = quantization_of(model, None if own is None else own[1])
         if own is None:
             weights = own_storages(saved_state(model))
-            with _saved_by_any_process(model):
+            with nested_patch(("saved", id(model)), partial(_saved_by_any_process, model)):
                 model.save_pretrained(beside, state_dict=weights, max_shard_size=max_shard_size)
             more: dict[str, object] = {}
             if sees_whole_rows(model):  # for plain transformers, if the model was not loaded but marked

@@ -88,3 +88,14 @@ def test_threads_that_load_and_save(model, tmp_path, hasty):
     assert of_the_process() == expected
     weight = type(model)(model.config).lm_head.weight
     assert 0.5 < weight.std() / model.config.initializer_range < 2
+
+
+def test_threads_that_save_one_model(model, tmp_path, hasty):
+    def save(name):
+        for turn in range(4):
+            dk.save(model, None, tmp_path / f"{name}{turn}")
+
+    in_threads(lambda: save("best"), lambda: save("last"))
+    assert "should_save_on_this_rank" not in vars(model)
+    again, _ = dk.load(tmp_path / "last3", device="cpu")
+    assert all(torch.equal(again.state_dict()[name], weight) for name, weight in model.state_dict().items())
