@@ -50,7 +50,7 @@ def plan_weights(
                 unexpected.append(source)
             elif name in source_of:
                 mismatched.append(f"{source} and {source_of[name]} are both {name}")
-            elif reason := _misfit(tensor, state[name]):
+            elif reason := misfit(tensor, state[name]):
                 mismatched.append(f"{source} is {reason}")
             source_of[name] = source
     filled = {id(state[name]) for name in source_of.keys() & state.keys()}
@@ -172,7 +172,7 @@ def _parts(tensor: Tensor, names: tuple[str, ...], sizes: list[int]) -> dict[str
     return dict(zip(names, tensor.split(sizes), strict=True))
 
 
-def _misfit(tensor: Tensor, weight: Tensor) -> str | None:
+def misfit(tensor: Tensor, weight: Tensor) -> str | None:
     """Return why `tensor` cannot be read into `weight`; None if it can."""
     if tensor.shape != weight.shape:
         return f"{[*tensor.shape]}, not {[*weight.shape]}"

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dllm_kernels.models.empty_models import skeleton
 from dllm_kernels.models.quantization_config import expect_quantized
+from dllm_kernels.models.safetensors_io import misfit
 from dllm_kernels.models.saved_weights import copied_heads, quantized_kind, quantized_layers, saved_state
 
 # Wrappers by the name of their class -> what to save instead.
@@ -60,7 +61,7 @@ def refuse_unsavable(model: object) -> None:
             raise ValueError(
                 f"{name} of {described} is {[*tensor.shape]}, and {[*shape]} by its config; make them agree"
             )
-        if tensor.is_floating_point() != expected[name].is_floating_point():
+        if misfit(tensor, expected[name]):
             raise ValueError(
                 f"{name} of {described} is {tensor.dtype}, so it is quantized, which dk.load does not read; "
                 "dequantize the model first"

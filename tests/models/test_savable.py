@@ -107,6 +107,10 @@ CHANGES = {
         lambda m: setattr(m.lm_head, "weight", nn.Parameter(m.lm_head.weight.char(), requires_grad=False)),
         "lm_head.weight of this LlamaForCausalLM is torch.int8, so it is quantized",
     ),
+    "bytes": (
+        lambda m: setattr(m.lm_head, "weight", nn.Parameter(m.lm_head.weight.to(torch.float8_e4m3fn), False)),
+        "lm_head.weight of this LlamaForCausalLM is torch.float8_e4m3fn, so it is quantized",
+    ),
     "ties by hand": (
         lambda m: setattr(m.lm_head, "weight", m.model.embed_tokens.weight),
         "are one tensor, and its config does not tie them",
