@@ -24,7 +24,8 @@ from dllm_kernels import (
     linear_token_stats,
     token_stats,
 )
-from dllm_kernels.models.families import FAMILIES, head_modules
+from dllm_kernels.models.families import FAMILIES
+from dllm_kernels.models.head import head_modules, head_state, outside_base
 from dllm_kernels.models.merged_projections import is_plain_linear
 from dllm_kernels.ops.token_stats import TokenStats
 from dllm_train.sharding import is_sharded
@@ -165,11 +166,6 @@ class GivenStates:
         return getattr(self._base, name)
 
 
-def outside_base(model) -> list[nn.Module]:
-    """Return the modules of `model` besides its base model."""
-    return [child for name, child in model.named_children() if name != model.base_model_prefix]
-
-
 # ---- which heads are plain -----------------------------------------------------------------------------
 def _head(model) -> tuple:
     """Return the functions that should turn hidden states into logits, in turn."""
@@ -200,7 +196,7 @@ def _is_plain(model, modules: tuple, output) -> bool:
 
     Raises ValueError if logits are not made row by row from the states of the base model.
     """
-    state = _head_state(model, modules)
+    state = head_state(model, modules)
     tried, plain = _TRIED.get(model, (None, None))
     if tried == state:
         return plain
@@ -222,34 +218,6 @@ def _is_plain(model, modules: tuple, output) -> bool:
 
 # By model: the state of its head when it was tried, and whether it was plain. Holds no part of the model.
 _TRIED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def _head_state(model, modules: tuple) -> tuple:
-    """Return what determines the logits of `model`, besides the values of its weights.
-
-    That is its code, its modules, hooks and parameters outside the base model, and the numbers on them and in
-    the config, such as caps and scales.
-    """
-    own = [model, *(part for module in outside_base(model) for part in module.modules())]
-    return (
-        type(model).forward,
-        id(model.base_model),
-        tuple(map(id, modules)),
-        _numbers(model.config),
-        _numbers(model.config.get_text_config()),
-        tuple(map(_module_state, own)),
-    )
-
-
-def _module_state(module: nn.Module) -> tuple:
-    hooks = (*module._forward_hooks, *module._forward_pre_hooks)
-    parameters = tuple((id(p), type(p)) for p in module._parameters.values())
-    return id(module), type(module), hooks, "forward" in vars(module), parameters, _numbers(module)
-
-
-def _numbers(holder) -> tuple:
-    plain = (bool, int, float, str, type(None))
-    return tuple((name, value) for name, value in vars(holder).items() if isinstance(value, plain))
 
 
 def _holds_nothing_else(model, modules) -> bool:

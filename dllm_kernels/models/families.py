@@ -8,14 +8,12 @@ A row of the table fills in what the checkpoints of a line leave unsaid.
 
 from __future__ import annotations
 
-import inspect
-import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dllm_kernels.models import checkpoint_layouts as layouts
 from dllm_kernels.models.checkpoint_layouts import Layout
+from dllm_kernels.models.head import head_of
 
 ATTENTION = ("block_causal", "bidirectional")
 
@@ -186,7 +184,7 @@ def diffusion_of(model, *, head: bool = True, attention: str | None = None) -> D
         pad_id=_either("pad_token_id", config, text),
         vocab_size=text.vocab_size,
         max_positions=None if max_positions is None else max_positions - first_position,
-        head=_head(model, family) if head else (),
+        head=head_of(model, family) if head else (),
         first_position=first_position,
         chat=entry["chat"],
     )
@@ -248,78 +246,3 @@ def _either(name: str, *configs):
 def token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
     """Return token ids as a tuple; configs hold one, several or none."""
     return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
-
-
-def _head(model, family: Family) -> tuple[Callable, ...]:
-    return head_modules(model, family) if family.head else (_output_embeddings(model),)
-
-
-def head_modules(model, family: Family) -> tuple[Callable, ...]:
-    """Return the modules and functions of `model` that family.head names."""
-    from transformers.activations import ACT2FN
-
-    try:
-        return tuple(ACT2FN[name] if name in ACT2FN else model.get_submodule(name) for name in family.head)
-    except AttributeError:
-        kind = "AutoModelForMaskedLM" if family.masked_lm else "AutoModelForCausalLM"
-        raise ValueError(f"model is a {type(model).__name__}, without a head; load it with {kind}") from None
-
-
-# Models whose logits were verified to be output embeddings times the hidden states of the base model.
-_BARE_HEADS: weakref.WeakSet = weakref.WeakSet()
-_LOOKING = threading.Lock()
-
-
-def _output_embeddings(model):
-    """Return the head of a model without a row; refuse one that scales or caps logits."""
-    with _LOOKING:  # another thread's forward would come through the same hooks
-        if model not in _BARE_HEADS:
-            _refuse_more_than_embeddings(model)
-            _BARE_HEADS.add(model)
-    return model.get_output_embeddings()
-
-
-def _refuse_more_than_embeddings(model) -> None:
-    reason = _more_than_embeddings(model)
-    if reason is not None:
-        raise ValueError(
-            f"the logits of {type(model).__name__} are more than hidden states times output embeddings: "
-            f"{reason}. Sample it as a function of its ids, with the attention that it was trained for: "
-            'dk.sample(lambda ids: model(ids).logits, ..., cache="none")'
-        )
-
-
-def _more_than_embeddings(model) -> str | None:
-    """Return what else the forward of `model` does to logits; None: nothing."""
-    import torch
-
-    from dllm_kernels.models.shadow import shadow
-
-    model = shadow(model)
-    head, seen = model.get_output_embeddings(), {}
-    if head is None:
-        return "it names no output embeddings"
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    hooks = (
-        model.base_model.register_forward_hook(lambda _, inputs, output: seen.update(hidden=output[0])),
-        head.register_forward_hook(lambda _, inputs, output: seen.update(given=inputs[0], output=output)),
-    )
-    try:
-        with torch.no_grad():
-            logits = model(input_ids=torch.arange(2, device=model.device)[None], **options).logits
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        return f"its forward fails for two ids ({type(error).__name__}: {error})"
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if "hidden" not in seen:
-        return f"its forward does not call its base model, a {type(model.base_model).__name__}"
-    if "given" not in seen:
-        return "its forward does not call its output embeddings"
-    if not torch.equal(seen["given"], seen["hidden"]):
-        return "its hidden states are transformed before"
-    if not torch.equal(seen["output"].to(logits.dtype), logits):
-        return "they are scaled or capped"
-    return None

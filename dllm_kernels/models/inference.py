@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from dllm_kernels.models.attention import enable_attention
@@ -19,9 +20,34 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
 
     ValueError if its attention cannot be hooked.
     """
-    quiet = nested_patch(("evaluating", id(model)), partial(_evaluating, model))
-    with enable_attention(model), torch.no_grad(), quiet:
+    with enable_attention(model), torch.no_grad(), evaluating(model):
         yield
+
+
+def evaluating(model: nn.Module) -> AbstractContextManager:
+    """Return a context within which `model` runs without dropout."""
+    return nested_patch(("evaluating", id(model)), partial(_evaluating, model))
+
+
+@contextmanager
+def naming_outputs(model: PreTrainedModel) -> Iterator[None]:
+    """Make forwards of `model` return outputs with names, as they read from each other, whatever
+    config.return_dict says."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    with ExitStack() as named:
+        for key, config in configs.items():
+            named.enter_context(nested_patch(("return_dict", key), partial(_returning_dict, config)))
+        yield
+
+
+@contextmanager
+def _returning_dict(config) -> Iterator[None]:
+    before = config.return_dict
+    config.return_dict = True
+    try:
+        yield
+    finally:
+        config.return_dict = before
 
 
 @contextmanager

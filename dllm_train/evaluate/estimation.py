@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from dllm_kernels._arguments import integer
 from dllm_kernels.models.families import Diffusion, diffusion_of
+from dllm_kernels.models.head import refuse_changed_logits
 from dllm_kernels.models.inference import inference
 from dllm_kernels.models.wrappers import is_transformers_model, unwrapped
 from dllm_train.evaluate.decoding_order import reveal
@@ -46,6 +47,7 @@ class Estimation:
                 f"model is a {type(model).__name__}; expected a transformers model, as of dk.load"
             )
         diffusion = diffusion_of(inner, head=False)
+        refuse_changed_logits(inner)
         if diffusion.mask_id is None:
             raise ValueError(
                 f"{type(inner).__name__} has no mask token; set model.config.mask_token_id to the token that "
