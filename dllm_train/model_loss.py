@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from dllm_kernels.models.inference import naming_outputs
 from dllm_kernels.models.nested_patch import nested_patch
 from dllm_train.attention_masks import base_arguments, copied, rotated_by_length
 from dllm_train.last_layer import cut_last_layer
@@ -56,6 +57,7 @@ def loss_in_forward(model: nn.Module, rows: MaskedRows) -> RowLosses:
     inner = wrapped_model(model)
     with ExitStack() as changed:
         changed.enter_context(nested_patch(("loss", id(inner)), partial(_answering_losses, inner)))
+        changed.enter_context(naming_outputs(inner))
         for embedding in inner.get_input_embeddings().modules():
             if getattr(embedding, "padding_idx", None) is not None:
                 key = ("padding_idx", id(embedding))

@@ -20,7 +20,7 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
 
     ValueError if its attention cannot be hooked.
     """
-    with enable_attention(model), torch.no_grad(), evaluating(model):
+    with enable_attention(model), torch.no_grad(), evaluating(model), naming_outputs(model):
         yield
 
 
