@@ -86,6 +86,11 @@ def wrapped_model(model: nn.Module) -> PreTrainedModel:
                 f"model is a {type(model).__name__}; expected a transformers model, or one wrapped by "
                 "DistributedDataParallel, FSDP, DeepSpeed, peft or torch.compile"
             )
+    if getattr(inner.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"model is a {type(inner).__name__}, an encoder-decoder model, whose decoder would see the "
+            "noised ids shifted by one; give a model without an encoder"
+        )
     return inner
 
 
@@ -97,6 +102,11 @@ def _content(wrapper) -> nn.Module | None:
             "batch; use DistributedDataParallel"
         )
     children, names = getattr(wrapper, "_modules", {}), _CONTENTS
+    if "_checkpoint_wrapped_module" in children:
+        raise ValueError(
+            f"model is a {type(wrapper).__name__} around a whole model, which the backward pass would run "
+            "again without the loss; wrap its layers, or call model.gradient_checkpointing_enable()"
+        )
     # DeepSpeed's engine has every attribute of the wrapped module, also peft_config.
     if hasattr(wrapper, "peft_config") and not any(name in children for name in _CONTENTS):
         names = _PEFT_CONTENTS
@@ -110,8 +120,8 @@ def _content(wrapper) -> nn.Module | None:
     return next((children[name] for name in names if name in children), None)
 
 
-# torch.compile; DistributedDataParallel, DataParallel, DeepSpeed; FSDP; activation checkpointing.
-_CONTENTS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# torch.compile; DistributedDataParallel, DataParallel, DeepSpeed; FSDP.
+_CONTENTS = ("_orig_mod", "module", "_fsdp_wrapped_module")
 _PEFT_CONTENTS = ("base_model", "model")
 
 

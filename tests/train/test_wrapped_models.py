@@ -8,7 +8,9 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import dllm_kernels as dk
 from dllm_train import Noise, bd3lm_loss, mdlm_loss, vocabulary_head
@@ -284,6 +286,22 @@ def test_other_forwards_are_refused():
 def test_models_of_other_kinds_are_named(model):
     with pytest.raises(TypeError, match=f"model is a {type(model).__name__}; expected a transformers model"):
         loss_of(model)
+
+
+def test_encoder_decoder_models_are_refused():
+    sizes = dict(
+        vocab_size=MASK + 1, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2
+    )
+    config = transformers.BartConfig(
+        **sizes, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16
+    )
+    with pytest.raises(ValueError, match="BartForConditionalGeneration, an encoder-decoder model"):
+        loss_of(transformers.BartForConditionalGeneration(config))
+
+
+def test_a_whole_model_that_is_recomputed_is_refused():
+    with pytest.raises(ValueError, match=r"CheckpointWrapper around a whole model.*wrap its layers"):
+        loss_of(checkpoint_wrapper(tiny("llama")))
 
 
 def test_a_model_without_head_is_named():
