@@ -29,23 +29,23 @@ HIDDEN = re.compile("[⟦⟧]")
 
 # What stands in ⟦ ⟧ is hidden from the model. tools/pick_gaps.py chooses the places.
 FILE = """class Stack⟦:⟧
-    ⟦def __init__(self⟧):
+    ⟦def __init__(self):⟧
         ⟦self.items =⟧ []
 
     ⟦def⟧ push⟦(self,⟧ item⟦):⟧
-        ⟦self.items.⟧append⟦(⟧item⟦)⟧
+        ⟦self.items.append(⟧item⟦)⟧
 
     ⟦def⟧ pop⟦(self⟧):
-        ⟦return self.items.⟧pop⟦()⟧
+        ⟦return⟧ self⟦.⟧items⟦.⟧pop⟦()⟧
 
-    def⟦ __⟧len__(⟦self):⟧
-        ⟦return⟧ len⟦(self.⟧items)
+    def⟦ __⟧len⟦__⟧(⟦self):⟧
+        ⟦return len⟧(⟦self⟧.⟦items⟧)
 
 
 ⟦def⟧ read_lines⟦(⟧path⟦):⟧
     with open⟦(⟧path⟦) as⟧ handle:
         for⟦ line in⟧ handle⟦:⟧
-            ⟦if not line⟧.startswith('#⟦'):⟧
+            ⟦if not⟧ line.⟦startswith('⟧#'):
                 yield line
 """
 ADDITIONS = ((14, 79), (26, 91), (35, 47), (46, 97), (53, 96), (67, 25), (78, 72), (92, 50))  # held out
@@ -53,7 +53,7 @@ SHEET = "".join(f"assert {a} + {b} ==⟦ {a + b}⟧\n" for a, b in ADDITIONS)
 # Each gap can be told only from the text after it.
 GAPS = (
     "with open(path) as⟦ f⟧:\n    for line in f:\n        print(line)\n",
-    "def __init__(self,⟦ key⟧):\n    self.key = key\n",
+    "def __init__(self,⟦ path⟧):\n    self.path = path\n",
     "def size(self,⟦ text⟧):\n    return len(text)\n",
     "def add(a,⟦ b⟧):\n    return a + b\n",
 )
