@@ -115,7 +115,9 @@ _CHECKING = threading.Lock()
 def _once_per_state(model, functions: tuple, check: Callable, *arguments) -> None:
     """Call `check(model, *arguments)` unless it passed in the present state of the head."""
     with _CHECKING:  # another thread's forward would come through the same hooks
-        state, passed = head_state(model, functions), _CHECKED.setdefault(model, {})
+        outside = [model, *(part for module in outside_base(model) for part in module.modules())]
+        forwards = [_identity(vars(module).get("forward")) for module in outside]
+        state, passed = (head_state(model, functions), forwards), _CHECKED.setdefault(model, {})
         if passed.get(check.__name__) != state:
             check(model, *arguments)
             passed[check.__name__] = state
@@ -144,7 +146,7 @@ def outside_base(model) -> list[nn.Module]:
 
 def _module_state(module: nn.Module) -> tuple:
     parameters = tuple((id(p), type(p)) for p in module._parameters.values())
-    code = (id(module), type(module), type(module).forward, _identity(vars(module).get("forward")))
+    code = (id(module), type(module), type(module).forward, "forward" in vars(module))
     return *code, tuple(hooks_of(module)), parameters, _numbers(module)
 
 
