@@ -11,7 +11,6 @@ from functools import partial
 from torch import Tensor
 
 from dllm_kernels.models.chat import chat_ids
-from dllm_kernels.models.text import text_ids
 from dllm_kernels.sampling.canvas_control import Allowed, Pinned, allowed_tokens, draft_of
 from dllm_kernels.sampling.config import SampleConfig, rule_name
 from dllm_kernels.sampling.graph_loop import graph_loop_of
@@ -27,6 +26,7 @@ from dllm_kernels.sampling.prompts import (
     completions,
     gapped_text,
     gaps,
+    prompt_text_ids,
     token_lists,
 )
 
@@ -167,7 +167,7 @@ def prompt_rows(plan: Plan, prompts, attention_mask: Tensor | None, tokenizer) -
 def _prompt_ids(plan: Plan, prompts, attention_mask: Tensor | None, tokenizer) -> list[list[int]]:
     limit = plan.diffusion.max_positions
     if not plan.config.chat:
-        ids_of_text = partial(text_ids, tokenizer=tokenizer, limit=limit)
+        ids_of_text = partial(prompt_text_ids, tokenizer=tokenizer, limit=limit)
         return token_lists("prompts", prompts, attention_mask, None if tokenizer is None else ids_of_text)
     if attention_mask is not None:
         raise ValueError("attention_mask has no meaning with chat=True, whose prompts are messages")

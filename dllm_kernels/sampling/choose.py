@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dllm_kernels._arguments import integer, kind
 from dllm_kernels.models.chat import chat_ids
-from dllm_kernels.models.text import check_text, check_token_count, encode
+from dllm_kernels.models.text import check_text, encode
 from dllm_kernels.sampling.config import SampleConfig
 from dllm_kernels.sampling.plan import Plan, make_plan
-from dllm_kernels.sampling.prompts import check_ids, special_tokens_around
+from dllm_kernels.sampling.prompts import check_ids, prompt_text_ids
 from dllm_kernels.sampling.step import Predictions, Statistics
 from dllm_kernels.sampling.views import SCHEMES, Rows, view_of
 
@@ -197,7 +197,7 @@ def _prompt_ids(plan: Plan, prompt, tokenizer) -> list[int]:
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError("prompt is text, which needs tokenizer=; or give token ids")
-        return _text_ids(plan, "prompt", prompt, tokenizer)
+        return prompt_text_ids("prompt", prompt, tokenizer, plan.diffusion.max_positions)
     if isinstance(prompt, Tensor):
         prompt = prompt.tolist()
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
@@ -215,16 +215,8 @@ def _text_pair(plan: Plan, prompt, name: str, choice: str, tokenizer) -> tuple[l
     before = _prompt_ids(plan, prompt, tokenizer)
     if plan.config.chat or not isinstance(prompt, str):
         return before, encode(name, choice, tokenizer, special_tokens=False)
-    whole = _text_ids(plan, name, prompt + choice, tokenizer)
+    whole = prompt_text_ids(name, prompt + choice, tokenizer, plan.diffusion.max_positions)
     common = 0
     while common < min(len(before), len(whole)) and before[common] == whole[common]:
         common += 1
     return whole[:common], whole[common:]
-
-
-def _text_ids(plan: Plan, name: str, text: str, tokenizer) -> list[int]:
-    """Return the ids of a text with the special tokens that come before it, and none behind it."""
-    check_text(name, text)
-    check_token_count(name, text, tokenizer, plan.diffusion.max_positions)
-    before, _ = special_tokens_around(tokenizer, [text])
-    return [*before, *encode(name, text, tokenizer, special_tokens=False)]

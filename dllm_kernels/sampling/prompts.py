@@ -329,6 +329,16 @@ def special_tokens_around(tokenizer, pieces: list[str]) -> tuple[list[int], list
     return encode("a canvas", "", tokenizer), []
 
 
+def prompt_text_ids(name: str, text: str, tokenizer, limit: int | None = None) -> list[int]:
+    """Return the ids of a text that masks follow, with the special tokens that come before a text and none
+    behind it. limit: the positions that they must fit."""
+    check_text(name, text)
+    check_token_count(name, text, tokenizer, limit)
+    ids = encode(name, text, tokenizer, special_tokens=False)
+    before, _ = special_tokens_around(tokenizer, [text])
+    return [*before, *ids]
+
+
 def _continuation(tokenizer, piece: str, mask: str | None) -> list[int]:
     """Return the ids of a piece that stands behind a gap.
 

@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -111,6 +112,21 @@ def test_gaps_beyond_the_models_positions():
     _, tokenizer = dk.load("tiny-python")
     with pytest.raises(ValueError, match=r"canvases\[1\] has gaps of 600 tokens; the model has 256"):
         dk.infill(tiny_model(), ["a", "<mask:300>b<mask:300>"], tokenizer=tokenizer)
+
+
+def test_masks_follow_a_text_without_the_end_token_of_its_tokenizer():
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 1, "</s>": 2, "the": 3, "cat": 4}))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>"
+    )
+    output = dk.sample(
+        tiny_model(), "the cat", tokenizer=tokenizer, max_new_tokens=2, mask_id=MASK, history=True
+    )
+    assert output.history[0][0].tolist() == [1, 3, 4, MASK, MASK]
 
 
 HALF = "x = '\ud83d'"
