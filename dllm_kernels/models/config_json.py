@@ -24,6 +24,7 @@ _SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings",
 )  # fmt: skip
+_WINDOWS = ("sliding_window", "attention_chunk_size")
 _TOKENS = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
 _MOST_LAYERS = 10_000
 _LAYER_COUNT = re.compile(r"(.*_)?n(um)?_(.*_)?layers?|decoder_layers|encoder_layers")
@@ -155,7 +156,7 @@ def _check_entries(entries: Mapping) -> None:
 
 
 def _check(config) -> None:
-    """Refuse sizes, token ids and rotary settings that no model can have."""
+    """Refuse sizes, windows, token ids and rotary settings that no model can have."""
     text = config.get_text_config()
     for name in _SIZES:
         size = _setting(text, name)
@@ -164,6 +165,10 @@ def _check(config) -> None:
                 raise ValueError(
                     f"config.json: {name} is {value!r:.80}; it must be an integer from 1 to {2**31 - 1}"
                 )
+    for name in _WINDOWS:
+        size = _setting(text, name)
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"config.json: {name} is {size!r:.80}; it must be an integer >= 1, or null")
     heads, shared = _setting(text, "num_attention_heads"), _setting(text, "num_key_value_heads")
     if type(heads) is int and type(shared) is int and heads % shared:
         raise ValueError(
