@@ -21,8 +21,6 @@ _DYNAMIC_ROPE = dict(rope_type="dynamic", rope_theta=100.0, factor=4.0)
 # (architecture, entries of its config)
 MODELS = {
     "llama": ("Llama", _DECODER),
-    "llama-longrope": ("Llama", _DECODER | dict(rope_parameters=_LONG_ROPE)),
-    "llama-dynamic": ("Llama", _DECODER | dict(rope_parameters=_DYNAMIC_ROPE, max_position_embeddings=4)),
     "qwen2": ("Qwen2", _DECODER),
     "qwen2-windows": ("Qwen2", _DECODER | _TWO_KINDS | dict(use_sliding_window=True)),
     "qwen3": ("Qwen3", _DECODER | dict(tie_word_embeddings=True)),
@@ -61,12 +59,17 @@ MODELS = {
     ),
     "albert": ("Albert", _ENCODER | dict(embedding_size=8)),
 }  # fmt: skip
+# Each sequence of a batch is rotated by its own length, unlike in the model's own forward.
+LENGTH_DEPENDENT = {
+    "llama-longrope": ("Llama", _DECODER | dict(rope_parameters=_LONG_ROPE)),
+    "llama-dynamic": ("Llama", _DECODER | dict(rope_parameters=_DYNAMIC_ROPE, max_position_embeddings=4)),
+}
 ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert", "albert")
 
 
 def tiny(name, *, gain=3.0, seed=0, attention="sdpa", **entries):
     """A float32 model in eval mode, with weights large enough that its logits are far from uniform."""
-    architecture, sizes = MODELS[name]
+    architecture, sizes = (MODELS | LENGTH_DEPENDENT)[name]
     kind = "ForMaskedLM" if name in ENCODERS else "LMHeadModel" if name == "gpt2" else "ForCausalLM"
     if architecture.startswith("Gemma3"):
         config = transformers.Gemma3TextConfig
