@@ -55,6 +55,8 @@ _MODEL_FILES = re.compile(
 )
 _ALL_FILES = re.compile("|".join((_MODEL_FILES.pattern, *map(re.escape, FILES))))
 _SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
+# Parts of encoders that files of masked-LM models hold, and those models do not or compute.
+_UNREAD = ("pooler.", "embeddings.position_ids")
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -153,7 +155,10 @@ def read_checkpoint(
             _refuse_quantized(file_kind, weights, device, merge_projections)
         layers = layers_to_store(expected, sizes, weights, file_kind)
         expect_quantized(expected, sizes, file_kind)
-        plan = plan_weights(expected, stored, layout, family.other_heads)
+        unread = [*family.other_heads]
+        if family.masked_lm:
+            unread += ("cls.seq_relationship.", *(f"{expected.base_model_prefix}.{part}" for part in _UNREAD))
+        plan = plan_weights(expected, stored, layout, unread)
         without = [name for name, storing in layers.items() if storing.kind is not None]
         model = empty_model(kind, config, device, dtype, without)
         _complete(model.config, config)

@@ -30,7 +30,8 @@ class Family:
     last one linear; (): the model's output embeddings, if they are seen to give the model's own logits.
     padding_first: whether positions count from padding token + 1, as in RoBERTa.
     layouts: how its checkpoints are written where that is not the stock way; the first is written.
-    other_heads: the beginnings of names of weights that its checkpoints hold and masked-LM models do not.
+    other_heads: the beginnings of names of weights that its checkpoints hold and its models do not, besides
+    the pooler and such of all masked-LM models.
     tokenizer: the transformers class that reads its tokenizer; None: the tokenizer's files say.
     end_tokens: what ends a reply besides the end tokens of its configs.
     chat: options of its chat template.
@@ -69,18 +70,16 @@ FAMILIES = {
     "bert": Family(
         "bert", _BIDIRECTIONAL, masked_lm=True, layouts=(layouts.BERT,), end_tokens=("[SEP]",),
         head=("cls.predictions.transform", "cls.predictions.decoder"),
-        other_heads=("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids"),
     ),
     "roberta": Family(
         "roberta", _BIDIRECTIONAL, masked_lm=True, padding_first=True,
         head=("lm_head.dense", "gelu", "lm_head.layer_norm", "lm_head.decoder"),
-        other_heads=("roberta.pooler.", "roberta.embeddings.position_ids"),
     ),
     "modernbert": Family("modernbert", _BIDIRECTIONAL, masked_lm=True, head=("head", "decoder")),
     "albert": Family(
         "albert", _BIDIRECTIONAL, masked_lm=True, end_tokens=("[SEP]",),
         head=("predictions.dense", "predictions.activation", "predictions.LayerNorm", "predictions.decoder"),
-        other_heads=("albert.pooler.", "sop_classifier."),
+        other_heads=("sop_classifier.",),
     ),
     "llama": Family("llama"),
     "qwen2": Family("qwen2"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,7 +23,7 @@ def plan_weights(
     skeleton: nn.Module,
     stored: Mapping[str, Stored],
     layout: Layout | None = None,
-    unread: tuple[str, ...] = (),
+    unread: Sequence[str] = (),
 ) -> list[Fill]:
     """Return the fills that make every weight of a model from the tensors of a checkpoint.
 
@@ -57,7 +57,7 @@ def plan_weights(
     computed = _computed(skeleton)
     missing = [name for name, tensor in state.items() if id(tensor) not in filled and name not in computed]
     patterns = (
-        *map(re.escape, unread),
+        *(f"^{re.escape(name)}" for name in unread),
         *_FORMER_BUFFERS,
         *(getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()),
     )

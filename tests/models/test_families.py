@@ -357,6 +357,27 @@ def test_bert_under_the_names_of_its_first_release(tmp_path):
         dk.sample(model.bert, [[1]])
 
 
+@pytest.mark.parametrize("name", ["XLMRoberta", "Camembert", "Ernie", "MPNet", "MegatronBert", "Electra"])
+def test_parts_of_encoders_that_masked_lms_do_not_have(name, tmp_path):
+    config = getattr(transformers, f"{name}Config")(**{**ENCODER, "pad_token_id": 1})
+    config.diffusion = {"attention": ["bidirectional"]}
+    expected = getattr(transformers, f"{name}ForMaskedLM")(config).eval()
+    expected.save_pretrained(tmp_path)
+    file, prefix = tmp_path / "model.safetensors", expected.base_model_prefix
+    more = {
+        f"{prefix}.pooler.dense.weight": torch.zeros(WIDTH, WIDTH),
+        f"{prefix}.pooler.dense.bias": torch.zeros(WIDTH),
+        f"{prefix}.embeddings.position_ids": torch.arange(64)[None],
+        "cls.seq_relationship.weight": torch.zeros(2, WIDTH),
+    }
+    save_file({**load_file(file), **more}, file, metadata={"format": "pt"})
+    model, _ = dk.load(tmp_path, device="cpu")
+    torch.testing.assert_close(model(IDS).logits, expected(IDS).logits)
+    save_file({**load_file(file), f"{prefix}.more": torch.zeros(2)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"unexpected: {prefix}\.more"):
+        dk.load(tmp_path, device="cpu")
+
+
 # ---- causal LMs without a row ---------------------------------------------------------------------------
 TINY = dict(SPECIAL, vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=HEADS,
             max_position_embeddings=64)  # fmt: skip
