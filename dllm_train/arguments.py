@@ -7,7 +7,9 @@ model, tokenizer = get_model(model_args), get_tokenizer(model_args)
 
 import importlib.util
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -337,9 +339,9 @@ def get_sampler(model_args: ModelArguments, model=None, tokenizer=None) -> "Samp
 
 @dataclass(frozen=True)
 class Sampler:
-    """`dk.sample` and `dk.infill` of one model and its tokenizer, in eval mode."""
+    """`dk.sample` and `dk.infill` of one model, or function of ids, and its tokenizer, in eval mode."""
 
-    model: torch.nn.Module
+    model: torch.nn.Module | Callable
     tokenizer: object
 
     def sample(self, prompts, config=None, **overrides):
@@ -353,12 +355,13 @@ class Sampler:
     def _run(self, function: str, given, config, overrides):
         import dllm_kernels as dk
 
+        run = partial(getattr(dk, function), self.model, given, tokenizer=self.tokenizer, config=config)
+        if not isinstance(self.model, torch.nn.Module):
+            return run(**overrides)
         training = self.model.training
         self.model.eval()
         try:
-            return getattr(dk, function)(
-                self.model, given, tokenizer=self.tokenizer, config=config, **overrides
-            )
+            return run(**overrides)
         finally:
             self.model.train(training)
 

@@ -56,7 +56,10 @@ def fuse_layers(model: nn.Module) -> int:
     operators. A module whose forward was replaced on the instance is left alone too. Calling this again
     changes nothing. Works with gradients, which keep less in memory than the stock layers', with merged
     projections, stored weights, adapters, copies and pickles, and under torch.compile.
+    Raises TypeError for what is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     devices = {parameter.device.type for parameter in model.parameters()}
     if not devices <= FUSING_DEVICES | {"meta"}:
         return 0

@@ -473,6 +473,11 @@ def test_fusing_between_compiled_calls():
     assert dk.sample(model, prompts_of(5), **options).sequences.equal(before)
 
 
+def test_a_function_is_no_model():
+    with pytest.raises(TypeError, match=r"^model is a function; expected a torch\.nn\.Module"):
+        dk.fuse_layers(lambda ids: ids)
+
+
 def test_training_under_torch_compile():
     stock, fused = pair()
     fused.model.compile(dynamic=True, fullgraph=True, backend="aot_eager")

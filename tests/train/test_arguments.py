@@ -185,3 +185,12 @@ def test_a_sampler_samples_and_infills_as_dk_does(checkpoint):
     training = get_sampler(arguments, model.train(), words)
     training.sample([[5, 6, 7]], **options)
     assert model.training
+
+
+def test_a_sampler_of_a_function():
+    def logits(ids):
+        return torch.nn.functional.one_hot((ids + 1) % MASK, MASK + 1).float()
+
+    options = dict(max_new_tokens=4, mask_id=MASK, cache="none")
+    found = get_sampler(ModelArguments("unread"), logits, tokenizer()).sample([[5, 6]], **options)
+    assert torch.equal(found.sequences, dk.sample(logits, [[5, 6]], **options).sequences)
