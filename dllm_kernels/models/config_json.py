@@ -24,7 +24,7 @@ _SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings",
 )  # fmt: skip
-_WINDOWS = ("sliding_window", "attention_chunk_size")
+_LEAST = {"sliding_window": 0, "attention_chunk_size": 1}  # Qwen2-MoE writes 0 for no window
 _TOKENS = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
 _MOST_LAYERS = 10_000
 _LAYER_COUNT = re.compile(r"(.*_)?n(um)?_(.*_)?layers?|decoder_layers|encoder_layers")
@@ -165,10 +165,12 @@ def _check(config) -> None:
                 raise ValueError(
                     f"config.json: {name} is {value!r:.80}; it must be an integer from 1 to {2**31 - 1}"
                 )
-    for name in _WINDOWS:
+    for name, least in _LEAST.items():
         size = _setting(text, name)
-        if size is not None and (type(size) is not int or size < 1):
-            raise ValueError(f"config.json: {name} is {size!r:.80}; it must be an integer >= 1, or null")
+        if size is not None and (type(size) is not int or size < least):
+            raise ValueError(
+                f"config.json: {name} is {size!r:.80}; it must be an integer >= {least}, or null"
+            )
     heads, shared = _setting(text, "num_attention_heads"), _setting(text, "num_key_value_heads")
     if type(heads) is int and type(shared) is int and heads % shared:
         raise ValueError(

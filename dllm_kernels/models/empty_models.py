@@ -96,7 +96,8 @@ def _weights_on_meta() -> Iterator[None]:
 
 def _empty(weight: nn.Parameter, device: torch.device) -> nn.Parameter:
     """Return an uninitialised weight like `weight`, with its attributes."""
-    empty = nn.Parameter(torch.empty_like(weight, device=device), weight.requires_grad)
+    empty = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+    empty = nn.Parameter(empty, weight.requires_grad)
     empty.__dict__.update({name: value for name, value in weight.__dict__.items() if name != _INITIALISED})
     return empty
 

@@ -195,7 +195,8 @@ def _more_than_head(model, family: Family) -> str | None:
     calls: dict[nn.Module, tuple] = {}
     own = {*model.modules()}
     seen = [module for module in (model.base_model, *functions) if module in own]
-    hooks = [module.register_forward_hook(partial(_note, calls), with_kwargs=True) for module in seen]
+    note = partial(_note, calls, threading.get_ident())
+    hooks = [module.register_forward_hook(note, with_kwargs=True) for module in seen]
     try:
         with _probing(model):
             logits = model(input_ids=ids, **options).logits
@@ -223,8 +224,11 @@ def _more_than_head(model, family: Family) -> str | None:
     return None if _equal(states.to(logits.dtype), logits) else "they are scaled or capped"
 
 
-def _note(calls: dict, module: nn.Module, given: tuple, keywords: dict, output) -> None:
-    """Keep the first input and the first output of a call, copied: what follows may write on them."""
+def _note(calls: dict, thread: int, module: nn.Module, given: tuple, keywords: dict, output) -> None:
+    """Keep the first input and the first output of a call in `thread`, copied: what follows may write on
+    them."""
+    if threading.get_ident() != thread:
+        return
     first = given[0] if given else keywords.get("input_ids")
     output = output if isinstance(output, Tensor) else output[0]
     calls[module] = None if first is None else first.clone(), output.clone()
