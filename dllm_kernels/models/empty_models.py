@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 
 # Allowed while a model is built: tied weights twice, and tables of positions and masks as buffers.
 _TIMES, _SPARE, _BUFFERS = 4, 2**20, 2**28
-_INITIALISED = "_is_hf_initialized"  # weights with this attribute are left alone by transformers
 _building = threading.RLock()
 
 
@@ -38,7 +37,7 @@ def skeleton(kind: type, config, dtype: torch.dtype, elements: int | None = None
     a ValueError.
     """
     try:
-        with whole_weights(), _limited(None if elements is None else _TIMES * elements + _SPARE):
+        with _limited(None if elements is None else _TIMES * elements + _SPARE):
             return _built(kind, copy.deepcopy(config), torch.device("meta"), dtype)
     except ImportError:
         raise  # of a package that this class needs
@@ -55,56 +54,40 @@ def empty_model(
     kind: type, config, device: torch.device, dtype: torch.dtype, without: Collection[str] = ()
 ) -> nn.Module:
     """Return a model with uninitialised weights. without: names of nn.Linear whose weight stays on meta."""
-    with whole_weights(), _weights_on_meta():
+    if not without:
+        return _built(kind, config, device, dtype)
+    hook = nn.modules.module.register_module_parameter_registration_hook(_linear_weights_on_meta())
+    try:
         model = _built(kind, config, device, dtype)
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for module_name, module in model.named_modules():
-        for name, weight in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
-            if name == "weight" and module_name in without:
-                continue
-            if weight not in made:
-                made[weight] = _empty(weight, device)
-            setattr(module, name, made[weight])
-        for name, buffer in [*module.named_buffers(recurse=False)]:
-            if buffer.is_meta:  # made in the shape of a weight, as zeros
-                setattr(module, name, torch.zeros_like(buffer, device=device))
+    finally:
+        hook.remove()
+    made: dict[int, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.weight.is_meta and name not in without:
+            empty = nn.Parameter(torch.empty_like(module.weight, device=device))
+            module.weight = made.setdefault(id(module.weight), empty)
     model.tie_weights()
     return model
 
 
-@contextmanager
-def _weights_on_meta() -> Iterator[None]:
-    """Put the weights of modules that this thread makes on the meta device, where nothing is drawn.
-
-    Buffers are made as ever.
-    """
+def _linear_weights_on_meta() -> Callable:
     thread = threading.get_ident()
 
     def replace(module: nn.Module, name: str, weight: nn.Parameter | None) -> nn.Parameter | None:
-        if weight is None or weight.is_meta or threading.get_ident() != thread:
+        if name != "weight" or not isinstance(module, nn.Linear) or threading.get_ident() != thread:
             return weight
-        on_meta = _empty(weight, torch.device("meta"))
-        setattr(on_meta, _INITIALISED, True)
-        return on_meta
+        return nn.Parameter(torch.empty_like(weight, device="meta"))
 
-    hook = nn.modules.module.register_module_parameter_registration_hook(replace)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _empty(weight: nn.Parameter, device: torch.device) -> nn.Parameter:
-    """Return an uninitialised weight like `weight`, with its attributes."""
-    empty = torch.empty(weight.shape, dtype=weight.dtype, device=device)
-    empty = nn.Parameter(empty, weight.requires_grad)
-    empty.__dict__.update({name: value for name, value in weight.__dict__.items() if name != _INITIALISED})
-    return empty
+    return replace
 
 
 def _built(kind: type, config, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    from transformers.initialization import no_init_weights
+
     build = getattr(kind, "_from_config", None) or kind.from_config  # the latter of auto classes
-    with torch.device(device):
+    # The meta device draws nothing, so that `dk.save` leaves torch's initialisation to other threads.
+    undrawn = nullcontext() if device.type == "meta" else no_init_weights()
+    with whole_weights(), torch.device(device), undrawn:
         model = build(config, dtype=dtype)
     model.tie_weights()
     return model
@@ -114,8 +97,8 @@ def _built(kind: type, config, device: torch.device, dtype: torch.dtype) -> nn.M
 def whole_weights() -> Iterator[None]:
     """Build models whole under DeepSpeed ZeRO-3, which would split them before they are filled.
 
-    One thread at a time: DeepSpeed's setting and the default dtype, which transformers changes while it
-    builds a model, are those of the process.
+    One thread at a time: what transformers, and this, change meanwhile is the process's: DeepSpeed's setting,
+    the default dtype and torch's initialisation. Restored in another order, they would stay changed.
     """
     from transformers.integrations import deepspeed
 
