@@ -88,8 +88,8 @@ def load(
     them. None: where linear layers are stored.
     The model is a stock transformers model in eval mode. Called directly it sees what it was trained to see
     (`attention.see_as_trained`). A weight that is missing, left over or of the wrong shape is an error. No
-    code of the checkpoint is run, and its weights are never in memory twice. Threads load one at a time;
-    modules that other threads make meanwhile may stay uninitialised.
+    code of the checkpoint is run, and its weights are never in memory twice. Threads build models one
+    at a time; modules that other threads make meanwhile may stay uninitialised.
     """
     folder = checkpoint_folder(name)
     device, dtype = _placement(device, dtype)

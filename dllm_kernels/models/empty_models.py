@@ -97,8 +97,8 @@ def _built(kind: type, config, device: torch.device, dtype: torch.dtype) -> nn.M
 def whole_weights() -> Iterator[None]:
     """Build models whole under DeepSpeed ZeRO-3, which would split them before they are filled.
 
-    One thread at a time: what transformers, and this, change meanwhile is the process's: DeepSpeed's setting,
-    the default dtype and torch's initialisation. Restored in another order, they would stay changed.
+    One thread at a time: DeepSpeed's setting, the default dtype and torch's initialisation belong to the
+    process. Threads that change and restore them in another order would leave them changed.
     """
     from transformers.integrations import deepspeed
 

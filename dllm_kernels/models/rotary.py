@@ -68,24 +68,28 @@ class LengthDependentRotary:
     @contextmanager
     def fixed_for_each(self, lengths: Tensor) -> Iterator[None]:
         """Rotate every token as for the length of its own sequence. lengths: int64 [B, S], of each token."""
-        longest = {self.scaling_of(length): length for length in lengths.unique().tolist()}
-        if len(longest) == 1:
-            with self.fixed(*longest.values()):
+        distinct, place = lengths.cpu().unique(return_inverse=True)
+        scalings = [self.scaling_of(length) for length in distinct.tolist()]
+        longest = dict(zip(scalings, distinct.tolist(), strict=True))
+        if len(longest) < 2:
+            with self.fixed(max(longest.values(), default=1)):
                 yield
             return
-        numbers = {scaling: number for number, scaling in enumerate(longest)}
-        choice = torch.tensor([numbers[self.scaling_of(n)] for n in lengths.flatten().tolist()])
-        choice = choice.view(lengths.shape)
+        kinds = [*longest]
+        choice = torch.tensor([kinds.index(scaling) for scaling in scalings])[place]
         with self._lock:
             parts = [part() for part, _ in self._parts]
+            before = [vars(part).get("forward") for part in parts]
             for part in parts:
                 copies = [_fixed_copy(part, length) for length in longest.values()]
                 part.forward = partial(_chosen_rotation, copies, choice)
             try:
                 yield
             finally:
-                for part in parts:
+                for part, forward in zip(parts, before, strict=True):
                     del part.forward
+                    if forward is not None:
+                        part.forward = forward
 
 
 _rotaries: weakref.WeakKeyDictionary[nn.Module, LengthDependentRotary] = weakref.WeakKeyDictionary()
