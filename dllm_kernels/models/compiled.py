@@ -21,6 +21,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import exc as dynamo
 from transformers import PreTrainedModel
 
 from dllm_kernels.models.nested_patch import nested_patch
@@ -114,7 +115,7 @@ def _compiled_forward(name: str, reason: str | None) -> Callable:
         if not failed:
             try:
                 return whole(module, *args, **kwargs)
-            except torch._dynamo.exc.TorchDynamoException as error:
+            except (dynamo.TorchDynamoException, dynamo.FailOnRecompileLimitHit) as error:
                 # Nothing of the forward has run when its compilation fails.
                 failed = True
                 reason = str(error).strip().partition("\n\n")[0]  # advice for developers of torch follows

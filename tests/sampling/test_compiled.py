@@ -203,6 +203,21 @@ def test_where_compiling_fails(monkeypatch):
     assert torch.equal(output.sequences, expected)
 
 
+def test_where_torch_would_compile_too_often(monkeypatch, request):
+    request.addfinalizer(torch._dynamo.reset)  # the code that it gives up is that of every model
+    model, mode = fresh_model(), {"now": ""}
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda module, given, output: output * (0.5 if mode["now"] in "bd" else 1.0)
+    )
+    warned = pytest.warns(UserWarning, match="Qwen3ForCausalLM is sampled uncompiled: ")
+    with torch._dynamo.config.patch(recompile_limit=2), warned:
+        for mode["now"] in "abcd":
+            output = dk.sample(model, prompts_of(9), max_new_tokens=9, compile=True)
+            expected = dk.sample(model, prompts_of(9), max_new_tokens=9)
+            assert torch.equal(output.sequences, expected.sequences)
+
+
 @pytest.mark.parametrize("layers", [False, True])
 def test_the_model_is_left_as_it_was(layers, traced, request):
     if layers:
